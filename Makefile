@@ -1,0 +1,28 @@
+VENV ?= .venv
+PY = $(VENV)/bin/python
+
+.PHONY: install test lint bench gpu clean
+
+install:  ## editable, with the test extra; builds the C++ extension in place
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install -c constraints.txt -e '.[test]'
+
+test:
+	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+lint:
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench:  ## small sizes, one thread, table and CSV
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.run --size small
+
+gpu:  ## CUDA tests and benchmarks; says why not where there is no GPU
+	@if reason=$$($(PY) -m benchmarks.measure --why-no-gpu); then \
+		$(PY) -m pytest -m gpu && $(PY) -m benchmarks.run --device cuda --size full; \
+	else echo "make gpu: nothing run: $$reason"; fi
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find ffmerge_fast -name '*.so' -delete
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,100 @@
+"""Times every case, prints a table and writes benchmarks/results/<machine>.csv."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+from ffmerge_fast import env_report
+from ffmerge_fast._table import format_table
+
+from . import measure, registry
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit 1 where a result was wrong (such a case gets no time and no ratio)."""
+    args = parse(argv)
+    if args.device == "cuda" and (reason := env_report.why_no_gpu()):
+        print(f"error: --device cuda: {reason}", file=sys.stderr)
+        return 1
+    torch.set_num_threads(args.threads)
+    header = measure.machine(args.device)
+    print("\n".join(f"# {key}: {value}" for key, value in header.items()))
+    rows, red = [], 0
+    for case in registry.cases(args.op, args.size):
+        try:
+            rows += time_case(case, args)
+        except measure.RedGate as error:
+            red += 1
+            print(f"RED {case.op} {case.name}: {error}", file=sys.stderr)
+    print(table(rows))
+    path = args.output or RESULTS / f"{measure.slug(header['machine'])}.csv"
+    write(path, header, rows)
+    print(f"# written: {path}")
+    return 1 if red else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--op", choices=registry.ops(), help="one op only")
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; above 1 the clock is wall time")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="CSV file; default benchmarks/results/<machine>.csv")
+    return parser.parse_args(argv)
+
+
+def time_case(case: registry.Case, args: argparse.Namespace) -> list[dict]:
+    """One row per candidate; `ratio` is its time over ours, so above 1 means that ours is faster."""
+    job = case.build(args.device)
+    timings = measure.compare(job.candidates, job.error, job.limit, args.device, args.runs)
+    ours = timings["ffmerge"].median
+    return [
+        {
+            "op": case.op,
+            "case": case.name,
+            "candidate": name,
+            "median_ms": f"{t.median:.3f}",
+            "min_ms": f"{t.fastest:.3f}",
+            "max_ms": f"{t.slowest:.3f}",
+            "ratio": f"{t.median / ours:.2f}",
+            "runs": t.runs,
+            "error": f"{t.error:.1e}",
+        }
+        for name, t in timings.items()
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text."""
+    if not rows:
+        return "no case was timed"
+    return format_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def write(path: Path, header: dict[str, str], rows: list[dict]) -> None:
+    """Replace the rows of the same cases and device in `path`, keep the others: small and full runs share a file."""
+    if not rows:
+        return
+    new = [{**row, **header} for row in rows]
+    done = {(row["op"], row["case"], row["device"]) for row in new}
+    old = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = [row for row in csv.DictReader(file) if (row["op"], row["case"], row["device"]) not in done]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(new[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(old + new)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
