@@ -1,0 +1,65 @@
+"""Streaming second moments in plain PyTorch: the specification of the `correlation` op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._activations import FORWARD
+
+_ROWS = 1024  # rows per float64 block: bounds the temporaries of the column sums
+
+
+def can_run(tensor: Tensor | None = None) -> str | None:
+    """Runs everywhere."""
+    return None
+
+
+def accumulate_layer_(
+    x: Tensor,  # [T, d]
+    mask: Tensor | None,  # [T] bool
+    count: Tensor,  # [] int64
+    pivot: Tensor,  # [d] float32 (float64 when compute is "fp64")
+    sum_: Tensor,  # [d] float64
+    sumsq: Tensor,  # [d] float64
+    activation: str | None,
+    compute: str,
+    set_pivot: bool,
+) -> Tensor:
+    """Add one layer's tokens to its sums; return the pivoted features [T, d], 0 where masked, for the pairs.
+
+    `compute="bf16"` rounds the pivoted features, and the sums are those of the rounded values, so that variances
+    and products agree; "bf16x3" means float32-grade accuracy and is float32 here.
+    """
+    values = x.to(pivot.dtype)
+    if activation is not None:
+        values = FORWARD[activation](values)
+    tokens = torch.tensor(len(x), device=x.device) if mask is None else mask.sum()
+    if mask is not None:  # not a product with 0: padding may hold NaN
+        values = values.masked_fill(~mask[:, None], 0)
+    if set_pivot:
+        pivot.copy_(_column_sums(values) / tokens.clamp(min=1))
+    features = values - pivot  # exact where |mean| >> std (Sterbenz)
+    if mask is not None:
+        features.masked_fill_(~mask[:, None], 0)
+    if compute == "bf16":
+        features = features.bfloat16()
+    count += tokens
+    sum_ += _column_sums(features)
+    sumsq += _column_sums(features, squared=True)
+    return features
+
+
+def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
+    """products [d_a, d_b] += aᵀ b for the pivoted features a [T, d_a] and b [T, d_b] of two layers."""
+    with torch.autocast(products.device.type, enabled=False):
+        products.addmm_(a.to(products.dtype).T, b.to(products.dtype))
+
+
+def _column_sums(x: Tensor, squared: bool = False) -> Tensor:
+    """Σ x or Σ x² over the rows, in float64."""
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in x.split(_ROWS):
+        rows = rows.double()
+        total += rows.square().sum(0) if squared else rows.sum(0)
+    return total
