@@ -26,7 +26,7 @@ def extensions() -> list[Extension]:
     except ImportError:
         warnings.warn("pybind11 is missing: installing without the C++ extension", stacklevel=1)
         return []
-    flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden"]
+    flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
     sources = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp"))
     headers = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
     return [

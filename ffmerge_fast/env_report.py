@@ -39,6 +39,7 @@ def report() -> dict:
         "extension": {"loaded": extension is not None, "path": getattr(extension, "__file__", None), "reason": reason},
         "cpu": _cpu(extension),
         "gpu": _gpu(),
+        "backends": _backends(),
         "extras": {name: _extra(name) for name in _EXTRAS},
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FFMERGE_")},
     }
@@ -68,6 +69,8 @@ def format_report(report: dict) -> str:
     ]
     if not gpu["devices"]:
         lines.append(("GPU", f"none: {gpu['reason']}"))
+    for op, backends in report["backends"].items():
+        lines.append((f"op {op}", ", ".join(name for name, reason in backends.items() if reason is None)))
     for name, extra in report["extras"].items():
         missing = f"missing {', '.join(extra['missing'])}: {extra['install']}"
         lines.append((f"extra {name}", missing if extra["missing"] else "installed"))
@@ -145,6 +148,12 @@ def why_no_gpu() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _backends() -> dict[str, dict[str, str | None]]:
+    from . import _backend, ops  # noqa: F401  (importing the ops registers their backends)
+
+    return _backend.backends()
 
 
 def _extra(name: str) -> dict:

@@ -1,0 +1,109 @@
+"""What the package promises before it is imported: its metadata, README's commands, and the files in a wheel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from ffmerge_fast import env_report
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[A-Za-z0-9_.-]+(\[\w+\])?", requirement)[0] for requirement in requirements}
+
+
+def test_build_needs_setuptools_and_pybind11_only(pyproject):
+    assert names(pyproject["build-system"]["requires"]) == {"setuptools", "pybind11"}
+
+
+def test_base_dependencies_are_few(pyproject):
+    assert names(pyproject["project"]["dependencies"]) == {"torch", "numpy", "scipy", "safetensors"}
+
+
+def test_env_report_knows_the_extras(pyproject):
+    extras = pyproject["project"]["optional-dependencies"]
+    declared = {extra: {n for n in names(extras[extra]) if not n.startswith("ffmerge_fast[")} for extra in extras}
+    assert declared.pop("all") == set()
+    assert declared == {extra: set(packages) for extra, packages in env_report._EXTRAS.items()}
+
+
+def test_version_is_declared_once(pyproject):
+    version = pyproject["project"]["version"]
+    found = [path for path in (ROOT / "ffmerge_fast").rglob("*.py") if f'"{version}"' in path.read_text("utf-8")]
+    assert found == []
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_installed_command_starts():
+    try:
+        scripts = importlib.metadata.distribution("ffmerge_fast").entry_points
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is imported from a folder, not installed")
+    (script,) = (s for s in scripts if s.group == "console_scripts")
+    assert script.name == "ffmerge"
+    assert callable(script.load())
+
+
+def test_readme_has_its_two_commands_in_one_line_each():
+    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert all("-c constraints.txt" in command for command in commands)
+    assert commands[0].endswith("ffmerge demo") and commands[1].endswith("-m pytest")
+
+
+def test_ci_runs_the_readme_command():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    pattern = re.search(r"grep -m1 -E '([^']+)' README\.md", ci)[1]
+    (command,) = re.findall(pattern, README, flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(PY)", ".venv/bin/python")
+    for part in command.replace("$(VENV)", ".venv").split(" && ")[1:]:
+        assert part in makefile.replace("$(VENV)", ".venv")
+
+
+def test_readme_lists_every_command():
+    cli = subprocess.run([sys.executable, "-m", "ffmerge_fast.cli", "--help"], capture_output=True, text=True)
+    for verb in re.findall(r"^\| `(\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"\b{verb}\b", cli.stdout), verb
+
+
+def test_wheel_without_a_compiler_has_every_module_and_no_leftovers(tmp_path):
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip(f"setuptools {setuptools.__version__} is older than the build needs; .ci/run builds in isolation")
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("ffmerge_fast", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    tag = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    for folder in ("lib", tag):
+        leftover = source / "build" / folder / "ffmerge_fast" / "leftover.py"
+        leftover.parent.mkdir(parents=True)
+        leftover.touch()
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
+    subprocess.run(
+        [sys.executable, "-c", build, tmp_path], cwd=source, env=environment, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("ffmerge_fast-*.whl")
+    check = [sys.executable, ROOT / ".ci" / "check_wheel.py", "--without-extension", wheel]
+    result = subprocess.run(check, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
