@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     print(table(rows))
     path = args.output or RESULTS / f"{measure.slug(header['machine'])}.csv"
     write(path, header, rows)
-    print(f"# written: {path}")
+    if rows:
+        print(f"# written: {path}")
     return 1 if red else 0
 
 

@@ -9,7 +9,7 @@ import platform
 import sys
 from types import ModuleType
 
-from . import _env
+from . import _backend, _env
 from ._errors import FFMergeError
 
 _CPU_ISAS = ("portable", "avx2", "avx512", "amx")
@@ -39,7 +39,7 @@ def report() -> dict:
         "extension": {"loaded": extension is not None, "path": getattr(extension, "__file__", None), "reason": reason},
         "cpu": _cpu(extension),
         "gpu": _gpu(),
-        "backends": _backends(),
+        "backends": _backend.backends(),
         "extras": {name: _extra(name) for name in _EXTRAS},
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FFMERGE_")},
     }
@@ -148,12 +148,6 @@ def why_no_gpu() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
-
-def _backends() -> dict[str, dict[str, str | None]]:
-    from . import _backend, ops  # noqa: F401  (importing the ops registers their backends)
-
-    return _backend.backends()
 
 
 def _extra(name: str) -> dict:

@@ -1,0 +1,92 @@
+"""The timing harness: wrong results get no time, candidates take turns, results of other cases are kept."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+import torch
+
+from benchmarks import measure, registry, run
+
+
+def test_wrong_result_is_never_timed():
+    calls = []
+    candidates = {"ffmerge": lambda: calls.append("ffmerge") or 0.0, "peer": lambda: calls.append("peer") or 1.0}
+    with pytest.raises(measure.RedGate, match="peer 1.00e\\+00"):
+        measure.compare(candidates, error=abs, limit=0.5)
+    assert calls == ["ffmerge", "peer"]  # once each, for the check
+
+
+def test_nan_is_a_wrong_result():
+    with pytest.raises(measure.RedGate, match="ffmerge nan"):
+        measure.compare({"ffmerge": lambda: math.nan}, error=abs, limit=0.5)
+
+
+def test_candidates_take_turns():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
+    timings = measure.compare(candidates, error=lambda _: 0.0, limit=0.0, runs=4)
+    assert calls == list("abc") * 5
+    assert {name: t.runs for name, t in timings.items()} == {"a": 4, "b": 4, "c": 4}
+    assert all(t.fastest <= t.median <= t.slowest for t in timings.values())
+
+
+def test_time_limit_leaves_three_runs():
+    timings = measure.compare({"ffmerge": lambda: None}, error=lambda _: 0.0, limit=0.0, runs=50, max_seconds=0)
+    assert timings["ffmerge"].runs == 3
+
+
+@pytest.mark.parametrize("name", ["torch dense", "published loop"])
+def test_correlation_peers_do_the_same_work(name):
+    job = registry.correlation_case("small", layers=3, batches=2, tokens=100, width=64, dtype=torch.float32).build(
+        "cpu"
+    )
+    result = job.candidates[name]()
+    assert set(result) == {(0, 1), (1, 2)} and job.error(result) <= job.limit
+    assert result[0, 1].diagonal().mean() > 0.3  # the layers share directions
+    result[0, 1][3, 5] += 1e-3
+    assert job.error(result) > job.limit
+
+
+def test_assignment_error_sees_a_worse_and_an_invalid_permutation():
+    job = registry.assignment_case("small", "related", 64).build("cpu")
+    best = job.candidates["scipy"]()
+    assert job.error(best) == 0
+    assert job.error(best.roll(1)) > job.limit
+    assert job.error(torch.zeros_like(best)) == math.inf
+
+
+def test_run_writes_a_table_and_keeps_other_cases(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(registry, "CASES", [registry.assignment_case("small", "noise", 16)])
+    threads = torch.get_num_threads()
+    output = tmp_path / "results.csv"
+    try:
+        assert run.main(["--runs", "3", "--output", str(output)]) == 0
+        monkeypatch.setattr(
+            registry, "CASES", [registry.assignment_case("small", kind, 16) for kind in ("noise", "dead")]
+        )
+        assert run.main(["--runs", "3", "--output", str(output)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["case"], r["candidate"]) for r in rows] == [
+        (f"{kind} d16", candidate) for kind in ("noise", "dead") for candidate in ("ffmerge", "scipy")
+    ]
+    assert all(r["torch"] == torch.__version__ and float(r["median_ms"]) > 0 for r in rows)
+    assert rows[0]["ratio"] == "1.00"
+    assert "dead d16" in capsys.readouterr().out
+
+
+def test_run_reports_red_and_fails(tmp_path, capsys, monkeypatch):
+    job = registry.Job({"ffmerge": lambda: 1.0}, error=abs, limit=0.1)
+    monkeypatch.setattr(registry, "CASES", [registry.Case("assignment", "wrong", "small", lambda device: job)])
+    threads = torch.get_num_threads()
+    try:
+        assert run.main(["--output", str(tmp_path / "results.csv")]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert "RED assignment wrong" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
