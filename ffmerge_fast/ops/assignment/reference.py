@@ -53,7 +53,7 @@ def _relative_gap(matrix: np.ndarray, columns: np.ndarray, sign: float) -> float
 
 
 def _prices(matrix: np.ndarray, columns: np.ndarray, own: np.ndarray, sign: float, tolerance: float) -> np.ndarray:
-    """Raise each price to what the other rows would pay, v_j = max_i (s_ij - s_i,π(i) + v_π(i)), until nothing moves."""
+    """Raise each price to what other rows would pay, v_j = max_i (s_ij - s_i,π(i) + v_π(i)), until nothing moves."""
     d = len(matrix)
     row_of = np.argsort(columns)
     prices = np.zeros(d)

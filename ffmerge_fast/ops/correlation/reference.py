@@ -38,7 +38,8 @@ def accumulate_layer_(
     if mask is not None:  # not a product with 0: padding may hold NaN
         values = values.masked_fill(~mask[:, None], 0)
     if set_pivot:
-        pivot.copy_(_column_sums(values) / tokens.clamp(min=1))
+        mean = _column_sums(values) / tokens.clamp(min=1)
+        pivot.copy_(mean if activation else mean.to(x.dtype))  # on the inputs' grid: exact differences and products
     features = values - pivot  # exact where |mean| >> std (Sterbenz)
     if mask is not None:
         features.masked_fill_(~mask[:, None], 0)

@@ -17,15 +17,16 @@ _COMPUTE = ("auto", "bf16", "bf16x3", "fp32", "fp64")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SUMS = ("count", "pivot", "sum", "sumsq")
 _EPS = torch.finfo(torch.float32).eps
+_SETTLED = 64  # tokens that make a good pivot; one from fewer is refined at the end of the next batches
 
 
 @dataclass
 class _Layer:
     count: Tensor  # [] int64
-    pivot: Tensor  # [d] fixed by the first batch that has tokens
+    pivot: Tensor  # [d] the mean of the first batch that has tokens
     sum: Tensor  # [d] float64, Σ (x - pivot)
     sumsq: Tensor  # [d] float64, Σ (x - pivot)²
-    has_pivot: bool = False
+    tokens: int = 0  # count as of the last end_batch, on the host
 
     @classmethod
     def empty(cls, width: int, dtype: torch.dtype, device: torch.device) -> _Layer:
@@ -59,7 +60,8 @@ class CorrelationState:
     """Streaming second moments of FFN features, per layer and per pair of layers (paper A, eq. 1).
 
     Kept are Σ(x - pivot) and Σ(x - pivot)² per layer in float64, and Σ(x_a - pivot_a)ᵀ(x_b - pivot_b) per pair in
-    float32. The pivot is the mean of the first batch, so large means cost no accuracy.
+    float32. The pivot is the mean of the first batch (of the first batches, until 64 tokens are in), so large means
+    cost no accuracy.
 
     Args:
         widths: {layer key: number of features}; a key is any hashable, such as 3 or "encoder.3".
@@ -126,7 +128,7 @@ class CorrelationState:
         layer = self._layers[key]
         sums = (layer.count, layer.pivot, layer.sum, layer.sumsq)
         with torch.no_grad():
-            features = op.accumulate_layer_(x, flat, *sums, self.activation, self.compute, not layer.has_pivot)
+            features = op.accumulate_layer_(x, flat, *sums, self.activation, self.compute, not layer.tokens)
             batch.masks[key], batch.features[key] = mask, features
             for partner in arrived + [key] * (key in self._partners[key]):
                 a, b = self._stored(key, partner)
@@ -146,16 +148,19 @@ class CorrelationState:
         if missing:
             raise FFMergeError(f"end_batch: layers {missing} were not pushed in this batch; push every layer once")
         largest = torch.finfo(torch.float64 if self.compute == "fp64" else torch.float32).max
-        checks = [
-            torch.stack([layer.count > 0, (layer.sumsq <= largest).all() & layer.sum.isfinite().all()])
-            for layer in self._layers.values()
-        ]
-        flags = torch.stack(checks).tolist()
-        for layer, (has_tokens, _) in zip(self._layers.values(), flags, strict=True):
-            layer.has_pivot = has_tokens
-        bad = [key for key, (_, finite) in zip(self.widths, flags, strict=True) if not finite]
+        finite = [(layer.sumsq <= largest).all() & layer.sum.isfinite().all() for layer in self._layers.values()]
+        counts = [layer.count for layer in self._layers.values()]
+        finite, counts = torch.stack([torch.stack(finite).long(), torch.stack(counts)]).tolist()
+        bad = [key for key, ok in zip(self.widths, finite, strict=True) if not ok]
         if bad:
             raise FFMergeError(f"features of layers {bad} hold NaN, Inf or values beyond float32; start a new state")
+        better = {}
+        for (key, layer), count in zip(self._layers.items(), counts, strict=True):
+            if 0 < layer.tokens < min(_SETTLED, count):
+                better[key] = layer.total() / count
+            layer.tokens = count
+        if better:
+            self._move_pivots_(better)
 
     def check_batch(self, features: Mapping[Key, Tensor], mask: Tensor | None = None) -> None:
         """Raise FFMergeError unless `features` are one whole batch of this state; changes nothing."""
@@ -174,7 +179,8 @@ class CorrelationState:
 
     def count(self, key: Key) -> int:
         """Number of tokens counted for a layer."""
-        return int(self._layer(key).count)
+        self._no_open_batch()
+        return self._layer(key).tokens
 
     def mean(self, key: Key) -> Tensor:
         """Mean of each feature, float64 [d]."""
@@ -199,10 +205,11 @@ class CorrelationState:
         A feature without variance (a dead neuron) has correlation 0 with everything.
         """
         first, second = self._stored(a, b)
-        scale_a, scale_b = (_inverse_std(self.variance(key)) for key in (first, second))
+        scales = [_inverse_std(self.variance(key)) for key in (first, second)]
 
         def correlate(layer_a: _Layer, layer_b: _Layer, products: Tensor) -> Tensor:
             covariance = self._centred(layer_a, layer_b, products)
+            scale_a, scale_b = (scale.to(covariance.dtype) for scale in scales)
             return covariance.mul_(scale_a[:, None]).mul_(scale_b).clamp_(-1, 1)
 
         return self._oriented(a, b, correlate)
@@ -231,7 +238,7 @@ class CorrelationState:
         for key, layer in self._layers.items():
             for name in ("count", "sum", "sumsq"):
                 getattr(layer, name).add_(getattr(other._layers[key], name))
-            layer.has_pivot |= other._layers[key].has_pivot
+            layer.tokens += other._layers[key].tokens
         for pair, products in self._products.items():
             products += other._products[pair]
         return self
@@ -257,7 +264,7 @@ class CorrelationState:
         for layer, count, part in zip(layers, counts, sums.split([2 * w for w in self.widths.values()]), strict=True):
             layer.count.copy_(count)
             layer.sum, layer.sumsq = (half.clone() for half in part.chunk(2))
-            layer.has_pivot = bool(count)
+            layer.tokens = int(count)
         for products in self._products.values():
             dist.all_reduce(products, group=group)
         return self
@@ -276,16 +283,16 @@ class CorrelationState:
         """
         mine = self.state_dict()
         if mine.keys() != tensors.keys():
-            raise FFMergeError(f"state_dict: missing {sorted(mine.keys() - tensors.keys())[:3]}, "
-                               f"unknown {sorted(tensors.keys() - mine.keys())[:3]}; make the state with the same pairs")
+            missing, unknown = sorted(mine.keys() - tensors.keys())[:3], sorted(tensors.keys() - mine.keys())[:3]
+            raise FFMergeError(f"state_dict: {missing=}, {unknown=}; make the state with the same layers and pairs")
         for name, tensor in tensors.items():
-            if (tensor.shape, tensor.dtype) != (mine[name].shape, mine[name].dtype):
-                raise FFMergeError(f"state_dict: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                                   f"want {mine[name].dtype} {list(mine[name].shape)}")
+            got, want = ((t.dtype, list(t.shape)) for t in (tensor, mine[name]))
+            if got != want:
+                raise FFMergeError(f"state_dict: {name} is {got[0]} {got[1]}, want {want[0]} {want[1]}")
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
         for layer in self._layers.values():
-            layer.has_pivot = bool(layer.count)
+            layer.tokens = int(layer.count)
         return self
 
     # Private
@@ -319,13 +326,13 @@ class CorrelationState:
     def _closed(self, key: Key) -> _Layer:
         self._no_open_batch()
         layer = self._layer(key)
-        if not layer.count:
+        if not layer.tokens:
             raise FFMergeError(f"layer {key!r} has seen no tokens: accumulate features first")
         return layer
 
     def _no_open_batch(self) -> None:
         if self._batch.masks:
-            raise FFMergeError(f"a batch is open (layers {list(self._batch.masks)} were pushed): call end_batch() first")
+            raise FFMergeError(f"a batch is open (pushed: layers {list(self._batch.masks)}): call end_batch() first")
 
     def _stored(self, a: Key, b: Key) -> tuple[Key, Key]:
         for pair in ((a, b), (b, a)):
@@ -373,12 +380,12 @@ class CorrelationState:
         if mask is partners_mask:
             return
         if mask is None or partners_mask is None or not torch.equal(mask.bool(), partners_mask.bool()):
-            raise FFMergeError(f"layers {key!r} and {partner!r} are a pair but have different masks: give both the same")
+            raise FFMergeError(f"mask: layers {key!r} and {partner!r} are a pair but got different masks")
 
     def _move_pivots_(self, pivots: Mapping[Key, Tensor]) -> None:
-        """Express all sums around new pivots: Σ(x_a+s_a)ᵀ(x_b+s_b) = Σx_aᵀx_b + s_aᵀΣx_b + (Σx_a)ᵀs_b + n s_aᵀs_b."""
+        """Express the sums around new pivots: Σ(x_a+s_a)ᵀ(x_b+s_b) = Σx_aᵀx_b + s_aᵀΣx_b + (Σx_a)ᵀs_b + n s_aᵀs_b."""
         old_sums = {key: layer.sum.clone() for key, layer in self._layers.items()}
-        shifts = {key: layer.move_pivot_(pivots[key]) for key, layer in self._layers.items()}
+        shifts = {key: layer.move_pivot_(pivots.get(key, layer.pivot)) for key, layer in self._layers.items()}
         for (a, b), products in self._products.items():
             moved = (old_sums[a], shifts[b], shifts[a], self._layers[b].sum)  # the last one is Σx_b + n s_b
             sum_a, shift_b, shift_a, sum_b = (v.to(products.dtype) for v in moved)
@@ -391,10 +398,10 @@ class CorrelationState:
         for name, tensor in tensors.items():
             tensor.copy_(mine[name])
         for key, layer in copy._layers.items():
-            layer.has_pivot = self._layers[key].has_pivot
+            layer.tokens = self._layers[key].tokens
         return copy
 
 
 def _inverse_std(variance: Tensor) -> Tensor:
-    """1 / std in float32, 0 where the variance is 0."""
-    return torch.where(variance > 0, variance.rsqrt(), 0).float()
+    """1 / std, 0 where the variance is 0."""
+    return torch.where(variance > 0, variance.rsqrt(), 0)
