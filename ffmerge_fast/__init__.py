@@ -1,0 +1,49 @@
+"""Make trained Transformers smaller by merging feed-forward sublayers."""
+
+from importlib import metadata as _metadata
+
+from . import nn, ops
+from ._backend import backends, use_backend
+from ._errors import FFMergeError
+from .integrations.transformers import register_when_imported as _register_when_imported
+from .merge.align import MergeGroup, MergePlan, plan
+from .merge.collect import collect
+from .merge.combine import expand_, is_merged, merge, merge_, print_parameters, shared_groups
+from .merge.select import search, sweep
+from .merge.statistics import CorrelationStats
+from .models import FFNSpec, FFNSublayer, find_ffns, register_family, supported_families
+from .ops.correlation import CorrelationState
+
+__all__ = [
+    "CorrelationState",
+    "CorrelationStats",
+    "FFMergeError",
+    "FFNSpec",
+    "FFNSublayer",
+    "MergeGroup",
+    "MergePlan",
+    "backends",
+    "collect",
+    "expand_",
+    "find_ffns",
+    "is_merged",
+    "merge",
+    "merge_",
+    "nn",
+    "ops",
+    "plan",
+    "print_parameters",
+    "register_family",
+    "search",
+    "shared_groups",
+    "supported_families",
+    "sweep",
+    "use_backend",
+]
+
+try:
+    __version__ = _metadata.version("ffmerge_fast")
+except _metadata.PackageNotFoundError:  # a source tree on sys.path, not installed
+    __version__ = "0+unknown"
+
+_register_when_imported()

@@ -1,0 +1,184 @@
+"""Loads a Transformer whose feed-forward sublayers are shared between layers. Needs transformers only.
+
+This file travels inside every merged checkpoint (written by ffmerge_fast), so that it loads anywhere with
+`AutoModel....from_pretrained(folder, trust_remote_code=True)`. For any transformers class X it offers `FFMergedX`:
+the same class, whose blocks share the modules listed in `config.ffmerge["groups"]`. Classes are made on first use.
+"""
+
+import inspect
+import json
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+PREFIX, TYPE_PREFIX = "FFMerged", "ffmerge_"
+# Stands in config.json where other classes look for a dtype: a stock class would otherwise load this checkpoint and
+# fill the FFNs it does not find with random numbers. This makes it stop, with the reason.
+REFUSAL = "__shared_FFNs__load_with_trust_remote_code_or_import_ffmerge_fast_first"
+
+
+def share_(model, groups):
+    """Make all layers of each group hold the modules of its first layer.
+
+    `groups` is a list of {"layers": [1, 2, 4], "modules": ["h.{i}.mlp"]}, paths relative to the base model.
+    """
+    base = _base_model(model)
+    for group in groups:
+        first, *others = group["layers"]
+        for pattern in group["modules"]:
+            shared = base.get_submodule(pattern.format(i=first))
+            for i in others:
+                parent, _, name = pattern.format(i=i).rpartition(".")
+                setattr(base.get_submodule(parent), name, shared)
+    aliases = _alias_names(model, groups)
+    model._keys_to_ignore_on_save = sorted({*(model._keys_to_ignore_on_save or ()), *aliases})
+
+
+def adopt_(model, ffmerge):
+    """Turn a model of a stock class into its FFMerged class in place; `ffmerge` is the config section."""
+    config = model.config
+    config.__class__ = _ours(type(config))
+    config.ffmerge = ffmerge
+    config.auto_map = auto_map(type(config))
+    share_(model, ffmerge["groups"])
+    model.__class__ = _ours(type(model))
+
+
+def release_(model):
+    """Undo `adopt_`: the stock class and config again. The modules stay as they are."""
+    config = model.config
+    aliases = _alias_names(model, config.ffmerge["groups"])
+    model.__class__ = type(model).__bases__[0]
+    model._keys_to_ignore_on_save = [k for k in model._keys_to_ignore_on_save if k not in aliases] or None
+    del config.ffmerge, config.auto_map
+    config.__class__ = type(config).__bases__[0]
+
+
+def auto_map(config_class):
+    """config.json's auto_map: every Auto class of the family, pointing into this file."""
+    classes = {name: f"{_file()}.{model.__name__}" for name, model in _auto_models(config_class).items()}
+    return {"AutoConfig": f"{_file()}.{config_class.__name__}", **classes}
+
+
+def register(config_class):
+    """Make the Auto classes of this process know the family, so that no trust_remote_code is needed."""
+    for name, model in _auto_models(config_class).items():
+        getattr(transformers, name).register(config_class, model, exist_ok=True)
+
+
+def _file():
+    return __name__.rpartition(".")[2]
+
+
+def _base_model(model):
+    return getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+
+
+def _alias_names(model, groups):
+    """Names in the state dict under which shared parameters appear again."""
+    base = _base_model(model)
+    prefix = "" if base is model else model.base_model_prefix + "."
+    names = set()
+    for group in groups:
+        first, *others = group["layers"]
+        for pattern in group["modules"]:
+            parameters = [n for n, _ in base.get_submodule(pattern.format(i=first)).named_parameters()]
+            names |= {f"{prefix}{pattern.format(i=i)}.{n}" for i in others for n in parameters}
+    return names
+
+
+def _auto_models(config_class):
+    """{name of an Auto class: FFMerged class} for the family of `config_class`."""
+    stock, found = config_class.__bases__[0], {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is None or not hasattr(transformers, name) or stock not in mapping:
+            continue
+        model = mapping[stock]
+        model = model[0] if isinstance(model, (tuple, list)) else model
+        if model is not None and hasattr(transformers, model.__name__):
+            found[name] = _ours(model)
+    return found
+
+
+def _auto_class(model_class):
+    """The Auto class that a saved model of this class is loaded with."""
+    names = [n for n, m in _auto_models(model_class.config_class).items() if m is model_class]
+    return next((n for n in names if n not in ("AutoModelForPreTraining", "AutoModelWithLMHead")), "AutoModel")
+
+
+def _ours(stock):
+    if stock.__name__.startswith(PREFIX):
+        return stock
+    if getattr(transformers, stock.__name__, None) is not stock:
+        raise ValueError(
+            f"{stock.__name__} is not a class of transformers itself: its code cannot travel in a checkpoint"
+        )
+    return __getattr__(PREFIX + stock.__name__)
+
+
+def __getattr__(name):
+    stock = getattr(transformers, name[len(PREFIX) :], None) if name.startswith(PREFIX) else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in globals():
+        return globals()[name]
+    is_config = issubclass(stock, transformers.PretrainedConfig)
+    made = globals()[name] = (_make_config if is_config else _make_model)(name, stock)
+    if not is_config:
+        made._auto_class = _auto_class(made)
+    return made
+
+
+def _make_config(name, stock):
+    def from_dict(cls, config_dict, **kwargs):
+        config_dict = dict(config_dict)
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(config_dict.get(key), str):
+                config_dict[key] = config_dict[key].removesuffix(REFUSAL)
+        return super(made, cls).from_dict(config_dict, **kwargs)
+
+    def to_json_string(self, use_diff=True, **kwargs):
+        values = json.loads(super(made, self).to_json_string(use_diff, **kwargs))
+        values.pop("torch_dtype", None)
+        values["dtype"] = str(self.dtype or torch.float32).removeprefix("torch.") + REFUSAL
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    made = type(
+        name,
+        (stock,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{stock.__name__} of a model with shared FFNs.",
+            "model_type": TYPE_PREFIX + stock.model_type,
+            "_auto_class": "AutoConfig",
+            "from_dict": classmethod(from_dict),
+            "to_json_string": to_json_string,
+        },
+    )
+    return made
+
+
+def _make_model(name, stock):
+    def __init__(self, config, *args, **kwargs):
+        super(made, self).__init__(config, *args, **kwargs)
+        share_(self, config.ffmerge["groups"])
+
+    def save_pretrained(self, save_directory, **kwargs):
+        if "save_original_format" in inspect.signature(super(made, self).save_pretrained).parameters:
+            kwargs.setdefault("save_original_format", False)  # that format is keyed by the stock model_type
+        super(made, self).save_pretrained(save_directory, **kwargs)
+
+    made = type(
+        name,
+        (stock,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{stock.__name__} whose blocks share FFNs.",
+            "config_class": _ours(stock.config_class),
+            "__init__": __init__,
+            "save_pretrained": save_pretrained,
+        },
+    )
+    return made

@@ -1,0 +1,146 @@
+"""Choose the layers to merge: try every window on validation data, in memory (paper A, section 3.4, algorithm 1)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .._errors import FFMergeError
+from .._progress import progress
+from .align import MergePlan, plan, rank_windows
+from .combine import merged
+from .layers import Group, format_layers, windows
+from .statistics import CorrelationStats
+
+
+def search(
+    model: nn.Module,
+    stats: CorrelationStats,
+    window: int,
+    evaluate: Callable[[nn.Module], float],
+    higher_is_better: bool = False,
+    anchor: str = "first",
+    method: str = "permute",
+    seed: int = 0,
+    resume: str | os.PathLike | None = None,
+) -> MergePlan:
+    """Merge each of the N - window + 1 windows, evaluate without tuning, undo, and keep the best.
+
+    The model is never reloaded and holds exactly its own weights afterwards. Encoder and decoder move in step. In a
+    `torch.distributed` job the windows are shared out over the ranks, and every rank returns the same plan.
+
+    Args:
+        model: the model the statistics are of.
+        stats: from `collect(window=at least this window)`.
+        window: number of layers that become one FFN.
+        evaluate: maps the merged model to a score (loss, perplexity, accuracy, ...).
+        higher_is_better: of the score.
+        anchor, method, seed: as in `plan`.
+        resume: a JSON file that keeps the scores; a killed search goes on from it.
+
+    Returns:
+        The plan of the best window (the first one among equals), with all scores in `.search`.
+
+    Raises:
+        FFMergeError: window too large, statistics of another model, every score NaN, `resume` of another search.
+    """
+    if not callable(evaluate):
+        raise FFMergeError(f"evaluate: got {evaluate!r}, wanted a function of the model that returns a number")
+    stats.model.check(model, "stats")
+    candidates = windows(stats.model.ffns, window)
+    plans = {format_layers(g, stats.model.stacks): g for g in candidates}
+    settings = {"model": stats.model.fingerprint, "window": window, "anchor": anchor, "method": method, "seed": seed}
+    scores = _Scores(resume, settings)
+
+    def planned(groups: Sequence[Group]) -> MergePlan:
+        layers: dict[str, list] = {}
+        for stack, indices in groups:
+            layers.setdefault(stack, []).append(list(indices))
+        return plan(stats, layers=layers, anchor=anchor, method=method, model=model, seed=seed)
+
+    todo = [name for name in _share_of_rank(list(plans)) if name not in scores.values]
+    for name in progress(todo, total=len(todo), desc=f"search window {window}", unit="window"):
+        with merged(model, planned(plans[name])):
+            scores.add(name, float(evaluate(model)))
+    values = _gather(scores.values)
+    ranked = [(name, values[name]) for name in plans]
+    usable = [(name, value) for name, value in ranked if not math.isnan(value)]
+    if not usable:
+        raise FFMergeError("search: every window's score is NaN; check `evaluate` on the unmerged model")
+    best = (max if higher_is_better else min)(usable, key=lambda entry: entry[1])[0]
+    chosen = planned(plans[best])
+    chosen.search = ranked
+    return chosen
+
+
+def sweep(stats: CorrelationStats, sizes: Iterable[int], anchor: str = "first") -> list[dict]:
+    """For each window size, every window's mean matched correlation and what merging it leaves.
+
+    Returns:
+        Rows with window, layers, mean_correlation, parameters, nbytes; nothing is evaluated.
+    """
+    rows = []
+    for size in sizes:
+        for groups, correlation in rank_windows(stats, size, anchor):
+            layers = format_layers(groups, stats.model.stacks)
+            made = plan(stats, layers=layers, anchor=anchor)
+            row = {"window": size, "layers": layers, "mean_correlation": correlation}
+            rows.append(row | {"parameters": made.parameters_after, "nbytes": made.nbytes_after})
+    return rows
+
+
+class _Scores:
+    """Scores by window, mirrored in a JSON file after each one."""
+
+    def __init__(self, path: str | os.PathLike | None, settings: dict):
+        world, rank = _world()
+        self._path = Path(f"{path}.rank{rank}" if world > 1 else path) if path else None
+        self._settings, self.values = settings, {}
+        if self._path is not None and self._path.exists():
+            try:
+                content = json.loads(self._path.read_text())
+                found, self.values = content["settings"], content["scores"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise FFMergeError(
+                    f"resume: {self._path} is not a file of search scores; delete it or give another"
+                ) from error
+            if found != settings:
+                differ = [k for k in settings if found.get(k) != settings[k]]
+                raise FFMergeError(
+                    f"resume: {self._path} is of a search with another {', '.join(differ)}; give another file"
+                )
+
+    def add(self, name: str, score: float) -> None:
+        self.values[name] = score
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            beside = self._path.with_name(f".{self._path.name}.tmp")
+            beside.write_text(json.dumps({"settings": self._settings, "scores": self.values}, indent=1))
+            os.replace(beside, self._path)
+
+
+def _world() -> tuple[int, int]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(), distributed.get_rank()
+    return 1, 0
+
+
+def _share_of_rank(names: list[str]) -> list[str]:
+    world, rank = _world()
+    return names[rank::world]
+
+
+def _gather(values: dict[str, float]) -> dict[str, float]:
+    world, _ = _world()
+    if world == 1:
+        return values
+    parts: list = [None] * world
+    torch.distributed.all_gather_object(parts, values)
+    return {name: score for part in parts for name, score in part.items()}

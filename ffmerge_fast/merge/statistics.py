@@ -1,0 +1,223 @@
+"""`CorrelationStats`: what `collect` measured on a model, saved as safetensors with a JSON header."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .._errors import FFMergeError
+from ..models import FFNSublayer, base_model_type, find_ffns, fingerprint
+
+FORMAT = 1
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What statistics and plans remember of a model, to recognise it and to count what merging saves."""
+
+    model_type: str
+    fingerprint: str
+    parameters: int
+    nbytes: int
+    ffns: tuple[FFNSublayer, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelSummary:
+        weights = list(model.parameters())
+        return cls(
+            model_type=base_model_type(model),
+            fingerprint=fingerprint(model),
+            parameters=sum(w.numel() for w in weights),
+            nbytes=sum(w.numel() * w.element_size() for w in weights),
+            ffns=tuple(find_ffns(model)),
+        )
+
+    @property
+    def stacks(self) -> list[str]:
+        return list(dict.fromkeys(f.stack for f in self.ffns))
+
+    def check(self, model: nn.Module, what: str) -> None:
+        """Raise FFMergeError unless `what` (the owner of this summary) was made from `model`."""
+        self.check_same(base_model_type(model), fingerprint(model), what)
+
+    def check_same(self, model_type: str, found: str, what: str) -> None:
+        """The same for a model of which type and fingerprint are known."""
+        if found != self.fingerprint:
+            raise FFMergeError(
+                f"{what} is of another model ({self.model_type} {self.fingerprint}; this one is {model_type} {found}): "
+                "make it again from this model"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSummary:
+        ffns = tuple(FFNSublayer(**{**f, "shared": tuple(f["shared"])}) for f in values["ffns"])
+        return cls(**{**values, "ffns": ffns})
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How one layer's neurons match the anchor's.
+
+    Attributes:
+        permutation: int64 [d_ff]; the anchor's neuron j corresponds to this layer's neuron `permutation[j]`.
+        matched: mean correlation of matched neurons; `unmatched`: the same before alignment (the diagonal's mean).
+    """
+
+    permutation: Tensor
+    matched: float
+    unmatched: float
+
+
+@dataclass
+class CorrelationStats:
+    """Second moments of the FFN features of a model, one `CorrelationState` per stack.
+
+    Attributes:
+        model: the model they were measured on.
+        settings: how (pairs, features, max_tokens).
+        states: {stack: CorrelationState whose keys are layer indices}.
+    """
+
+    model: ModelSummary
+    settings: dict[str, Any]
+    states: dict[str, ops.CorrelationState]
+    _alignments: dict[tuple[str, int, int], Alignment] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def empty(cls, model: ModelSummary, pairs: Mapping[str, Iterable[Pair]], devices, **settings) -> CorrelationStats:
+        """Accumulators for `pairs` ({stack: [(i, j)]}) on `devices` ({stack: device}), with nothing counted yet."""
+        widths = {(f.stack, f.index): f.d_ff for f in model.ffns}
+        states = {}
+        for stack, wanted in pairs.items():
+            layers = sorted({i for pair in wanted for i in pair})
+            states[stack] = ops.CorrelationState({i: widths[stack, i] for i in layers}, wanted, devices[stack])
+        settings["pairs"] = {stack: [list(p) for p in state.pairs] for stack, state in states.items()}
+        return cls(model, settings, states)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens counted in each stack."""
+        return {stack: state.count(next(iter(state.widths))) for stack, state in self.states.items()}
+
+    def correlation(self, i: int, j: int, stack: str | None = None) -> Tensor:
+        """Pearson correlation of the FFN features of layers `i` and `j`, float32 [d_ff, d_ff]; rows are layer `i`'s.
+
+        Raises:
+            FFMergeError: the pair was not collected; no `stack` given for an encoder-decoder model.
+        """
+        return self._state(stack).correlation(i, j)
+
+    def alignment(self, anchor: int, layer: int, stack: str | None = None) -> Alignment:
+        """The best match of `layer`'s neurons to `anchor`'s (paper A, eq. 2); computed once, then remembered."""
+        stack = stack or self._only_stack()
+        key = (stack, anchor, layer)
+        if key not in self._alignments:
+            scores = self.correlation(anchor, layer, stack)
+            permutation = ops.assign(scores).permutation.cpu()
+            matched = scores.gather(1, permutation.to(scores.device)[:, None]).double().mean().item()
+            self._alignments[key] = Alignment(permutation, matched, scores.diagonal().double().mean().item())
+        return self._alignments[key]
+
+    def merge(self, other: CorrelationStats) -> CorrelationStats:
+        """Add the tokens of `other` (same model, pairs and features) in place; exact however they were split."""
+        if other.model.fingerprint != self.model.fingerprint:
+            raise FFMergeError("merge: the statistics are of different models; collect both from the same one")
+        for name in ("pairs", "features"):
+            if self.settings[name] != other.settings[name]:
+                raise FFMergeError(f"merge: the statistics differ in {name}; collect both with the same settings")
+        for stack, state in self.states.items():
+            state.merge_(other.states[stack])
+        self._alignments.clear()
+        return self
+
+    def all_reduce(self, group=None) -> CorrelationStats:
+        """Add up the tokens of all processes of a `torch.distributed` group, in place, on every one of them."""
+        for state in self.states.values():
+            state.all_reduce_(group)
+        self._alignments.clear()
+        return self
+
+    def save(self, path: str | os.PathLike, **progress) -> None:
+        """Write one safetensors file (header: model, settings); written beside, then renamed."""
+        from safetensors.torch import save_file
+
+        header = {"format": FORMAT, "model": self.model.to_dict(), "settings": self.settings, "progress": progress}
+        tensors = {
+            f"{stack}/{name}": tensor.contiguous()
+            for stack, state in self.states.items()
+            for name, tensor in state.state_dict().items()
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, beside, metadata={"ffmerge": json.dumps(header)})
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> CorrelationStats:
+        """Read what `save` wrote.
+
+        Raises:
+            FFMergeError: no such file, damaged, or not a file of statistics.
+        """
+        return cls.load_with_progress(path, device)[0]
+
+    @classmethod
+    def load_with_progress(cls, path: str | os.PathLike, device="cpu") -> tuple[CorrelationStats, dict[str, Any]]:
+        """(statistics, what `save` was told of the progress of collecting them)."""
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FFMergeError(f"statistics: {path} is not a file; make it with `ffmerge collect`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise FFMergeError(f"statistics: {path} is damaged ({error}); collect again") from error
+        if "ffmerge" not in metadata:
+            raise FFMergeError(f"statistics: {path} is a safetensors file, but not one of statistics")
+        header = json.loads(metadata["ffmerge"])
+        if header["format"] != FORMAT:
+            raise FFMergeError(f"statistics: {path} has format {header['format']}, this version reads {FORMAT}")
+        settings = header["settings"]
+        pairs = {stack: [tuple(p) for p in wanted] for stack, wanted in settings.pop("pairs").items()}
+        stats = cls.empty(ModelSummary.from_dict(header["model"]), pairs, dict.fromkeys(pairs, device), **settings)
+        for stack, state in stats.states.items():
+            prefix = f"{stack}/"
+            state.load_state_dict_({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        return stats, header["progress"]
+
+    def _state(self, stack: str | None) -> ops.CorrelationState:
+        stack = stack or self._only_stack()
+        if stack not in self.states:
+            raise FFMergeError(f"stack: got {stack!r}, these statistics have {', '.join(self.states)}")
+        return self.states[stack]
+
+    def _only_stack(self) -> str:
+        if len(self.states) > 1:
+            raise FFMergeError(f"stack: say which of {', '.join(self.states)}, this model has both")
+        return next(iter(self.states))
+
+
+def layer_pairs(groups: Sequence[tuple[str, Sequence[int]]], anchors: Sequence[int]) -> dict[str, list[Pair]]:
+    """{stack: [(anchor, other layer), ...]} of the groups: what aligning them needs."""
+    pairs: dict[str, list[Pair]] = {}
+    for (stack, indices), anchor in zip(groups, anchors, strict=True):
+        pairs.setdefault(stack, []).extend((anchor, i) for i in indices if i != anchor)
+    return pairs

@@ -1,0 +1,394 @@
+"""Where the feed-forward (FFN) weights of a model live: the family table, and detection of every FFN sublayer.
+
+A family is one `FFNSpec` per stack (encoder, decoder), with alternatives for layouts that changed between versions.
+Everything above this file speaks of `FFNSublayer`s only and never of a family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ._errors import FFMergeError
+
+ENCODER, DECODER = "encoder", "decoder"
+MERGED_TYPE_PREFIX = "ffmerge_"  # config.model_type of a merged checkpoint: "ffmerge_gpt2"
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """Dotted paths to the FFN weights of one stack.
+
+    Args:
+        layers: path of the list of blocks, from the model or its base model ("h", "encoder.layers"); "" is the model.
+        up: path of W_up inside a block, `[d_ff, d_model]` as nn.Linear, or Conv1D.
+        down: path of W_down inside a block.
+        gate: path of W_gate inside a block, for gated FFNs (SwiGLU, GeGLU).
+        fused: `up` holds gate and up stacked, gate first (`[2 * d_ff, d_model]`, Phi-3).
+        module: path inside a block of the module that holds the whole FFN and nothing else. It is what merged layers
+            share; without it they share each of the two or three projections.
+        stack: "encoder" or "decoder".
+        activation: path inside a block of the activation, or its name ("gelu"); None: searched beside `up`.
+    """
+
+    layers: str
+    up: str
+    down: str
+    gate: str | None = None
+    fused: bool = False
+    module: str | None = None
+    stack: str = DECODER
+    activation: str | None = None
+
+    def __post_init__(self):
+        if self.stack not in (ENCODER, DECODER):
+            raise FFMergeError(f"FFNSpec(stack=...): got {self.stack!r}, wanted 'encoder' or 'decoder'")
+        if self.fused and self.gate:
+            raise FFMergeError("FFNSpec: give either gate= or fused=True (gate and up in one weight), not both")
+
+
+@dataclass(frozen=True)
+class FFNSublayer:
+    """One FFN of a model, by dotted paths from the model's root (so it stays valid after merging and copying)."""
+
+    index: int
+    stack: str
+    path: str
+    up_path: str
+    down_path: str
+    gate_path: str | None
+    fused: bool
+    shared: tuple[str, ...]
+    d_model: int
+    d_ff: int
+    activation: str
+    gated: bool
+    bias: bool
+    parameters: int
+    nbytes: int
+
+    @property
+    def key(self) -> str:
+        """Name of this FFN in statistics and plans: "decoder.3"."""
+        return f"{self.stack}.{self.index}"
+
+    @property
+    def signature(self) -> tuple:
+        """What FFNs must have in common to be merged."""
+        return (self.stack, self.d_model, self.d_ff, self.activation, self.gated, self.fused, self.bias)
+
+
+# ---------------------------------------------------------------------------------------------------- family table
+
+
+def _gated(layers: str = "layers", mlp: str = "mlp") -> list[FFNSpec]:
+    return [FFNSpec(layers, f"{mlp}.up_proj", f"{mlp}.down_proj", f"{mlp}.gate_proj", module=mlp)]
+
+
+def _plain(
+    up: str, down: str, layers: str = "layers", module: str | None = "mlp", stack: str = DECODER
+) -> list[FFNSpec]:
+    prefix = f"{module}." if module else ""
+    return [FFNSpec(layers, prefix + up, prefix + down, module=module, stack=stack)]
+
+
+def _encoder_decoder() -> list[FFNSpec]:
+    return [FFNSpec(f"{stack}.layers", "fc1", "fc2", stack=stack, activation="activation_fn") for stack in _STACKS]
+
+
+def _t5() -> list[FFNSpec]:
+    specs = []
+    for stack, position in ((ENCODER, 1), (DECODER, 2)):
+        ffn = f"layer.{position}.DenseReluDense"
+        specs.append(FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.wo", module=ffn, stack=stack))
+        specs.append(FFNSpec(f"{stack}.block", f"{ffn}.wi_1", f"{ffn}.wo", f"{ffn}.wi_0", module=ffn, stack=stack))
+    return specs
+
+
+_STACKS = (ENCODER, DECODER)
+_BERT = [
+    FFNSpec(
+        "encoder.layer",
+        "intermediate.dense",
+        "output.dense",
+        stack=ENCODER,
+        activation="intermediate.intermediate_act_fn",
+    )
+]
+_VIT = _plain("fc1", "fc2", stack=ENCODER) + _BERT  # transformers 5, then transformers 4
+
+_FAMILIES: dict[str, list[FFNSpec]] = {
+    **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode"), _plain("c_fc", "c_proj", layers="h")),
+    "gptj": _plain("fc_in", "fc_out", layers="h"),
+    "gpt_neox": _plain("dense_h_to_4h", "dense_4h_to_h"),
+    "bloom": _plain("dense_h_to_4h", "dense_4h_to_h", layers="h"),
+    "falcon": _plain("dense_h_to_4h", "dense_4h_to_h", layers="h"),
+    "opt": [FFNSpec("decoder.layers", "fc1", "fc2", activation="activation_fn")],
+    "phi": _plain("fc1", "fc2"),
+    "starcoder2": _plain("c_fc", "c_proj"),
+    "phi3": [FFNSpec("layers", "mlp.gate_up_proj", "mlp.down_proj", fused=True, module="mlp")],
+    **dict.fromkeys(
+        (
+            "llama mistral ministral qwen2 qwen3 olmo olmo2 olmo3 gemma gemma2 gemma3_text smollm3 granite stablelm"
+            " cohere cohere2 helium"
+        ).split(),
+        _gated(),
+    ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "distilbert": [FFNSpec("transformer.layer", "ffn.lin1", "ffn.lin2", stack=ENCODER, activation="ffn.activation")],
+    **dict.fromkeys(("vit", "deit"), _VIT),
+    **dict.fromkeys(("marian", "bart", "mbart", "pegasus", "m2m_100", "whisper", "blenderbot"), _encoder_decoder()),
+    **dict.fromkeys(("t5", "mt5"), _t5()),
+}
+_registration_hooks: list[Callable[[str], None]] = []
+
+
+def supported_families() -> list[str]:
+    """Model types (or class names) that `find_ffns` knows, `register_family`'s additions included."""
+    return sorted(_FAMILIES)
+
+
+def register_family(model_type: str, spec: FFNSpec | Sequence[FFNSpec]) -> None:
+    """Teach `find_ffns` a new family.
+
+    Args:
+        model_type: `config.model_type` of a transformers model, or the class name of any other `nn.Module`.
+        spec: one FFNSpec per stack; of several for one stack, the first whose paths exist is taken.
+    """
+    _FAMILIES[model_type] = [spec] if isinstance(spec, FFNSpec) else list(spec)
+    for hook in _registration_hooks:
+        hook(model_type)
+
+
+def on_register(hook: Callable[[str], None]) -> None:
+    """Call `hook(model_type)` for every later `register_family`."""
+    _registration_hooks.append(hook)
+
+
+# -------------------------------------------------------------------------------------------------------- detection
+
+
+def find_ffns(model: nn.Module) -> list[FFNSublayer]:
+    """Every FFN sublayer of `model`, encoder first, in layer order.
+
+    Raises:
+        FFMergeError: unknown family (names the spec to write), mixture-of-experts blocks, quantised or
+            adapter-wrapped projections.
+    """
+    specs, family = _specs(model)
+    found: dict[str, list[FFNSublayer]] = {}
+    for spec in specs:
+        if spec.stack in found:
+            continue
+        sublayers = _stack_sublayers(model, spec)
+        if sublayers:
+            found[spec.stack] = sublayers
+    if not found:
+        _refuse_experts(model)
+        wanted = ", ".join(f"{s.layers}.<i>.{s.up}" for s in specs)
+        raise FFMergeError(f"no FFN found in this {type(model).__name__}: family {family!r} expects {wanted}")
+    return [ffn for stack in _STACKS for ffn in found.get(stack, [])]
+
+
+def base_model_path(model: nn.Module) -> str:
+    """Dotted path of the headless model inside `model` ("transformer"), "" when `model` is it."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def base_model_type(model: nn.Module) -> str:
+    """`config.model_type` without our prefix, or the class name of a plain module."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return model_type.removeprefix(MERGED_TYPE_PREFIX) if model_type else type(model).__name__
+
+
+def _specs(model: nn.Module) -> tuple[list[FFNSpec], str]:
+    names = [base_model_type(model), *(c.__name__ for c in type(model).__mro__)]
+    for name in names:
+        if name in _FAMILIES:
+            return _FAMILIES[name], name
+    _refuse_experts(model)
+    raise FFMergeError(
+        f"no FFN layout known for {names[0]!r} ({type(model).__name__}): call ffmerge_fast.register_family({names[0]!r}, "
+        "FFNSpec(layers='<list of blocks>', up='<W_up in a block>', down='<W_down in a block>', gate=None)) or give "
+        "--ffn-layers/--ffn-up/--ffn-down/--ffn-gate"
+    )
+
+
+_EXPERTS = re.compile(r"(?i)moe|experts|sparsemlp")
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if _EXPERTS.search(type(module).__name__) and name:
+            raise FFMergeError(
+                f"{name} is a mixture of experts ({type(module).__name__}): its experts see different tokens, so one "
+                "correlation over all tokens does not exist; only dense FFNs can be merged"
+            )
+
+
+def get(model: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted path ("" is the model), or None."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def join(*parts: str) -> str:
+    """Dotted path of the non-empty parts."""
+    return ".".join(p for p in parts if p)
+
+
+def _stack_sublayers(model: nn.Module, spec: FFNSpec) -> list[FFNSublayer]:
+    for base in dict.fromkeys((base_model_path(model), "")):
+        layers_path = join(base, spec.layers)
+        layers = get(model, layers_path)
+        if layers is not None and (spec.layers or isinstance(layers, (nn.ModuleList, nn.Sequential))):
+            names = [n for n, _ in layers.named_children()]
+            return [s for i, n in enumerate(names) if (s := _sublayer(model, spec, i, join(layers_path, n)))]
+    return []
+
+
+def _sublayer(model: nn.Module, spec: FFNSpec, index: int, path: str) -> FFNSublayer | None:
+    up, down = get(model, join(path, spec.up)), get(model, join(path, spec.down))
+    gate = get(model, join(path, spec.gate)) if spec.gate else None
+    if up is None or down is None or (spec.gate and gate is None):
+        _refuse_experts(model.get_submodule(path))
+        return None
+    for name, module in ((spec.up, up), (spec.down, down), (spec.gate, gate)):
+        if module is not None:
+            _check_projection(join(path, name), module)
+    width = out_features(up)
+    d_ff = width // 2 if spec.fused else width
+    if in_features(down) != d_ff:
+        raise FFMergeError(f"{path}: {spec.up} gives {d_ff} features but {spec.down} takes {in_features(down)}")
+    shared = (spec.module,) if spec.module else tuple(p for p in (spec.gate, spec.up, spec.down) if p)
+    weights = [w for m in (gate, up, down) if m is not None for w in m.parameters()]
+    return FFNSublayer(
+        index=index,
+        stack=spec.stack,
+        path=path,
+        up_path=join(path, spec.up),
+        down_path=join(path, spec.down),
+        gate_path=join(path, spec.gate) if spec.gate else None,
+        fused=spec.fused,
+        shared=tuple(join(path, s) for s in shared),
+        d_model=in_features(up),
+        d_ff=d_ff,
+        activation=_activation(model, spec, path),
+        gated=bool(spec.gate) or spec.fused,
+        bias=up.bias is not None,
+        parameters=sum(w.numel() for w in weights),
+        nbytes=sum(w.numel() * w.element_size() for w in weights),
+    )
+
+
+def _check_projection(path: str, module: nn.Module) -> None:
+    if hasattr(module, "base_layer"):
+        raise FFMergeError(
+            f"{path} is wrapped by an adapter ({type(module).__name__}): merge or unload the adapter first"
+        )
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise FFMergeError(f"{path} is a {type(module).__name__}: wanted a linear projection with a 2-d weight")
+    if not weight.is_floating_point():
+        raise FFMergeError(
+            f"{path} is quantised ({weight.dtype}): load the model in fp32, bf16 or fp16, merge, then quantise"
+        )
+
+
+# ----------------------------------------------------------------------------------------------- projection modules
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the weight is stored `[in, out]` (transformers' Conv1D) instead of nn.Linear's `[out, in]`."""
+    return hasattr(module, "nf") and type(module).__name__ == "Conv1D"
+
+
+def out_dim(module: nn.Module) -> int:
+    """Axis of the weight that runs over output features."""
+    return 1 if is_conv1d(module) else 0
+
+
+def out_features(module: nn.Module) -> int:
+    return module.weight.shape[out_dim(module)]
+
+
+def in_features(module: nn.Module) -> int:
+    return module.weight.shape[1 - out_dim(module)]
+
+
+# ------------------------------------------------------------------------------------------------------- activation
+
+_ACTIVATIONS = {
+    "ReLU": "relu",
+    "relu": "relu",
+    "GELUActivation": "gelu",
+    "gelu": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "BloomGelu": "gelu_tanh",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "silu": "silu",
+    "ReLUSquaredActivation": "relu2",
+    "QuickGELUActivation": "quick_gelu",
+}
+_ACTIVATION_ATTRIBUTES = ("act", "act_fn", "activation_fn", "activation", "gelu_impl", "relu")
+
+
+def _activation(model: nn.Module, spec: FFNSpec, path: str) -> str:
+    if spec.activation and spec.activation in _ACTIVATIONS.values():
+        return spec.activation
+    if spec.activation:
+        parent, _, name = join(path, spec.activation).rpartition(".")
+        return _activation_name(getattr(get(model, parent), name, None))
+    holder = model.get_submodule(join(path, spec.up).rpartition(".")[0])
+    found = (getattr(holder, name) for name in _ACTIVATION_ATTRIBUTES if hasattr(holder, name))
+    return _activation_name(next(found, None))
+
+
+def _activation_name(function: object) -> str:
+    """Canonical name of an activation module or function; unknown ones keep their class name."""
+    if isinstance(function, nn.GELU):
+        return "gelu_tanh" if function.approximate == "tanh" else "gelu"
+    name = getattr(function, "__name__", None) or type(function).__name__
+    return _ACTIVATIONS.get(name, name)
+
+
+# ------------------------------------------------------------------------------------------------ layers, fingerprint
+
+
+def by_stack(ffns: Iterable[FFNSublayer]) -> dict[str, list[FFNSublayer]]:
+    """Group sublayers by stack, in order."""
+    stacks: dict[str, list[FFNSublayer]] = {}
+    for ffn in ffns:
+        stacks.setdefault(ffn.stack, []).append(ffn)
+    return stacks
+
+
+def projections(model: nn.Module, ffn: FFNSublayer) -> Iterator[tuple[str, nn.Module]]:
+    """(role, module) of one FFN: "gate" (if any), "up", "down"."""
+    for role, path in (("gate", ffn.gate_path), ("up", ffn.up_path), ("down", ffn.down_path)):
+        if path:
+            yield role, model.get_submodule(path)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Short hash of the model's FFN layout and of a sample of every FFN weight, equal for fp32 and bf16 copies."""
+    digest = hashlib.sha256()
+    for ffn in find_ffns(model):
+        digest.update(repr((ffn.key, ffn.signature)).encode())
+        for _, module in projections(model, ffn):
+            flat = module.weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
