@@ -77,6 +77,12 @@ def test_ci_runs_the_readme_command():
         assert part in makefile.replace("$(VENV)", ".venv")
 
 
+def test_lint_is_the_same_everywhere():
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert re.search(r"^ruff==(\S+)", constraints, flags=re.MULTILINE)[1] == re.search(r"rev: v(\S+)", hooks)[1]
+
+
 def test_readme_lists_every_command():
     cli = subprocess.run([sys.executable, "-m", "ffmerge_fast.cli", "--help"], capture_output=True, text=True)
     for verb in re.findall(r"^\| `(\w+)", README, flags=re.MULTILINE):
