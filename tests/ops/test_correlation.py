@@ -237,7 +237,7 @@ def test_all_reduce_with_different_data_and_an_empty_rank(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(_reduce, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    torch.multiprocessing.spawn(_reduce, (port, str(tmp_path)), nprocs=2)
     x = {0: features(200, 12, 1, 100.0), 1: features(200, 9, 2, 100.0)}
     for rank in range(2):
         for tensors in torch.load(tmp_path / f"{rank}.pt"):

@@ -1,0 +1,168 @@
+"""The `shared_ffn` op: checks, registration and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import _backend
+from ..._errors import FFMergeError
+from ..._library import define_op
+from .._activations import check_activation
+
+_POLICIES = ("none", "activation", "full")
+_WEIGHTS = "Tensor up, Tensor? gate, Tensor down, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias"
+
+
+def _forward(xs, *rest):
+    with torch.autocast(rest[0].device.type, enabled=False):
+        return _backend.select("shared_ffn", rest[0]).forward(xs, *rest)
+
+
+def _forward_fake(xs, up, gate, down, up_bias, gate_bias, down_bias, activation, recompute):
+    kept = {"none": 2, "activation": 1, "full": 0}[recompute] + (gate is not None and recompute != "full")
+    outputs = [x.new_empty((x.shape[0], down.shape[0])) for x in xs]
+    return outputs, [x.new_empty((x.shape[0], up.shape[0])) for x in xs for _ in range(kept)]
+
+
+def _backward(grads, xs, saved, up, *rest):
+    with torch.autocast(up.device.type, enabled=False):
+        return _backend.select("shared_ffn", up).backward(grads, xs, saved, up, *rest)
+
+
+def _backward_fake(grads, xs, saved, up, gate, down, up_bias, gate_bias, down_bias, activation, recompute, needs):
+    weights = (up, gate, down, up_bias, gate_bias, down_bias)
+    sum_dtype = torch.float64 if up.dtype == torch.float64 else torch.float32
+    needed = (w for w, need in zip(weights, needs[1:], strict=True) if need)
+    sums = [w.new_empty(w.shape, dtype=sum_dtype) for w in needed]
+    return [x.new_empty(x.shape) for x in xs] if needs[0] else [], sums
+
+
+_forward_op = define_op(
+    f"_shared_ffn_forward(Tensor[] xs, {_WEIGHTS}, str activation, str recompute) -> (Tensor[], Tensor[])",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define_op(
+    f"_shared_ffn_backward(Tensor[] grads, Tensor[] xs, Tensor[] saved, {_WEIGHTS}, str activation, str recompute,"
+    " bool[] needs) -> (Tensor[], Tensor[])",
+    _backward,
+    _backward_fake,
+)
+
+
+class SharedFFNFunction(torch.autograd.Function):
+    """Autograd around the op: weights keep their dtype, the op runs in `dtype` (that of autocast, or the inputs')."""
+
+    @staticmethod
+    def forward(ctx, activation, recompute, dtype, up, gate, down, up_bias, gate_bias, down_bias, *xs):
+        weights = (up, gate, down, up_bias, gate_bias, down_bias)
+        inputs = [x.to(dtype) for x in xs]
+        outputs, saved = _forward_op(inputs, *_cast(weights, dtype), activation, recompute)
+        ctx.save_for_backward(*weights, *inputs, *saved)
+        ctx.options = (activation, recompute)
+        ctx.dtypes = (dtype, [x.dtype for x in xs])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        dtype, x_dtypes = ctx.dtypes
+        tensors, n = ctx.saved_tensors, len(x_dtypes)
+        weights, xs, saved = tensors[:6], list(tensors[6 : 6 + n]), list(tensors[6 + n :])
+        needs_weight, needs_x = ctx.needs_input_grad[3:9], ctx.needs_input_grad[9:]
+        needs = [any(needs_x), *needs_weight]
+        grads = [g.to(dtype) for g in grads]
+        dxs, sums = _backward_op(grads, xs, saved, *_cast(weights, dtype), *ctx.options, needs)
+        sums = list(sums)
+        d_weights = [sums.pop(0).to(w.dtype) if need else None for w, need in zip(weights, needs_weight, strict=True)]
+        d_xs = [dxs[i].to(x_dtypes[i]) if needs_x[i] else None for i in range(n)]
+        return None, None, None, *d_weights, *d_xs
+
+
+def shared_ffn(
+    x: Tensor | Sequence[Tensor],
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "gelu",
+    recompute: str = "activation",
+) -> Tensor | list[Tensor]:
+    """Apply one FFN to the inputs of many layers or micro-batches: down(act(up x)), or down(act(gate x) · up x).
+
+    The weight gradients of all inputs of one call are summed in one float32 buffer and rounded once. Under autocast
+    the op runs in autocast's dtype, and gradients have the dtype of the weights. Differentiable once.
+
+    Args:
+        x: [..., d], for instance [G, T, d], or a list of [T_i, d] (nothing is stacked); float32, bfloat16, float16 or
+            float64.
+        up: [d_ff, d] (the layout of nn.Linear), like `gate`.
+        down: [d_out, d_ff].
+        gate: makes the FFN a gated one.
+        up_bias, gate_bias: [d_ff]. down_bias: [d_out].
+        activation: relu, gelu, gelu_tanh, silu, relu2 or quick_gelu.
+        recompute: what backward computes again: "none", the "activation" (kept are the pre-activations), or "full"
+            (kept is x only: least memory, one more GEMM or two).
+
+    Returns:
+        [..., d_out], or a list of [T_i, d_out] for a list.
+
+    Raises:
+        FFMergeError: unknown activation or policy; a shape, dtype or device does not fit.
+    """
+    check_activation(activation)
+    if recompute not in _POLICIES:
+        raise FFMergeError(f"recompute: got {recompute!r}, want one of {', '.join(_POLICIES)}")
+    xs = [x] if isinstance(x, Tensor) else list(x)
+    weights = (up, gate, down, up_bias, gate_bias, down_bias)
+    _check_weights(*weights)
+    dtype = _compute_dtype(xs, weights)
+    for one in xs:
+        if one.ndim == 0 or one.shape[-1] != up.shape[1]:
+            raise FFMergeError(f"x: got shape {list(one.shape)}, want [..., {up.shape[1]}], the input width of up")
+    if not xs:
+        return []
+    if not torch.is_grad_enabled():
+        recompute = "full"  # nothing will be needed again
+    flat = [one.reshape(-1, up.shape[1]) for one in xs]
+    outputs = SharedFFNFunction.apply(activation, recompute, dtype, *weights, *flat)
+    outputs = [y.reshape(*one.shape[:-1], down.shape[0]) for y, one in zip(outputs, xs, strict=True)]
+    return outputs[0] if isinstance(x, Tensor) else outputs
+
+
+def _check_weights(up, gate, down, up_bias, gate_bias, down_bias) -> None:
+    if up.ndim != 2 or down.ndim != 2:
+        raise FFMergeError(f"up, down: got shapes {list(up.shape)}, {list(down.shape)}, want [d_ff, d] and [d, d_ff]")
+    d_ff, d = up.shape
+    wanted = {"gate": (gate, (d_ff, d)), "down": (down, (down.shape[0], d_ff)), "up_bias": (up_bias, (d_ff,))}
+    wanted |= {"gate_bias": (gate_bias, (d_ff,)), "down_bias": (down_bias, (down.shape[0],))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise FFMergeError(f"{name}: got shape {list(tensor.shape)}, want {list(shape)} beside up {[d_ff, d]}")
+    if gate is None and gate_bias is not None:
+        raise FFMergeError("gate_bias: given without gate; give gate too or leave it out")
+
+
+def _compute_dtype(xs, weights) -> torch.dtype:
+    """The dtype to run in: autocast's, or the one that all tensors share."""
+    up = weights[0]
+    tensors = [*xs, *(w for w in weights if w is not None)]
+    device = next((t.device for t in tensors if t.device != up.device), None)
+    if device is not None:
+        raise FFMergeError(f"x and weights: on {device} and {up.device}; move them to one device")
+    if torch.is_autocast_enabled(up.device.type) and all(t.dtype != torch.float64 for t in tensors):
+        return torch.get_autocast_dtype(up.device.type)
+    other = next((t.dtype for t in tensors if t.dtype != up.dtype), None)
+    if other is not None or not up.is_floating_point():
+        raise FFMergeError(f"x and weights: got {up.dtype} and {other or up.dtype}, want one floating-point dtype")
+    return up.dtype
+
+
+def _cast(weights, dtype) -> list[Tensor | None]:
+    return [None if w is None else w.to(dtype) for w in weights]

@@ -1,0 +1,246 @@
+"""The shared FFN op against plain PyTorch in float64: values, every gradient, policies, autocast, compile."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ffmerge_fast as ff
+from ffmerge_fast.ops.shared_ffn import op
+from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x) ** 2,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+POLICIES = ("none", "activation", "full")
+
+
+def make(d, d_ff, gated, bias, dtype=torch.float32, seed=0):
+    """Weights by their argument names."""
+    g = torch.Generator().manual_seed(seed)
+    random = lambda *shape: (torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype)  # noqa: E731
+    weights = {"up": random(d_ff, d), "down": random(d, d_ff)}
+    if gated:
+        weights["gate"] = random(d_ff, d)
+    if bias:
+        weights |= {"up_bias": random(d_ff), "down_bias": random(d)}
+        if gated:
+            weights["gate_bias"] = random(d_ff)
+    return weights
+
+
+def plain(x, up, down, gate=None, up_bias=None, gate_bias=None, down_bias=None, activation="gelu"):
+    act = ACTIVATIONS[activation]
+    hidden = F.linear(x, up, up_bias)
+    hidden = act(hidden) if gate is None else act(F.linear(x, gate, gate_bias)) * hidden
+    return F.linear(hidden, down, down_bias)
+
+
+def with_gradients(function, xs, weights, dtype=None, **options):
+    """Outputs and gradients of all inputs and weights, of fresh copies in `dtype`; loss = Σ y · fixed noise."""
+    xs = [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in xs]
+    weights = {name: w.detach().to(dtype or w.dtype).clone().requires_grad_() for name, w in weights.items()}
+    ys = function(xs, **weights, **options)
+    g = torch.Generator().manual_seed(7)
+    loss = sum((y * torch.randn(y.shape, generator=g).to(y.dtype)).sum() for y in ys)
+    return [*ys, *torch.autograd.grad(loss, [*xs, *weights.values()])]
+
+
+def plain_list(xs, **options):
+    return [plain(x, **options) for x in xs]
+
+
+@pytest.mark.parametrize("gated, bias", list(product([False, True], repeat=2)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_two_times_rule_on_values_and_gradients(gated, bias, dtype, recompute):
+    weights = make(63, 100, gated, bias, dtype)
+    g = torch.Generator().manual_seed(1)
+    xs = [torch.randn(tokens, 63, generator=g).to(dtype) for tokens in (1, 100, 431)]
+    options = {"activation": "silu" if gated else "gelu"}
+    with nan_poisoned_empty():
+        ours = with_gradients(ff.ops.shared_ffn, xs, weights, recompute=recompute, **options)
+    same = with_gradients(plain_list, xs, weights, **options)
+    true = with_gradients(plain_list, xs, weights, torch.float64, **options)
+    for kernel, torch_same, float64 in zip(ours, same, true, strict=True):
+        assert_close_to_float64(kernel, torch_same, float64)
+
+
+def test_weight_gradients_of_many_bfloat16_inputs_are_summed_in_float32():
+    weights = make(16, 32, False, True, torch.bfloat16)
+    g = torch.Generator().manual_seed(1)
+    xs = [torch.randn(20, 16, generator=g).bfloat16() for _ in range(60)]
+    ours = with_gradients(ff.ops.shared_ffn, xs, weights)[-4:]
+    one_by_one = with_gradients(plain_list, xs, weights)[-4:]
+    true = with_gradients(plain_list, xs, weights, torch.float64)[-4:]
+    for a, b, t in zip(ours, one_by_one, true, strict=True):
+        assert (a.double() - t).norm() < 0.7 * (b.double() - t).norm()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradcheck(activation, gated):
+    weights = make(3, 4, gated, True, torch.float64)
+    names = list(weights)
+    xs = [torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)]
+    for recompute in POLICIES:
+
+        def function(*tensors, recompute=recompute):
+            given = dict(zip(names, tensors[2:], strict=True))
+            return tuple(ff.ops.shared_ffn(list(tensors[:2]), **given, activation=activation, recompute=recompute))
+
+        assert torch.autograd.gradcheck(function, [t.clone().requires_grad_() for t in (*xs, *weights.values())])
+
+
+def test_input_shapes_agree():
+    weights = make(12, 20, True, True)
+    x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(2))
+    y = ff.ops.shared_ffn(x, **weights, activation="silu")
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, plain(x, **weights, activation="silu"))
+    for i, part in enumerate(ff.ops.shared_ffn(list(x), **weights, activation="silu")):
+        torch.testing.assert_close(part, y[i])
+    torch.testing.assert_close(ff.ops.shared_ffn(x[0, 0], **weights, activation="silu"), y[0, 0])
+    assert ff.ops.shared_ffn([], **weights) == []
+    transposed = x.transpose(0, 2).contiguous().transpose(0, 2)
+    strided = {name: w.T.contiguous().T if w.ndim == 2 else w for name, w in weights.items()}
+    torch.testing.assert_close(ff.ops.shared_ffn(transposed, **strided, activation="silu"), y)
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_zero_tokens(recompute):
+    weights = make(12, 20, True, True)
+    results = with_gradients(ff.ops.shared_ffn, [torch.empty(0, 12)], weights, recompute=recompute)
+    assert results[0].shape == results[1].shape == (0, 12)
+    assert all(not gradient.any() for gradient in results[2:])
+
+
+def test_only_the_gradients_that_are_needed():
+    weights = make(12, 20, True, True)
+    x = torch.randn(5, 12)
+    full = with_gradients(ff.ops.shared_ffn, [x], weights)
+    names = ["x", *weights]
+    for wanted in names:
+        tensors = {"x": x, **weights}
+        tensors[wanted] = tensors[wanted].clone().requires_grad_()
+        y = ff.ops.shared_ffn(**tensors)
+        (gradient,) = torch.autograd.grad(
+            (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(7))).sum(), [tensors[wanted]]
+        )
+        assert torch.equal(gradient, full[1 + names.index(wanted)])
+
+
+def test_two_layers_that_share_the_weights_add_their_gradients():
+    x = torch.randn(9, 12, generator=torch.Generator().manual_seed(3)).double()
+    gradients = []
+    for function in (ff.ops.shared_ffn, plain):
+        weights = {n: w.double().requires_grad_() for n, w in make(12, 20, False, True).items()}
+        y = function(function(x, **weights) + x, **weights)
+        y.square().sum().backward(retain_graph=True)
+        once = [w.grad.clone() for w in weights.values()]
+        y.square().sum().backward()  # a second backward through the same graph adds the same again
+        for w, g in zip(weights.values(), once, strict=True):
+            torch.testing.assert_close(w.grad, 2 * g)
+        gradients.append(once)
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_policies_keep_less_for_backward():
+    weights = {name: w.requires_grad_() for name, w in make(12, 20, True, True).items()}
+    kept = {}
+    for policy in POLICIES:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            ff.ops.shared_ffn(torch.randn(100, 12), **weights, recompute=policy)
+        kept[policy] = sum(sizes)
+    hidden = 100 * 20  # one tensor of the hidden width
+    assert kept["activation"] - kept["full"] == 2 * hidden and kept["none"] - kept["activation"] == hidden
+
+
+def test_second_derivative_is_refused():
+    x = torch.randn(4, 12, requires_grad=True)
+    y = ff.ops.shared_ffn(x, **make(12, 20, False, False))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
+    weights = {name: w.requires_grad_() for name, w in make(63, 100, True, True).items()}
+    x = torch.randn(50, 63, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ff.ops.shared_ffn(x, **weights)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+    assert all(w.grad.dtype == torch.float32 for w in weights.values())
+    low = {name: w.detach().bfloat16() for name, w in weights.items()}
+    assert torch.equal(y, ff.ops.shared_ffn(x.detach().bfloat16(), **low))
+    rounded = weights["up"].grad.bfloat16().float()
+    assert not torch.equal(weights["up"].grad, rounded)  # not rounded on the way
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ff.ops.shared_ffn(x.double(), **{n: w.double() for n, w in weights.items()}).dtype == torch.float64
+
+
+def test_equal_inputs_give_equal_bits():
+    weights, x = make(63, 100, True, True), [torch.randn(40, 63), torch.randn(7, 63)]
+    first, second = (with_gradients(ff.ops.shared_ffn, x, weights) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck(gated):
+    w = make(6, 8, gated, True)
+    order = [w["up"], w.get("gate"), w["down"], w["up_bias"], w.get("gate_bias"), w["down_bias"]]
+    xs = [torch.randn(5, 6), torch.randn(3, 6)]
+    needs = [True, True, gated, True, True, gated, True]
+    for policy in POLICIES:
+        torch.library.opcheck(op._forward_op, (xs, *order, "gelu", policy))
+        ys, saved = op._forward_op(xs, *order, "gelu", policy)
+        torch.library.opcheck(op._backward_op, (ys, xs, saved, *order, "gelu", policy, needs))
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_compiles_whole_and_not_again_for_other_token_counts(recompute):
+    weights = {name: w.requires_grad_() for name, w in make(12, 20, True, True).items()}
+    call = lambda x: ff.ops.shared_ffn(x, **weights, activation="silu", recompute=recompute)  # noqa: E731
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+
+    def gradients(function, tokens):
+        x = torch.randn(2, tokens, 12, generator=torch.Generator().manual_seed(tokens), requires_grad=True)
+        y = function(x)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *weights.values()])]
+
+    gradients(compiled, 7)
+    with no_recompile():
+        for tokens in (31, 64):
+            for ours, eager in zip(gradients(compiled, tokens), gradients(call, tokens), strict=True):
+                torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"activation": "tanh"}, "activation: got 'tanh', want one of relu"),
+        ({"recompute": "half"}, "recompute: got 'half', want one of none"),
+        ({"x": torch.zeros(2, 5)}, r"x: got shape \[2, 5\], want \[..., 12\]"),
+        ({"down": torch.zeros(12, 19)}, r"down: got shape \[12, 19\], want \[12, 20\]"),
+        ({"gate": torch.zeros(12, 20)}, r"gate: got shape \[12, 20\], want \[20, 12\]"),
+        ({"up_bias": torch.zeros(12)}, r"up_bias: got shape \[12\], want \[20\]"),
+        ({"gate_bias": torch.zeros(20)}, "gate_bias: given without gate"),
+        ({"up": torch.zeros(20)}, "want \\[d_ff, d\\]"),
+        ({"x": torch.zeros(2, 12).double()}, "torch.float64, want one floating-point dtype"),
+        ({"x": torch.zeros(2, 12, device="meta")}, "move them to one device"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"x": torch.zeros(2, 12), **make(12, 20, False, True), **change}
+    with pytest.raises(ff.FFMergeError, match=message) as error:
+        ff.ops.shared_ffn(**arguments)
+    assert "\n" not in str(error.value)
