@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from ffmerge_fast import env_report
 
@@ -75,6 +76,25 @@ def test_ci_runs_the_readme_command():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(PY)", ".venv/bin/python")
     for part in command.replace("$(VENV)", ".venv").split(" && ")[1:]:
         assert part in makefile.replace("$(VENV)", ".venv")
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    """The example's lines as they stand, on a tiny random GPT-2."""
+    transformers = pytest.importorskip("transformers")
+    (example,) = re.findall(r"```python\n(import ffmerge_fast as ff\n.*?)```", README, flags=re.DOTALL)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=8, n_embd=16, n_head=2, vocab_size=32, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    batches = [{"input_ids": torch.randint(32, (4, 32))} for _ in range(2)]
+    monkeypatch.chdir(tmp_path)
+    names = {"model": model, "batches": batches, "tokenizer": None}
+    exec(compile(example, "README.md", "exec"), names)
+    ff = names["ff"]
+    loaded = ff.from_pretrained("smaller")
+    assert ff.is_merged(model) and ff.is_merged(loaded)
+    assert loaded.transformer.h[3].mlp is loaded.transformer.h[7].mlp
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batches[0]).logits, model(**batches[0]).logits)
 
 
 def test_lint_is_the_same_everywhere():
