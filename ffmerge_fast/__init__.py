@@ -5,6 +5,7 @@ from importlib import metadata as _metadata
 from . import nn, ops
 from ._backend import backends, use_backend
 from ._errors import FFMergeError
+from .checkpoint import from_pretrained, save_pretrained, verify
 from .integrations.transformers import register_when_imported as _register_when_imported
 from .merge.align import MergeGroup, MergePlan, plan
 from .merge.collect import collect
@@ -26,6 +27,7 @@ __all__ = [
     "collect",
     "expand_",
     "find_ffns",
+    "from_pretrained",
     "is_merged",
     "merge",
     "merge_",
@@ -34,11 +36,13 @@ __all__ = [
     "plan",
     "print_parameters",
     "register_family",
+    "save_pretrained",
     "search",
     "shared_groups",
     "supported_families",
     "sweep",
     "use_backend",
+    "verify",
 ]
 
 try:

@@ -214,9 +214,9 @@ def _specs(model: nn.Module) -> tuple[list[FFNSpec], str]:
             return _FAMILIES[name], name
     _refuse_experts(model)
     raise FFMergeError(
-        f"no FFN layout known for {names[0]!r} ({type(model).__name__}): call ffmerge_fast.register_family({names[0]!r}, "
-        "FFNSpec(layers='<list of blocks>', up='<W_up in a block>', down='<W_down in a block>', gate=None)) or give "
-        "--ffn-layers/--ffn-up/--ffn-down/--ffn-gate"
+        f"no FFN layout known for {names[0]!r} ({type(model).__name__}): call ffmerge_fast.register_family("
+        f"{names[0]!r}, FFNSpec(layers='<list of blocks>', up='<W_up in a block>', down='<W_down in a block>', "
+        "gate=None)) or give --ffn-layers/--ffn-up/--ffn-down/--ffn-gate"
     )
 
 

@@ -97,7 +97,7 @@ def _auto_models(config_class):
             continue
         model = mapping[stock]
         model = model[0] if isinstance(model, (tuple, list)) else model
-        if model is not None and hasattr(transformers, model.__name__):
+        if getattr(model, "config_class", None) is stock and hasattr(transformers, model.__name__):
             found[name] = _ours(model)
     return found
 

@@ -219,8 +219,8 @@ def _alignment(stats: CorrelationStats, anchor: int, layer: int, stack: str) -> 
     pairs = stats.settings["pairs"].get(stack, [])
     if [anchor, layer] not in pairs and [layer, anchor] not in pairs:
         raise FFMergeError(
-            f"plan: the statistics hold no correlation of {stack} layers {anchor} and {layer}; collect again with a larger "
-            "window= or with these layers="
+            f"plan: the statistics hold no correlation of {stack} layers {anchor} and {layer}; collect again with a "
+            "larger window= or with these layers="
         )
     return stats.alignment(anchor, layer, stack)
 

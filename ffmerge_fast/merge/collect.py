@@ -168,8 +168,8 @@ class _FeatureTaker:
             mask = torch.ones(tokens, dtype=torch.bool)
         if mask.numel() != tokens:
             raise FFMergeError(
-                f"the {stack}'s attention_mask has shape {list(mask.shape)}, but its FFNs saw {tokens} tokens: wanted one "
-                "value per token, [batch, length]"
+                f"the {stack}'s attention_mask has shape {list(mask.shape)}, but its FFNs saw {tokens} tokens: wanted "
+                "one value per token, [batch, length]"
             )
         mask = mask.reshape(-1).bool()
         return mask & (mask.cumsum(0) <= self.max_tokens - self._counts[stack])

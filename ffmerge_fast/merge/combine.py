@@ -180,8 +180,8 @@ def _neuron_dim(model: nn.Module, ffn: FFNSublayer, parameter: Tensor) -> int | 
     if parameter is down.bias:
         return None
     raise FFMergeError(
-        f"merge: the FFN {ffn.key} has a parameter of shape {list(parameter.shape)} besides its projections; register the "
-        "family without module=, so that only the projections are shared"
+        f"merge: the FFN {ffn.key} has a parameter of shape {list(parameter.shape)} besides its projections; register "
+        "the family without module=, so that only the projections are shared"
     )
 
 
