@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._activations import FORWARD
 
-_ROWS = 1024  # rows per float64 block: bounds the temporaries of the column sums
+_ROWS = 256  # rows per float64 block: bounds the temporaries of the column sums
 
 
 def can_run(tensor: Tensor | None = None) -> str | None:
@@ -38,7 +38,7 @@ def accumulate_layer_(
     if mask is not None:  # not a product with 0: padding may hold NaN
         values = values.masked_fill(~mask[:, None], 0)
     if set_pivot:
-        mean = _column_sums(values) / tokens.clamp(min=1)
+        mean = _column_sums(values)[0] / tokens.clamp(min=1)
         pivot.copy_(mean if activation else mean.to(x.dtype))  # on the inputs' grid: exact differences and products
     features = values - pivot  # exact where |mean| >> std (Sterbenz)
     if mask is not None:
@@ -46,8 +46,8 @@ def accumulate_layer_(
     if compute == "bf16":
         features = features.bfloat16()
     count += tokens
-    sum_ += _column_sums(features)
-    sumsq += _column_sums(features, squared=True)
+    for total, batch in zip((sum_, sumsq), _column_sums(features), strict=True):
+        total += batch
     return features
 
 
@@ -57,10 +57,11 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
         products.addmm_(a.to(products.dtype).T, b.to(products.dtype))
 
 
-def _column_sums(x: Tensor, squared: bool = False) -> Tensor:
-    """Σ x or Σ x² over the rows, in float64."""
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+def _column_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ x and Σ x² over the rows, in float64."""
+    sums, squares = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
     for rows in x.split(_ROWS):
         rows = rows.double()
-        total += rows.square().sum(0) if squared else rows.sum(0)
-    return total
+        sums += rows.sum(0)
+        squares += rows.square().sum(0)
+    return sums, squares

@@ -178,8 +178,7 @@ class CorrelationState:
     # Read
 
     def count(self, key: Key) -> int:
-        """Number of tokens counted for a layer."""
-        self._no_open_batch()
+        """Number of tokens counted for a layer, as of the last `end_batch`."""
         return self._layer(key).tokens
 
     def mean(self, key: Key) -> Tensor:
