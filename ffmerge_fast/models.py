@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ._env import require
 from ._errors import FFMergeError
 
 ENCODER, DECODER = "encoder", "decoder"
@@ -207,6 +208,12 @@ def base_model_type(model: nn.Module) -> str:
     return model_type.removeprefix(MERGED_TYPE_PREFIX) if model_type else type(model).__name__
 
 
+def base_model_type_of_folder(folder: str) -> str:
+    """The same for a folder or hub id that is not loaded yet."""
+    config = require("transformers", extra="hf").AutoConfig.from_pretrained(folder)
+    return config.model_type.removeprefix(MERGED_TYPE_PREFIX)
+
+
 def _specs(model: nn.Module) -> tuple[list[FFNSpec], str]:
     names = [base_model_type(model), *(c.__name__ for c in type(model).__mro__)]
     for name in names:
@@ -268,6 +275,8 @@ def _sublayer(model: nn.Module, spec: FFNSpec, index: int, path: str) -> FFNSubl
     d_ff = width // 2 if spec.fused else width
     if in_features(down) != d_ff:
         raise FFMergeError(f"{path}: {spec.up} gives {d_ff} features but {spec.down} takes {in_features(down)}")
+    if gate is not None and out_features(gate) != d_ff:
+        raise FFMergeError(f"{path}: {spec.gate} gives {out_features(gate)} features but {spec.down} takes {d_ff}")
     shared = (spec.module,) if spec.module else tuple(p for p in (spec.gate, spec.up, spec.down) if p)
     weights = [w for m in (gate, up, down) if m is not None for w in m.parameters()]
     return FFNSublayer(
