@@ -209,3 +209,72 @@ def _tokens(batch: int, length: int, padded: bool, g: torch.Generator) -> tuple[
         lengths[1:] = torch.randint(2, length, (batch - 1,), generator=g)
     mask = (torch.arange(length) < lengths[:, None]).long()
     return ids.masked_fill(mask == 0, PAD), mask
+
+
+@torch.no_grad()
+def permute_ffn_(model: nn.Module, ffn: ff.FFNSublayer, permutation: Tensor) -> None:
+    """Reorder the hidden neurons of one FFN (its own implementation, to test the package's against)."""
+
+    def reorder(parameter: Tensor, dim: int) -> None:
+        halves = parameter.chunk(2, dim) if parameter.shape[dim] == 2 * ffn.d_ff else [parameter]
+        parameter.copy_(torch.cat([half.transpose(0, dim)[permutation].transpose(0, dim) for half in halves], dim))
+
+    for path in filter(None, (ffn.gate_path, ffn.up_path)):
+        module = model.get_submodule(path)
+        reorder(module.weight, int(_is_conv1d(module)))
+        if module.bias is not None:
+            reorder(module.bias, 0)
+    down = model.get_submodule(ffn.down_path)
+    reorder(down.weight, 1 - int(_is_conv1d(down)))
+
+
+@torch.no_grad()
+def plant_copies_(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Make every FFN a permuted copy of the first one of its stack.
+
+    Returns {FFN key: permutation that aligns it with the first}, what an alignment must find.
+    """
+    g = torch.Generator().manual_seed(seed)
+    first, planted = {}, {}
+    for ffn in ff.find_ffns(model):
+        anchor = first.setdefault(ffn.stack, ffn)
+        for path, source in zip(ffn.shared, anchor.shared, strict=True):
+            model.get_submodule(path).load_state_dict(model.get_submodule(source).state_dict())
+        order = torch.arange(ffn.d_ff) if ffn is anchor else torch.randperm(ffn.d_ff, generator=g)
+        permute_ffn_(model, ffn, order)
+        planted[ffn.key] = order.argsort()
+    return planted
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+class features_of:
+    """Records, for every FFN, what W_up gives and W_down takes, over all batches: `.up[key]`, `.down[key]` lists."""
+
+    def __init__(self, model: nn.Module):
+        self.up: dict[str, list[Tensor]] = {}
+        self.down: dict[str, list[Tensor]] = {}
+        self.gate: dict[str, list[Tensor]] = {}
+        self._handles = []
+        for ffn in ff.find_ffns(model):
+            for store, path in ((self.up, ffn.up_path), (self.gate, ffn.gate_path)):
+                if path:
+                    self._add(model.get_submodule(path).register_forward_hook, store.setdefault(ffn.key, []), -1)
+            self._add(
+                model.get_submodule(ffn.down_path).register_forward_pre_hook, self.down.setdefault(ffn.key, []), 1
+            )
+
+    def _add(self, register, store: list, position: int) -> None:
+        def hook(module, inputs, output=None):
+            store.append((output if position == -1 else inputs[0]).detach().clone())
+
+        self._handles.append(register(hook))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self._handles:
+            handle.remove()
