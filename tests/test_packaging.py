@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     assert loaded.transformer.h[3].mlp is loaded.transformer.h[7].mlp
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batches[0]).logits, model(**batches[0]).logits)
+
+
+def test_readme_command_lines_parse():
+    from ffmerge_fast import cli
+
+    lines = [line.partition("  #")[0] for line in README.splitlines() if line.startswith("ffmerge ")]
+    commands = [shlex.split(line)[1:] for line in lines]
+    assert [command[0] for command in commands] == ["search", "merge", "finetune", "eval"]
+    for command in commands:
+        assert callable(cli._parser().parse_args(command).run)
 
 
 def test_lint_is_the_same_everywhere():
