@@ -104,9 +104,7 @@ class Alien(nn.Module):
 
 
 def test_an_unknown_model_gets_the_spec_to_write():
-    with pytest.raises(
-        ff.FFMergeError, match=r"no FFN layout known for 'Alien'.*register_family\('Alien', FFNSpec\("
-    ) as e:
+    with pytest.raises(ff.FFMergeError, match=r"for .Alien.*register_family\('Alien', FFNSpec\(") as e:
         ff.find_ffns(Alien())
     assert "\n" not in str(e.value)
 

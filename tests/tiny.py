@@ -261,14 +261,14 @@ class features_of:
         for ffn in ff.find_ffns(model):
             for store, path in ((self.up, ffn.up_path), (self.gate, ffn.gate_path)):
                 if path:
-                    self._add(model.get_submodule(path).register_forward_hook, store.setdefault(ffn.key, []), -1)
-            self._add(
-                model.get_submodule(ffn.down_path).register_forward_pre_hook, self.down.setdefault(ffn.key, []), 1
-            )
+                    self._record(model.get_submodule(path).register_forward_hook, store, ffn.key, "output")
+            self._record(model.get_submodule(ffn.down_path).register_forward_pre_hook, self.down, ffn.key, "input")
 
-    def _add(self, register, store: list, position: int) -> None:
+    def _record(self, register, store: dict, key: str, what: str) -> None:
+        seen = store.setdefault(key, [])
+
         def hook(module, inputs, output=None):
-            store.append((output if position == -1 else inputs[0]).detach().clone())
+            seen.append((output if what == "output" else inputs[0]).detach().clone())
 
         self._handles.append(register(hook))
 

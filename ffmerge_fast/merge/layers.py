@@ -13,7 +13,7 @@ _SYNTAX = (
     "write '4-7' (layers 4 to 7, counted from 0), '0-2,6-8' (two groups), '1+4+7' (one group), "
     "'encoder:2-4,decoder:2-4' (one stack each)"
 )
-_TERM = re.compile(r"(\d+)(?:-(\d+))?")
+_TERM = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 
 
 def parse_layers(layers: str | Sequence | Mapping, ffns: Sequence[FFNSublayer]) -> list[Group]:
@@ -77,18 +77,21 @@ def anchor_of(indices: Sequence[int], anchor: str) -> int:
 def _terms(layers: str | Sequence | Mapping) -> list[tuple[str, list[int]]]:
     if isinstance(layers, str):
         return [_parse_group(part) for part in layers.split(",")]
-    if isinstance(layers, Mapping):
+    if isinstance(layers, Mapping) and layers:
         return [(stack, list(group)) for stack, groups in layers.items() for group in _as_groups(groups)]
     return [("", list(group)) for group in _as_groups(layers)]
 
 
 def _as_groups(groups: Sequence) -> list[Sequence[int]]:
-    groups = list(groups)
-    if groups and all(isinstance(g, int) for g in groups):
+    if _are_indices(groups):
         return [groups]
-    if not groups or not all(isinstance(g, Sequence) and all(isinstance(i, int) for i in g) for g in groups):
+    if not isinstance(groups, Sequence) or not groups or not all(map(_are_indices, groups)):
         raise FFMergeError(f"layers: got {groups!r}; {_SYNTAX}, or lists of layer numbers")
-    return groups
+    return list(groups)
+
+
+def _are_indices(values: object) -> bool:
+    return isinstance(values, Sequence) and len(values) > 0 and all(isinstance(i, int) for i in values)
 
 
 def _parse_group(text: str) -> tuple[str, list[int]]:
