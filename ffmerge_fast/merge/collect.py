@@ -42,7 +42,8 @@ def collect(
     Args:
         model: any supported model; its mode, device and dtype stay as they are.
         batches: dicts (`model(**batch)`), tuples (`model(*batch)`) or tensors. Positions whose attention_mask is 0 are
-            not counted; without a mask, decoders leave out positions labelled -100.
+            not counted, nor those in nn.Transformer's src_key_padding_mask and tgt_key_padding_mask; without any mask,
+            decoders leave out positions labelled -100.
         window: correlate all layers at a distance below `window`: what any window search or plan of that size needs.
         pairs: or these pairs of layers, (i, j), or ("encoder.0", "encoder.1") in encoder-decoder models.
         layers: or each group's `anchor` with its other layers; syntax as in `plan`.
@@ -92,7 +93,7 @@ def _run(taker: _FeatureTaker, batches: Iterable[Any], skip: int, cache: _Cache)
             if taker.finished():
                 break
             cache.save_if_due(taker.stats, batches=number + 1)
-    if number < 0:
+    if number < 0 and _world_size() == 1:  # other ranks may have data, and wait for this one
         raise FFMergeError("collect: no calibration data: `batches` is empty")
 
 
@@ -112,6 +113,7 @@ class _FeatureTaker:
 
     def __enter__(self):
         self._context.enter_context(evaluating(self.model))
+        self._context.enter_context(_without_fast_path())
         for ffn in self._ffns:
             if self.stats.settings["features"] == "post":
                 module = self.model.get_submodule(ffn.down_path)
@@ -173,6 +175,17 @@ class _FeatureTaker:
             )
         mask = mask.reshape(-1).bool()
         return mask & (mask.cumsum(0) <= self.max_tokens - self._counts[stack])
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """torch's own encoder layers call their Linears, instead of one kernel that shows no features."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _AllSeen(Exception):
@@ -265,11 +278,22 @@ def _token_masks(batch: Any, model: nn.Module, stacks: Sequence[str]) -> dict[st
     two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     masks = {}
     if ENCODER in stacks and getattr(model, "main_input_name", "") != "input_features":  # audio is never masked
-        masks[ENCODER] = batch.get("attention_mask")
+        mask = batch.get("attention_mask")
+        masks[ENCODER] = mask if mask is not None else _torch_mask(batch, "src_key_padding_mask", model)
     if DECODER in stacks:
         mask = batch.get("decoder_attention_mask" if two_stacks else "attention_mask")
+        mask = mask if mask is not None else _torch_mask(batch, "tgt_key_padding_mask", model)
         masks[DECODER] = mask if mask is not None else from_labels
     return {stack: mask for stack, mask in masks.items() if mask is not None}
+
+
+def _torch_mask(batch: Mapping, name: str, model: nn.Module) -> Tensor | None:
+    """The tokens that one of nn.Transformer's padding masks [batch, length] (True or -inf: padding) leaves."""
+    padding = batch.get(name)
+    if padding is None:
+        return None
+    batch_first = all(m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    return padding == 0 if batch_first else (padding == 0).T
 
 
 def _check_tokens(stats: CorrelationStats) -> None:

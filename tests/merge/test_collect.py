@@ -111,6 +111,24 @@ def test_without_a_mask_a_decoder_leaves_out_unlabelled_tokens_and_counts_all_wi
     assert ff.collect(model, [batch], window=2).tokens == {"decoder": 32}
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("additive", [True, False])
+def test_torchs_own_encoder_and_its_padding_mask(batch_first, additive):
+    model = tiny_model("transformer_encoder")
+    for layer in model.layers:
+        layer.self_attn.batch_first = batch_first
+    x, lengths = tiny_inputs(model, batch=3, length=6)["src"], (6, 2, 4)
+    rows = [x[i : i + 1, :n] for i, n in enumerate(lengths)]
+    unpadded = ff.collect(model, [{"src": r if batch_first else r.transpose(0, 1)} for r in rows], window=4)
+    padding = torch.arange(6) >= torch.tensor(lengths)[:, None]
+    padding = torch.zeros(3, 6).masked_fill(padding, -torch.inf) if additive else padding
+    batch = {"src": x if batch_first else x.transpose(0, 1), "src_key_padding_mask": padding}
+    assert torch.backends.mha.get_fastpath_enabled()
+    padded = ff.collect(model, [batch], window=4)
+    assert torch.backends.mha.get_fastpath_enabled() and padded.tokens == {"encoder": 12}
+    assert_same_stats(padded, unpadded, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ENCODER_DECODER)
 def test_encoder_and_decoder_count_their_own_tokens(name):
     model = tiny_model(name, layers=2)
