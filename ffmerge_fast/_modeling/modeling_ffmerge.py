@@ -35,14 +35,19 @@ def share_(model, groups):
     model._keys_to_ignore_on_save = sorted({*(model._keys_to_ignore_on_save or ()), *aliases})
 
 
+def can_adopt(model):
+    """Whether the model's class and config are transformers' own, so that any other process has them too."""
+    return all(getattr(transformers, c.__name__, None) is c for c in (type(model), type(model.config)))
+
+
 def adopt_(model, ffmerge):
     """Turn a model of a stock class into its FFMerged class in place; `ffmerge` is the config section."""
-    config = model.config
+    config, model_class = model.config, _ours(type(model))
     config.__class__ = _ours(type(config))
     config.ffmerge = ffmerge
     config.auto_map = auto_map(type(config))
     share_(model, ffmerge["groups"])
-    model.__class__ = _ours(type(model))
+    model.__class__ = model_class
 
 
 def release_(model):

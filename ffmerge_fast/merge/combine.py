@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,7 +23,8 @@ def merge_(model: nn.Module, plan: MergePlan) -> nn.Module:
 
     W_up, W_gate and their biases are averaged over permuted rows, W_down over permuted columns, b_down as it is; in
     float32, rounded once. A transformers model becomes an instance of `FFMerged<its class>` (a subclass), so that its
-    own `save_pretrained`, and any trainer's, writes each shared weight once and the result loads.
+    own `save_pretrained`, and any trainer's, writes each shared weight once and the result loads. (With a warning, a
+    model of a class from elsewhere is merged in memory only.)
 
     Raises:
         FFMergeError: the plan is of another model, or the model is merged already. Nothing is changed then.
@@ -141,19 +143,19 @@ def _members(ffns: _Ffns, group: MergeGroup) -> list[FFNSublayer]:
 def _merged_modules(model: nn.Module, members: Sequence[FFNSublayer], group: MergeGroup) -> list[nn.Module]:
     """New modules for `members[0].shared`, holding the average of all members' permuted parameters."""
     averages: dict[int, Tensor] = {}  # by identity of the first member's parameters
-    for ffn in members:
+    for count, ffn in enumerate(members, start=1):
         for parameter, mine in _paired(model, members[0], ffn):
             permuted = _permute(parameter, _neuron_dim(model, ffn, parameter), group.permutations[ffn.index], ffn.fused)
-            total = averages.setdefault(
-                id(mine), torch.zeros_like(mine, dtype=torch.promote_types(mine.dtype, torch.float32))
-            )
-            total += permuted
+            permuted = permuted.to(torch.promote_types(mine.dtype, torch.float32))
+            # a running mean, so that equal layers average to exactly themselves
+            averages[id(mine)] = averages[id(mine)].lerp_(permuted, 1 / count) if count > 1 else permuted.clone()
     modules = []
     for path in members[0].shared:
         original = model.get_submodule(path)
         module = copy.deepcopy(original)
         for new, old in zip(module.parameters(), original.parameters(), strict=True):
-            new.copy_(averages[id(old)] / len(members))
+            new.copy_(averages[id(old)])
+            new.grad = None  # deepcopy brings the first layer's along
         modules.append(module)
     return modules
 
@@ -212,6 +214,13 @@ def _record(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> None
         return
     from .._modeling import modeling_ffmerge
 
+    if not modeling_ffmerge.can_adopt(model):
+        warnings.warn(
+            f"merged in memory only: {type(model).__name__} is not a class of transformers itself, so its code cannot "
+            "travel in a checkpoint; before saving, call expand_ or keep its state dict",
+            stacklevel=3,
+        )
+        return
     modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": config_groups(model, ffns, groups)})
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from .._errors import FFMergeError
 from .._progress import progress
 from .align import MergePlan, plan, rank_windows
+from .collect import evaluating
 from .combine import merged
 from .layers import Group, format_layers, windows
 from .statistics import CorrelationStats
@@ -32,14 +33,14 @@ def search(
 ) -> MergePlan:
     """Merge each of the N - window + 1 windows, evaluate without tuning, undo, and keep the best.
 
-    The model is never reloaded and holds exactly its own weights afterwards. Encoder and decoder move in step. In a
+    The model is never reloaded and has exactly its own weights and modes afterwards. Encoder and decoder move in step. In a
     `torch.distributed` job the windows are shared out over the ranks, and every rank returns the same plan.
 
     Args:
         model: the model the statistics are of.
         stats: from `collect(window=at least this window)`.
         window: number of layers that become one FFN.
-        evaluate: maps the merged model to a score (loss, perplexity, accuracy, ...).
+        evaluate: maps the merged model, in evaluation mode, to a score (loss, perplexity, accuracy, ...).
         higher_is_better: of the score.
         anchor, method, seed: as in `plan`.
         resume: a JSON file that keeps the scores; a killed search goes on from it.
@@ -66,7 +67,7 @@ def search(
 
     todo = [name for name in _share_of_rank(list(plans)) if name not in scores.values]
     for name in progress(todo, total=len(todo), desc=f"search window {window}", unit="window"):
-        with merged(model, planned(plans[name])):
+        with evaluating(model), merged(model, planned(plans[name])):
             scores.add(name, float(evaluate(model)))
     values = _gather(scores.values)
     ranked = [(name, values[name]) for name in plans]
