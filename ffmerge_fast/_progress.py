@@ -36,11 +36,11 @@ class _Silent:
 
 
 def progress(iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it"):
-    """A bar over `iterable`, or one moved by `.update(n)`; shows only what takes longer than two seconds."""
+    """A bar over `iterable`, or one moved by `.update(n)`; on terminals, for what takes longer than two seconds."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return _Silent(iterable)
     if _quiet:
         return _Silent(iterable)
-    return tqdm(iterable, total=total, desc=desc, unit=unit, delay=2, leave=False, dynamic_ncols=True)
+    return tqdm(iterable, total=total, desc=desc, unit=unit, delay=2, leave=False, dynamic_ncols=True, disable=None)

@@ -21,8 +21,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]], title
 
 def format_bytes(n: float) -> str:
     """12_345_678 -> '12.3 MB' (powers of 1000, as on disks)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000 or unit == "GB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError  # the loop returns at GB
+    units = ["B", "kB", "MB", "GB"]
+    while abs(n) >= 1000 and len(units) > 1:
+        n, units = n / 1000, units[1:]
+    return f"{n:.0f} B" if units[0] == "B" else f"{n:.1f} {units[0]}"

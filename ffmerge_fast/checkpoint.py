@@ -49,6 +49,7 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     try:
         beside.mkdir(parents=True)
         yield beside
+        _open_permissions(beside)
         _rename_over(beside, path)
     except (OSError, SafetensorError) as error:
         raise FFMergeError(f"{path} could not be written ({_one_line(error)}); nothing was changed there") from error
@@ -66,6 +67,15 @@ def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(existing, os.W_OK):
         raise FFMergeError(f"{path} cannot be written: no permission in {existing}")
+
+
+def _open_permissions(folder: Path) -> None:
+    """Give files the usual permissions of new ones; safetensors makes them readable by their owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def _rename_over(new: Path, path: Path) -> None:

@@ -56,6 +56,9 @@ def _set_up(args: argparse.Namespace) -> None:
         allow_network()
     else:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DELAY", "2")  # bars of transformers too: only for what takes longer than two seconds
+    if args.quiet or args.json or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -134,12 +137,12 @@ def _search(args) -> Result:
 
     model = _model(args)
     stats = CorrelationStats.load(args.statistics) if args.statistics else _collect_statistics(args, model)[0]
-    task = _task(args, model)
+    task = _task(args, model, train=args.data, validation=args.eval_data)
     found = search(
         model,
         stats,
         args.window,
-        lambda m: task.evaluate(m, limit=args.eval_limit)[task.metric],
+        lambda m: task.score(m, limit=args.eval_limit),
         higher_is_better=task.higher_is_better,
         anchor=args.anchor,
         method=args.method,
@@ -177,7 +180,7 @@ def _finetune(args) -> Result:
 
     check_new_folder(args.out, args.overwrite)
     model = _model(args)
-    task = _task(args, model)
+    task = _task(args, model, train=args.data, validation=args.eval_data)
     work = Path(args.work_dir or f"{args.out}.finetune")
     result = finetune(
         model,
@@ -191,7 +194,7 @@ def _finetune(args) -> Result:
         accumulate=args.accumulate,
         max_grad_norm=args.max_grad_norm,
         autocast=args.autocast,
-        evaluate=lambda m: task.evaluate(m, limit=args.eval_limit)[task.metric],
+        evaluate=lambda m: task.score(m, limit=args.eval_limit),
         eval_every=args.eval_every or args.steps,
         higher_is_better=task.higher_is_better,
         output_dir=work,
@@ -213,8 +216,8 @@ def _finetune(args) -> Result:
 
 def _eval(args) -> Result:
     model = _model(args)
-    task = _task(args, model)
-    values = task.evaluate(model, limit=args.eval_limit)
+    task = _task(args, model, test=args.data)
+    values = task.evaluate(model, "test", args.batch_size, limit=args.eval_limit)
     return values, "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 
@@ -280,31 +283,53 @@ def _register_layout(args) -> None:
     register_family(base_model_type_of_folder(args.model), spec)
 
 
-def _task(args, model: Any) -> Any:
-    from .driver.data import load_task
+def _task(args, model: Any, **splits: list[str] | None) -> Any:
+    """Data of each split (lists of paths, as given) made ready for the model."""
+    from .driver.data import load_task, task_kind
 
+    if not args.data:
+        raise FFMergeError("data: give --data (a text file or folder, SOURCE TARGET files, images or .npz)")
+    kind = args.task or task_kind(model)
+    lengths = {"block": args.max_length} if kind == "lm" else {"max_length": args.max_length or 128}
     return load_task(
         model,
         args.model,
-        args.data,
-        kind=args.task,
-        eval_data=args.eval_data,
-        max_length=args.max_length,
+        **{split: _source(paths) for split, paths in splits.items() if paths},
+        kind=kind,
         stride=args.stride,
-        batch_size=args.batch_size,
+        num_beams=args.num_beams,
+        prefix=args.prefix,
+        metric=args.metric,
+        **lengths,
+    )
+
+
+def _source(paths: list[str]) -> Any:
+    return paths[0] if len(paths) == 1 else tuple(paths)
+
+
+def _calibration_batches(args, task: Any) -> Any:
+    import torch
+
+    distributed = torch.distributed.is_initialized()
+    return task.batches(
+        "train",
+        args.batch_size,
+        shuffle=True,
+        seed=args.seed,
+        rank=torch.distributed.get_rank() if distributed else 0,
+        world=torch.distributed.get_world_size() if distributed else 1,
     )
 
 
 def _collect_statistics(args, model: Any) -> tuple[Any, float]:
     from .merge.collect import collect
 
-    if not args.data:
-        raise FFMergeError("calibration data: give --data (a text file, two parallel files, images) or --statistics")
-    task = _task(args, model)
+    task = _task(args, model, train=args.data, validation=args.eval_data)
     started = time.monotonic()
     stats = collect(
         model,
-        task.batches(args.calibration_split, args.batch_size, seed=args.seed, shuffle=True),
+        _calibration_batches(args, task),
         window=args.window if not getattr(args, "layers", None) else None,
         layers=getattr(args, "layers", None),
         anchor=args.anchor,
@@ -419,20 +444,26 @@ def _layout_options(parser) -> None:
 
 def _data_options(parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", help="text file or folder; SOURCE TARGET files; image folder or .npz; dataset")
-    group.add_argument("--eval-data", nargs="+", help="the same, to evaluate on (default: a held-out part of --data)")
+    help_data = "text file or folder; SOURCE TARGET files; folder of images or .npz; a hub data set with --online"
+    group.add_argument("--data", nargs="+", metavar="PATH", help=help_data)
     group.add_argument("--task", choices=("lm", "images", "translation"), help="default: what the model is for")
-    group.add_argument("--max-length", type=int, help="tokens per text (default: the model's context)")
-    group.add_argument("--stride", type=int, help="of the perplexity's sliding window (default: half of it)")
+    group.add_argument("--metric", help="perplexity, loss, accuracy or bleu (default: the task's first)")
+    group.add_argument("--max-length", type=int, help="tokens per block or sentence (default: the context; 128)")
+    group.add_argument("--stride", type=int, help="of the perplexity's sliding window (default: no overlap)")
+    group.add_argument("--prefix", default="", help="put before every source sentence")
+    group.add_argument("--num-beams", type=int, default=1, help="of translations")
     group.add_argument("--batch-size", type=int, default=16)
-    group.add_argument("--eval-limit", type=int, help="evaluate on at most this many examples")
+    group.add_argument("--eval-limit", type=int, metavar="N", help="evaluate on at most N examples")
+
+
+def _validation_option(parser) -> None:
+    parser.add_argument("--eval-data", nargs="+", metavar="PATH", help="to evaluate on (default: a tenth of --data)")
 
 
 def _collect_options(parser) -> None:
     group = parser.add_argument_group("statistics")
     group.add_argument("--tokens", type=int, default=10_000, help="calibration tokens (default 10000)")
     group.add_argument("--features", default="pre", choices=("pre", "post"), help="before or after the activation")
-    group.add_argument("--calibration-split", default="train", choices=("train", "eval"))
     group.add_argument("--cache-dir", help="keep running sums here, so that a killed run goes on")
 
 
@@ -483,7 +514,7 @@ _COMMANDS = [
     ("inspect", _inspect, "list the FFN sublayers of a model", (_model_options,)),
     ("collect", _collect, "correlate the FFN features of a model on data", (
         _model_options, _argument("out", help="statistics file to write"), _choice_options, _data_options,
-        _collect_options,
+        _validation_option, _collect_options,
     )),
     ("plan", _plan, "choose and align layers from statistics", (
         _argument("statistics", help="file written by `ffmerge collect`"),
@@ -493,15 +524,17 @@ _COMMANDS = [
         _argument("--csv", help="write the sweep here"),
     )),
     ("search", _search, "try every window on validation data and plan the best", (
-        _model_options, _choice_options, _method_option, _statistics_option, _data_options, _collect_options,
+        _model_options, _choice_options, _method_option, _statistics_option, _data_options,
+        _validation_option, _collect_options,
         _argument("--out", help="plan file to write"), _argument("--resume", help="JSON file that keeps the scores"),
     )),
     ("merge", _merge, "merge FFNs and write the smaller model", (
         _model_options, _out_options, _choice_options, _method_option, _statistics_option,
-        _argument("--plan", help="file written by `ffmerge plan` or `search`"), _data_options, _collect_options,
+        _argument("--plan", help="file written by `ffmerge plan` or `search`"), _data_options,
+        _validation_option, _collect_options,
     )),
     ("finetune", _finetune, "fine-tune a (merged) model", (
-        _model_options, _out_options, _data_options, _finetune_options,
+        _model_options, _out_options, _data_options, _validation_option, _finetune_options,
     )),
     ("eval", _eval, "perplexity, accuracy or BLEU of a model", (_model_options, _data_options)),
     ("export", _export, "write a model again, with --expand as a stock checkpoint of full size", (
