@@ -122,8 +122,10 @@ class MergePlan:
                 for g in values["groups"]
             ]
             search = [tuple(entry) for entry in values["search"]]
-            return cls(ModelSummary.from_dict(values["model"]), values["method"], groups, search)
-        except (KeyError, TypeError) as error:
+            model = ModelSummary.from_dict(values["model"])
+            _check_permutations(groups, model)
+            return cls(model, values["method"], groups, search)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FFMergeError(
                 f"plan: not the content of a plan file ({error!r}); make it with `ffmerge plan`"
             ) from error
@@ -213,6 +215,14 @@ def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model,
                 )
         made.append(MergeGroup(stack, tuple(indices), first, dict(sorted(permutations.items())), scores))
     return MergePlan(summary, method, made)
+
+
+def _check_permutations(groups: Sequence[MergeGroup], model: ModelSummary) -> None:
+    d_ff = {(f.stack, f.index): f.d_ff for f in model.ffns}
+    for group in groups:
+        for i in group.layers:
+            if not torch.equal(group.permutations[i].sort().values, torch.arange(d_ff[group.stack, i])):
+                raise ValueError(f"{group.stack} layer {i} has no permutation of its {d_ff[group.stack, i]} neurons")
 
 
 def _alignment(stats: CorrelationStats, anchor: int, layer: int, stack: str) -> Alignment:

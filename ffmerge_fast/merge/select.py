@@ -33,8 +33,8 @@ def search(
 ) -> MergePlan:
     """Merge each of the N - window + 1 windows, evaluate without tuning, undo, and keep the best.
 
-    The model is never reloaded and has exactly its own weights and modes afterwards. Encoder and decoder move in step. In a
-    `torch.distributed` job the windows are shared out over the ranks, and every rank returns the same plan.
+    The model is never reloaded and has exactly its own weights and modes afterwards. Encoder and decoder move in step.
+    In a `torch.distributed` job the windows are shared out over the ranks, and every rank returns the same plan.
 
     Args:
         model: the model the statistics are of.
