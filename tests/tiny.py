@@ -196,6 +196,8 @@ def _plain_argument(model: nn.Module) -> str:
 def _randomize_(model: nn.Module) -> None:
     """Weights large enough to matter, and biases other than zero; norms keep their weights."""
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # sinusoids: constants, which Marian does not even save
+            continue
         if parameter.ndim >= 2:
             parameter.normal_(std=0.2)
         elif name.endswith("bias"):
