@@ -28,9 +28,11 @@ from .merge.combine import find_ffns, shared_groups
 from .models import MERGED_TYPE_PREFIX
 
 MANIFEST = "ffmerge.json"
+_VERSION = 1  # of the manifest
 EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
 _WEIGHTS = "model.safetensors"
-_TOLERANCE = 1e-3  # of the largest reference logit: other machines and versions round differently
+# Of the largest reference logit: machines and versions round differently; `.to(bf16)` rounds more than loading does.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -43,8 +45,9 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     Raises:
         FFMergeError: `path` is a file, or a folder with content and not `overwrite`; or it cannot be written.
     """
-    path = Path(path)
     check_new_folder(path, overwrite)
+    path = Path(path).resolve()  # a linked folder is replaced where it lies
+    new_parents = [p for p in path.parents if not p.exists()]
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         beside.mkdir(parents=True)
@@ -55,6 +58,9 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         raise FFMergeError(f"{path} could not be written ({_one_line(error)}); nothing was changed there") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty after a success
+            for parent in new_parents:
+                parent.rmdir()
 
 
 def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -140,9 +146,9 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _manifest(model: nn.Module, folder: Path) -> dict[str, Any]:
-    files = {p.name: _sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+    files = {p.name: _sha256(p) for pattern in ("*.safetensors", "*.py") for p in sorted(folder.glob(pattern))}
     groups = [{"stack": stack, "layers": list(layers)} for stack, layers in shared_groups(model)]
-    manifest = {"version": 1, "groups": groups, "files": files, "shared": _hashes_of_shared(model)}
+    manifest = {"version": _VERSION, "groups": groups, "files": files, "shared": _hashes_of_shared(model)}
     if hasattr(model, "config"):
         manifest["reference"] = _reference(model)
     return manifest
@@ -181,19 +187,18 @@ def _digest(file) -> str:  # Python 3.10
 def reference_inputs(model: nn.Module) -> dict[str, Tensor]:
     """A small fixed input of the model's kind: token ids, pixels or audio features."""
     config, name = model.config, getattr(model, "main_input_name", "input_ids")
-    ids = (
-        (torch.arange(8) * 7 % min(config.get_text_config().vocab_size, 997))[None] if name != "pixel_values" else None
-    )
     if name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
-        return {
-            name: torch.linspace(-1, 1, config.num_channels * math.prod(size)).reshape(1, config.num_channels, *size)
-        }
+        return {name: _ramp(1, config.num_channels, *size).to(model.dtype)}
+    ids = (torch.arange(8) * 7 % min(config.get_text_config().vocab_size, 997))[None]
     if name == "input_features":
-        frames = 2 * config.max_source_positions
-        waves = torch.linspace(-1, 1, config.num_mel_bins * frames).reshape(1, config.num_mel_bins, frames)
-        return {name: waves, "decoder_input_ids": ids}
+        waves = _ramp(1, config.num_mel_bins, 2 * config.max_source_positions)
+        return {name: waves.to(model.dtype), "decoder_input_ids": ids}
     return {name: ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {name: ids}
+
+
+def _ramp(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
 
 
 def _reference(model: nn.Module) -> dict[str, Any]:
@@ -235,6 +240,8 @@ def from_pretrained(
         raise FFMergeError(f"{folder} is not a folder; {hint}")
     if model is not None:
         return _load_plain(model, path)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FFMergeError(f"{path} has no config.json: for a plain nn.Module, give a freshly built one as model=")
     transformers = require("transformers", extra="hf")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=not online())
@@ -304,9 +311,19 @@ def _check_readable(file: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
-        return {key: manifest[key] for key in ("version", "groups", "files", "shared")} | manifest
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        read = {
+            "groups": [{"stack": g["stack"], "layers": [int(i) for i in g["layers"]]} for g in manifest["groups"]],
+            "files": {name: str(digest) for name, digest in manifest["files"].items()},
+            "shared": {name: str(digest) for name, digest in manifest["shared"].items()},
+        }
+        if "reference" in manifest:
+            read["logits"] = [float(value) for value in manifest["reference"]["logits"]]
+        newer = manifest["version"] > _VERSION
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FFMergeError(f"{path} cannot be read ({_one_line(error)}); save the model again") from error
+    if newer:
+        raise FFMergeError(f"{path} is of version {manifest['version']}, this ffmerge_fast reads {_VERSION}: update it")
+    return read
 
 
 def _check_hashes(path: Path, manifest: dict[str, Any]) -> None:
@@ -314,20 +331,27 @@ def _check_hashes(path: Path, manifest: dict[str, Any]) -> None:
         if not (path / name).exists():
             raise FFMergeError(f"{path / name} is missing; copy the folder again")
         if _sha256(path / name) != wanted:
-            raise FFMergeError(f"{path / name} is not what was saved (its sha256 differs); copy the folder again")
+            raise FFMergeError(
+                f"{path / name} is not what was saved (its sha256 differs); copy the folder again, or delete "
+                f"{MANIFEST} if another tool saved over it"
+            )
 
 
 def _load_plain(model: nn.Module, folder: Path) -> nn.Module:
     ffns = {(f.stack, f.index): f for f in find_ffns(model)}
-    for group in _read_manifest(folder / MANIFEST)["groups"]:
-        members = [ffns[group["stack"], i] for i in group["layers"]]
-        for ffn in members[1:]:
-            for path, first in zip(ffn.shared, members[0].shared, strict=True):
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, model.get_submodule(first))
-    tensors, wanted = load_file(folder / _WEIGHTS), _unique_state(model)
-    if tensors.keys() != wanted.keys() or any(tensors[n].shape != wanted[n].shape for n in wanted):
+    tensors, groups = load_file(folder / _WEIGHTS), _read_manifest(folder / MANIFEST)["groups"]
+    keys = [[(group["stack"], i) for i in group["layers"]] for group in groups]
+    members = [[ffns[key] for key in group if key in ffns] for group in keys]
+    aliases = tuple(f"{path}." for group in members for ffn in group[1:] for path in ffn.shared)
+    wanted = {name: tensor for name, tensor in _unique_state(model).items() if not name.startswith(aliases)}
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (tensors, wanted)]
+    if any(key not in ffns for group in keys for key in group) or shapes[0] != shapes[1]:
         raise FFMergeError(f"{folder / _WEIGHTS} does not fit this {type(model).__name__}: names or shapes differ")
+    for first, *others in members:
+        for ffn in others:
+            for path, kept in zip(ffn.shared, first.shared, strict=True):
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, model.get_submodule(kept))
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
@@ -367,14 +391,14 @@ def verify(folder: str | os.PathLike, model: nn.Module | None = None) -> dict[st
         "groups": found,
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": sum(p.stat().st_size for p in path.glob("*.safetensors")),
-        "logit_difference": _compare_logits(path, model, manifest) if "reference" in manifest else None,
+        "logit_difference": _compare_logits(path, model, manifest) if "logits" in manifest else None,
     }
 
 
 def _compare_logits(path: Path, model: nn.Module, manifest: dict[str, Any]) -> float:
-    reference = torch.tensor(manifest["reference"]["logits"])
-    difference = (torch.tensor(_reference_logits(model)) - reference).abs().max().item()
-    if not difference <= _TOLERANCE * max(1.0, reference.abs().max().item()):
+    saved, found = torch.tensor(manifest["logits"]), torch.tensor(_reference_logits(model))
+    difference = (found - saved).abs().max().item() if found.shape == saved.shape else math.inf
+    if not difference <= _TOLERANCE[model.dtype] * max(1.0, saved.abs().max().item()):
         raise FFMergeError(
             f"{path}: logits differ by {difference:.3g} from the saved ones; config and weights do not fit"
         )

@@ -56,6 +56,7 @@ def release_(model):
     aliases = _alias_names(model, config.ffmerge["groups"])
     model.__class__ = type(model).__bases__[0]
     model._keys_to_ignore_on_save = [k for k in model._keys_to_ignore_on_save if k not in aliases] or None
+    model.__dict__.pop("_weight_conversions", None)  # a merged folder's names; the stock class saves its own again
     del config.ffmerge, config.auto_map
     config.__class__ = type(config).__bases__[0]
 
