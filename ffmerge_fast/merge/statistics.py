@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,17 +154,18 @@ class CorrelationStats:
         """Write one safetensors file (header: model, settings); written beside, then renamed."""
         from safetensors.torch import save_file
 
-        header = {"format": FORMAT, "model": self.model.to_dict(), "settings": self.settings, "progress": progress}
         tensors = {
             f"{stack}/{name}": tensor.contiguous()
             for stack, state in self.states.items()
             for name, tensor in state.state_dict().items()
         }
+        header = {"format": FORMAT, "model": self.model.to_dict(), "settings": self.settings, "progress": progress}
+        content = json.dumps(header | {"crc32": {name: _crc32(tensor) for name, tensor in tensors.items()}})
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, beside, metadata={"ffmerge": json.dumps(header)})
+            save_file(tensors, beside, metadata={"ffmerge": content, "crc32": str(zlib.crc32(content.encode()))})
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -192,9 +194,14 @@ class CorrelationStats:
             raise FFMergeError(f"statistics: {path} is damaged ({error}); collect again") from error
         if "ffmerge" not in metadata:
             raise FFMergeError(f"statistics: {path} is a safetensors file, but not one of statistics")
+        if metadata.get("crc32") != str(zlib.crc32(metadata["ffmerge"].encode())):
+            raise FFMergeError(f"statistics: {path} is damaged (its header has changed); collect again")
         header = json.loads(metadata["ffmerge"])
         if header["format"] != FORMAT:
             raise FFMergeError(f"statistics: {path} has format {header['format']}, this version reads {FORMAT}")
+        damaged = [name for name, crc in header["crc32"].items() if name not in tensors or _crc32(tensors[name]) != crc]
+        if damaged:
+            raise FFMergeError(f"statistics: {path} is damaged ({damaged[0]} has changed); collect again")
         settings = header["settings"]
         pairs = {stack: [tuple(p) for p in wanted] for stack, wanted in settings.pop("pairs").items()}
         stats = cls.empty(ModelSummary.from_dict(header["model"]), pairs, dict.fromkeys(pairs, device), **settings)
@@ -213,6 +220,10 @@ class CorrelationStats:
         if len(self.states) > 1:
             raise FFMergeError(f"stack: say which of {', '.join(self.states)}, this model has both")
         return next(iter(self.states))
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def layer_pairs(groups: Sequence[tuple[str, Sequence[int]]], anchors: Sequence[int]) -> dict[str, list[Pair]]:
