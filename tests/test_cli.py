@@ -1,0 +1,223 @@
+"""The command line: every verb on a tiny model, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ffmerge_fast as ff
+from ffmerge_fast import cli
+
+from .tiny import tiny_model
+
+pytest.importorskip("transformers")
+WORDS = [f"w{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny GPT-2 with a tokenizer, as a Hugging Face folder."""
+    path = tmp_path_factory.mktemp("models") / "gpt2"
+    tiny_model("gpt2", layers=5).save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """200 blocks of words in no order."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    ids = torch.randint(0, 60, (200 * 32,), generator=torch.Generator().manual_seed(0))
+    path.write_text(" ".join(WORDS[i] for i in ids.tolist()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def statistics(folder, text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
+    assert cli.main(["collect", str(folder), str(path), "--window", "3", *_data(text), "--tokens", "500", "-q"]) == 0
+    return path
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+
+
+def _data(text) -> list[str]:
+    return ["--data", str(text), "--max-length", "32"]
+
+
+def run(capsys, *argv) -> dict:
+    """The JSON a command prints."""
+    status = cli.main([*map(str, argv), "--json"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return json.loads(captured.out)
+
+
+def refuse(capsys, *argv) -> str:
+    """The one line a command ends with when it exits with 1."""
+    assert cli.main([str(a) for a in argv]) == 1
+    captured = capsys.readouterr()
+    assert not captured.out
+    lines = [line for line in captured.err.splitlines() if not line.startswith("warning:")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return lines[0]
+
+
+def test_inspect(capsys, folder):
+    values = run(capsys, "inspect", folder)
+    model = tiny_model("gpt2", layers=5)
+    assert values["parameters"] == sum(p.numel() for p in model.parameters())
+    assert [f["index"] for f in values["ffns"]] == [0, 1, 2, 3, 4]
+    assert values["ffn_parameters"] == sum(f.parameters for f in ff.find_ffns(model))
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "transformer.h.4" in capsys.readouterr().out
+
+
+def test_collect_plan_merge_verify_expand_eval(capsys, folder, text, statistics, tmp_path):
+    stats = ff.CorrelationStats.load(statistics)
+    assert stats.tokens == {"decoder": 500}
+    plan = run(capsys, "plan", statistics, "--layers", "1-3", "--anchor", "middle", "--out", tmp_path / "plan.json")
+    assert plan["layers"] == "1-3" and plan["parameters_after"] < plan["parameters"]
+
+    merged = run(capsys, "merge", folder, tmp_path / "merged", "--plan", tmp_path / "plan.json")
+    expected = ff.merge(ff.from_pretrained(folder), ff.plan(stats, "1-3", anchor="middle"))
+    found = ff.from_pretrained(tmp_path / "merged")
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(parameter, found.get_parameter(name)), name
+    tensors = load_file(tmp_path / "merged" / "model.safetensors").values()
+    assert sum(t.numel() for t in tensors) == merged["parameters_after"]
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    assert (tmp_path / "merged" / "_ffmerge" / "plan.json").exists()
+
+    assert run(capsys, "verify", tmp_path / "merged")["logit_difference"] == 0.0
+    run(capsys, "export", tmp_path / "merged", tmp_path / "stock", "--expand")
+    assert json.loads((tmp_path / "stock" / "config.json").read_text())["model_type"] == "gpt2"
+    small, full = (run(capsys, "eval", tmp_path / f, *_data(text), "--eval-limit", 20) for f in ("merged", "stock"))
+    assert small == full and small["perplexity"] > 1
+
+
+def test_merge_collects_by_itself(capsys, folder, text, tmp_path):
+    options = (*_data(text), "--tokens", 300, "--seed", 3)
+    values = run(capsys, "merge", folder, tmp_path / "a", "--layers", "0-1,3-4", *options)
+    assert values["layers"] == "0-1,3-4"
+    again = run(capsys, "merge", folder, tmp_path / "b", "--window", 2, *options)
+    assert len(again["search"]) == 4 and again["layers"] == max(again["search"], key=lambda s: s["score"])["layers"]
+    without_data = run(capsys, "merge", folder, tmp_path / "c", "--layers", "0+2+4", "--method", "average")
+    assert without_data["layers"] == "0+2+4"
+
+
+def test_sweep_writes_csv(capsys, statistics, tmp_path):
+    values = run(capsys, "plan", statistics, "--sweep", "2,3", "--csv", tmp_path / "sweep.csv")
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["layers"] for r in rows] == ["0-1", "1-2", "2-3", "3-4", "0-2", "1-3", "2-4"]
+    assert [float(r["mean_correlation"]) for r in rows] == [r["mean_correlation"] for r in values["sweep"]]
+
+
+def test_search_keeps_scores_and_resumes(capsys, folder, text, statistics, tmp_path):
+    argv = ("search", folder, "--statistics", statistics, "--window", 2, *_data(text), "--eval-limit", 8)
+    first = run(capsys, *argv, "--resume", tmp_path / "scores.json", "--out", tmp_path / "plan.json")
+    assert first["metric"] == "perplexity" and len(first["search"]) == 4
+    assert first["layers"] == min(first["search"], key=lambda s: s["score"])["layers"]
+    kept = json.loads((tmp_path / "scores.json").read_text())
+    kept["scores"]["0-1"] = 0.5  # a resumed search believes the file
+    (tmp_path / "scores.json").write_text(json.dumps(kept))
+    assert run(capsys, *argv, "--resume", tmp_path / "scores.json")["layers"] == "0-1"
+
+
+def test_finetune_keeps_the_tie(capsys, folder, text, tmp_path):
+    run(capsys, "merge", folder, tmp_path / "merged", "--layers", "1-3", "--method", "average")
+    options = ("--steps", 6, "--lr", 1e-2, "--batch-size", 4, "--eval-every", 3, "--save-every", 3, "--eval-limit", 8)
+    values = run(capsys, "finetune", tmp_path / "merged", tmp_path / "tuned", *_data(text), *options)
+    assert values["steps"] == 6 and values["metric"] == "perplexity"
+    before, after = (ff.from_pretrained(tmp_path / name) for name in ("merged", "tuned"))
+    assert ff.shared_groups(after) == [("decoder", (1, 2, 3))]
+    moved = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert "transformer.h.1.mlp.c_fc.weight" in moved
+    assert run(capsys, "verify", tmp_path / "tuned")["logit_difference"] == 0.0
+
+
+def test_env(capsys):
+    assert "torch" in json.dumps(run(capsys, "env"))
+
+
+def test_unknown_family_by_four_paths(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.delitem(ff.models._FAMILIES, "gpt2")
+    assert "--ffn-up" in refuse(capsys, "inspect", folder)
+    paths = ("--ffn-layers", "h", "--ffn-up", "mlp.c_fc", "--ffn-down", "mlp.c_proj")
+    assert len(run(capsys, "inspect", folder, *paths)["ffns"]) == 5
+    assert "--ffn-down" in refuse(capsys, "inspect", folder, "--ffn-up", "mlp.c_fc")
+
+
+@pytest.mark.parametrize("layers", ["22-", "9-3", "a", "0-1,1-2", "0", "3-9", "encoder:0-1", ""])
+def test_bad_layers(capsys, folder, statistics, tmp_path, layers):
+    assert "layers" in refuse(capsys, "plan", statistics, "--layers", layers)
+    assert "layers" in refuse(capsys, "merge", folder, tmp_path / "m", "--statistics", statistics, "--layers", layers)
+    assert not (tmp_path / "m").exists()
+
+
+def test_bad_folders(capsys, folder, tmp_path):
+    assert "not a folder" in refuse(capsys, "inspect", tmp_path / "missing")
+    assert "--online" in refuse(capsys, "inspect", "somebody/model")
+    (tmp_path / "empty").mkdir()
+    assert "no weights" in refuse(capsys, "inspect", tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    average = ("--layers", "0-1", "--method", "average")
+    assert "is a file" in refuse(capsys, "merge", folder, tmp_path / "file", *average)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine")
+    assert "--overwrite" in refuse(capsys, "merge", folder, tmp_path / "full", *average)
+    assert (tmp_path / "full" / "kept.txt").read_text() == "mine"
+    run(capsys, "merge", folder, tmp_path / "full", *average, "--overwrite")
+    assert not (tmp_path / "full" / "kept.txt").exists()
+    assert "merged already" in refuse(capsys, "merge", tmp_path / "full", tmp_path / "twice", *average)
+
+
+def test_bad_data(capsys, folder, statistics, tmp_path):
+    assert "--data" in refuse(capsys, "merge", folder, tmp_path / "m", "--layers", "0-1")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert refuse(capsys, "merge", folder, tmp_path / "m", "--layers", "0-1", "--data", empty)
+    assert refuse(capsys, "eval", folder, "--data", tmp_path / "missing.txt")
+    assert "larger window" in refuse(capsys, "plan", statistics, "--layers", "0-4")
+    assert "window" in refuse(capsys, "plan", statistics, "--window", "9")
+    assert "exactly one" in refuse(capsys, "plan", statistics)
+    assert "statistics" in refuse(capsys, "plan", tmp_path / "missing")
+    assert not (tmp_path / "m").exists()
+
+
+def test_statistics_of_another_model(capsys, statistics, tmp_path):
+    tiny_model("gpt2", layers=5, seed=1).save_pretrained(tmp_path / "other")
+    line = refuse(capsys, "merge", tmp_path / "other", tmp_path / "m", "--statistics", statistics, "--layers", "0-1")
+    assert "another model" in line
+
+
+def test_usage_errors_exit_with_2(capsys):
+    for argv in (["nonsense"], ["merge"], ["plan", "x", "--anchor", "best"], []):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(argv)
+        assert exit_.value.code == 2
+    capsys.readouterr()
+
+
+def test_every_command_knows_the_common_options(capsys):
+    for name, *_ in cli._COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        text = capsys.readouterr().out
+        for option in ("--json", "--verbose", "--quiet", "--seed", "--device", "--dtype"):
+            assert re.search(rf"{option}\b", text), (name, option)
