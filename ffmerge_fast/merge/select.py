@@ -106,8 +106,9 @@ class _Scores:
         if self._path is not None and self._path.exists():
             try:
                 content = json.loads(self._path.read_text())
-                found, self.values = content["settings"], content["scores"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                found = dict(content["settings"])
+                self.values = {name: float(score) for name, score in content["scores"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FFMergeError(
                     f"resume: {self._path} is not a file of search scores; delete it or give another"
                 ) from error
