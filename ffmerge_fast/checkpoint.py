@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ._env import online, require
 from ._errors import FFMergeError
 from .merge.collect import evaluating, run, to_device
-from .merge.combine import find_ffns, shared_groups
-from .models import MERGED_TYPE_PREFIX
+from .merge.combine import find_ffns, is_merged, shared_groups
+from .models import MERGED_TYPE_PREFIX, supported_families
 
 MANIFEST = "ffmerge.json"
 _VERSION = 1  # of the manifest
@@ -119,8 +119,14 @@ def save_pretrained(
         extras: {file name: text} for the `_ffmerge` folder (plan, statistics' settings, report).
 
     Raises:
-        FFMergeError: folder not empty or not writable, disk full. What was there before stays.
+        FFMergeError: folder not empty or not writable, disk full (what was there before stays); a merged model whose
+            class is not transformers' own.
     """
+    if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
+        raise FFMergeError(
+            f"{type(model).__name__} is merged in memory only, as it is not a class of transformers itself; call "
+            "expand_ before saving, or keep its state dict"
+        )
     with new_folder(folder, overwrite) as beside:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(beside, max_shard_size=max_shard_size)
@@ -242,21 +248,29 @@ def from_pretrained(
         return _load_plain(model, path)
     if path.is_dir() and not (path / "config.json").exists():
         raise FFMergeError(f"{path} has no config.json: for a plain nn.Module, give a freshly built one as model=")
+    family = _model_type(path)
+    if family.startswith(MERGED_TYPE_PREFIX) and family.removeprefix(MERGED_TYPE_PREFIX) not in supported_families():
+        raise FFMergeError(
+            f"{path}: family {family.removeprefix(MERGED_TYPE_PREFIX)!r} is not known here; call register_family first "
+            "or load it with transformers alone (trust_remote_code=True)"
+        )
     transformers = require("transformers", extra="hf")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=not online())
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=not online(), trust_remote_code=False)
         model_class = _class_of(config, transformers)
-        options = {"dtype": "auto", "local_files_only": not online(), **options}
+        options = {"dtype": "auto", "local_files_only": not online(), **options, "ignore_mismatched_sizes": True}
         loaded, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except FFMergeError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds; each ends as one line here
         raise FFMergeError(f"{folder} cannot be loaded: {_one_line(error)}") from error
-    if missing := sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", ()))):
-        raise FFMergeError(
-            f"{folder} lacks weights of {model_class.__name__}, {missing[0]} and {len(missing) - 1} more; "
-            "it would start them at random: check that the folder is complete"
-        )
+    for problem, names in (("has other shapes", info["mismatched_keys"]), ("lacks weights", info["missing_keys"])):
+        if names:
+            first = sorted(n if isinstance(n, str) else n[0] for n in names)[0]
+            raise FFMergeError(
+                f"{folder} {problem} of {model_class.__name__}, {first} and {len(names) - 1} more; they would start at "
+                "random: check that the folder is complete and its config.json belongs to it"
+            )
     return loaded
 
 
@@ -407,10 +421,13 @@ def _compare_logits(path: Path, model: nn.Module, manifest: dict[str, Any]) -> f
 
 def is_merged_folder(folder: str | os.PathLike) -> bool:
     """Whether a local folder's config says that it holds a merged model."""
-    config = Path(folder) / "config.json"
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        return str(json.loads(config.read_text()).get("model_type", "")).startswith(MERGED_TYPE_PREFIX)
-    return False
+    return _model_type(Path(folder)).startswith(MERGED_TYPE_PREFIX)
+
+
+def _model_type(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return str(json.loads((folder / "config.json").read_text()).get("model_type", ""))
+    return ""
 
 
 def _one_line(error: BaseException) -> str:
