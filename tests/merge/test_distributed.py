@@ -1,0 +1,113 @@
+"""collect and search in a torch.distributed job of two processes, each with data of its own."""
+
+import pytest
+import torch
+
+import ffmerge_fast as ff
+from tests.tiny import tiny_inputs, tiny_model
+
+pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:.*correlations are noisy")]
+
+# name of the case: (family, seeds of each rank's batches, further arguments of collect)
+CASES = {
+    "uneven": ("gpt2", ([0, 1, 2], [3]), dict(window=3)),
+    "one rank is empty": ("llama", ([0, 1], []), dict(window=2)),
+    "two stacks": ("marian", ([4], [5, 6]), dict(window=2)),
+    "budget": ("gpt2", ([0, 1], [2, 3]), dict(window=2, max_tokens=21)),
+}
+
+
+def batches(model, seeds):
+    return [tiny_inputs(model, batch=3, seed=seed, padded=True) for seed in seeds]
+
+
+def loss(model):
+    with torch.no_grad():
+        return model(**tiny_inputs(model, batch=4, seed=9)).loss.item()
+
+
+def _work(rank, folder):
+    """One of the two processes; writes what it found to <rank>.pt."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {}
+    for case, (family, seeds, wanted) in CASES.items():
+        model = tiny_model(family, layers=4)
+        stats = ff.collect(model, batches(model, seeds[rank]), **wanted, cache_dir=f"{folder}/cache {case}")
+        stats.save(f"{folder}/{case} {rank}")
+        again = ff.collect(model, [], **wanted, cache_dir=f"{folder}/cache {case}")
+        again.save(f"{folder}/{case} {rank} resumed")
+    try:
+        ff.collect(model, [], window=2)
+    except ff.FFMergeError as error:
+        found["no data"] = str(error)
+    model = tiny_model("gpt2", layers=6)
+    stats, evaluated = ff.collect(model, batches(model, [rank]), window=3), []
+
+    def evaluate(m):
+        evaluated.append(ff.shared_groups(m)[0][1][0])
+        return loss(m)
+
+    plan = ff.search(model, stats, window=3, evaluate=evaluate, resume=f"{folder}/scores.json")
+    found |= {"plan": plan.to_dict(), "evaluated": evaluated, "merged": ff.is_merged(model)}
+    found["resumed"] = ff.search(model, stats, 3, lambda m: 1 / 0, resume=f"{folder}/scores.json").to_dict()
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    torch.multiprocessing.spawn(_work, (str(folder),), nprocs=2)
+    return folder
+
+
+def close(a, b, atol=1e-6):
+    assert a.tokens == b.tokens and a.settings["pairs"] == b.settings["pairs"]
+    for stack, pairs in a.settings["pairs"].items():
+        for i, j in pairs:
+            torch.testing.assert_close(a.correlation(i, j, stack), b.correlation(i, j, stack), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["uneven", "one rank is empty", "two stacks"])
+def test_both_ranks_have_the_statistics_of_all_data(job, case):
+    family, seeds, wanted = CASES[case]
+    model = tiny_model(family, layers=4)
+    alone = ff.collect(model, batches(model, seeds[0] + seeds[1]), **wanted)
+    half = ff.collect(model, batches(model, seeds[0][:1]), **wanted)
+    stack = next(iter(alone.tokens))
+    assert (alone.correlation(0, 1, stack) - half.correlation(0, 1, stack)).abs().max() > 0.01
+    for rank in range(2):
+        for ending in ("", " resumed"):
+            close(ff.CorrelationStats.load(job / f"{case} {rank}{ending}"), alone)
+
+
+def test_the_token_budget_is_that_of_all_ranks_together(job):
+    family, seeds, _ = CASES["budget"]
+    model = tiny_model(family, layers=4)
+    alone, second = (
+        ff.collect(model, batches(model, s), window=2, max_tokens=n) for s, n in zip(seeds, (11, 10), strict=True)
+    )
+    alone.merge(second)
+    found = [ff.CorrelationStats.load(job / f"budget {rank}") for rank in range(2)]
+    assert found[0].tokens == found[1].tokens == {"decoder": 21}
+    for stats in found:
+        close(stats, alone)
+
+
+def test_without_any_data_every_rank_says_so(job):
+    for rank in range(2):
+        message = torch.load(job / f"{rank}.pt")["no data"]
+        assert "saw 0 tokens, wanted at least 2" in message
+
+
+def test_windows_are_shared_out_and_all_ranks_return_the_same_plan(job):
+    a, b = (torch.load(job / f"{rank}.pt") for rank in range(2))
+    assert (a["evaluated"], b["evaluated"]) == ([0, 2], [1, 3]) and not a["merged"] and not b["merged"]
+    assert a["plan"] == b["plan"] == a["resumed"] == b["resumed"]
+    model = tiny_model("gpt2", layers=6)
+    alone = ff.search(model, ff.collect(model, batches(model, [0, 1]), window=3), window=3, evaluate=loss).to_dict()
+    assert alone["search"] and [layers for layers, _ in a["plan"]["search"]] == ["0-2", "1-3", "2-4", "3-5"]
+    for (layers, score), (expected_layers, expected) in zip(a["plan"]["search"], alone["search"], strict=True):
+        assert layers == expected_layers and score == pytest.approx(expected, rel=1e-6)
+    assert a["plan"]["groups"][0]["permutations"] == alone["groups"][0]["permutations"]
