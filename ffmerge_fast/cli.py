@@ -66,7 +66,10 @@ def _set_up(args: argparse.Namespace) -> None:
     import torch
 
     torch.manual_seed(args.seed)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():  # under torchrun
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
 
 
@@ -184,21 +187,27 @@ def _finetune(args) -> Result:
     work = Path(args.work_dir or f"{args.out}.finetune")
     result = finetune(
         model,
-        lambda epoch: task.batches("train", args.batch_size, seed=args.seed, epoch=epoch, shuffle=True),
-        steps=args.steps,
-        lr=args.lr,
-        teacher=from_pretrained(args.teacher).to(args.device) if args.teacher else None,
+        task,
+        args.steps,
+        args.lr,
+        batch_size=args.batch_size,
         schedule=args.schedule,
         warmup=args.warmup,
+        lr_end=args.lr_end,
+        decay_steps=args.decay_steps,
         weight_decay=args.weight_decay,
         accumulate=args.accumulate,
         max_grad_norm=args.max_grad_norm,
         autocast=args.autocast,
+        teacher=from_pretrained(args.teacher).to(args.device) if args.teacher else None,
+        alpha=args.alpha,
         evaluate=lambda m: task.score(m, limit=args.eval_limit),
         eval_every=args.eval_every or args.steps,
         higher_is_better=task.higher_is_better,
+        restore_best=True,
         output_dir=work,
         save_every=args.save_every,
+        parallel=args.parallel,
         seed=args.seed,
     )
     if _is_first_rank():
@@ -491,11 +500,15 @@ def _finetune_options(parser) -> None:
     group.add_argument("--lr", type=float, default=5e-5)
     group.add_argument("--schedule", default="inverse_sqrt", choices=("inverse_sqrt", "linear", "cosine", "constant"))
     group.add_argument("--warmup", type=int, default=0)
+    group.add_argument("--lr-end", type=float, default=0.0, help="floor of the linear and cosine schedules")
+    group.add_argument("--decay-steps", type=int, help="steps from --lr to --lr-end (default: all)")
     group.add_argument("--weight-decay", type=float, default=0.0)
     group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     group.add_argument("--max-grad-norm", type=float, default=1.0)
     group.add_argument("--autocast", choices=("bf16", "fp16"))
     group.add_argument("--teacher", help="folder of a model to distil from")
+    group.add_argument("--alpha", type=float, default=0.5, help="weight of the distillation loss")
+    group.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp2"), help="under torchrun")
     group.add_argument("--eval-every", type=int, default=0, help="steps (default: once, at the end)")
     group.add_argument("--save-every", type=int, default=0, help="steps; a killed run goes on from the last")
     group.add_argument("--work-dir", help="log and checkpoints (default: OUT.finetune)")
