@@ -187,7 +187,7 @@ def groups(config: dict) -> dict:
             lambda c: c.update(model_type="ffmerge_nonsense"),
             "family 'nonsense' is not known here",
         ),
-        (lambda c: c.update(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "shared_FFNs"),
+        (lambda c: c.update(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "layers share FFNs here"),
     ],
 )
 def test_edited_config(change, words, folder):

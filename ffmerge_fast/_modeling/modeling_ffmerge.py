@@ -8,14 +8,13 @@ the same class, whose blocks share the modules listed in `config.ffmerge["groups
 import inspect
 import json
 
-import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
 PREFIX, TYPE_PREFIX = "FFMerged", "ffmerge_"
-# Stands in config.json where other classes look for a dtype: a stock class would otherwise load this checkpoint and
-# fill the FFNs it does not find with random numbers. This makes it stop, with the reason.
-REFUSAL = "__shared_FFNs__load_with_trust_remote_code_or_import_ffmerge_fast_first"
+# Stands in config.json where a class of transformers looks for the name of the weight file: a stock class would
+# otherwise load this checkpoint and fill the FFNs it does not find with random numbers. It stops, quoting this.
+REFUSAL = "layers share FFNs here: load with trust_remote_code=True, or import ffmerge_fast first"
 
 
 def share_(model, groups):
@@ -139,16 +138,11 @@ def __getattr__(name):
 
 def _make_config(name, stock):
     def from_dict(cls, config_dict, **kwargs):
-        config_dict = dict(config_dict)
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(config_dict.get(key), str):
-                config_dict[key] = config_dict[key].removesuffix(REFUSAL)
+        config_dict = {key: value for key, value in config_dict.items() if key != "transformers_weights"}
         return super(made, cls).from_dict(config_dict, **kwargs)
 
     def to_json_string(self, use_diff=True, **kwargs):
-        values = json.loads(super(made, self).to_json_string(use_diff, **kwargs))
-        values.pop("torch_dtype", None)
-        values["dtype"] = str(self.dtype or torch.float32).removeprefix("torch.") + REFUSAL
+        values = json.loads(super(made, self).to_json_string(use_diff, **kwargs)) | {"transformers_weights": REFUSAL}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     made = type(
