@@ -6,6 +6,7 @@ from . import nn, ops
 from ._backend import backends, use_backend
 from ._errors import FFMergeError
 from .checkpoint import from_pretrained, save_pretrained, verify
+from .driver.finetune import finetune
 from .integrations.transformers import register_when_imported as _register_when_imported
 from .merge.align import MergeGroup, MergePlan, plan
 from .merge.collect import collect
@@ -27,6 +28,7 @@ __all__ = [
     "collect",
     "expand_",
     "find_ffns",
+    "finetune",
     "from_pretrained",
     "is_merged",
     "merge",

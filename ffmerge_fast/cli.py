@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import logging
@@ -11,10 +12,25 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ._cli_options import (
+    anchor_option,
+    argument,
+    choice_options,
+    collect_options,
+    common_options,
+    data_options,
+    finetune_options,
+    layout_options,
+    method_option,
+    model_options,
+    out_options,
+    sizes,
+    validation_option,
+)
 from ._errors import FFMergeError
 from ._table import format_bytes, format_table
 
@@ -108,12 +124,16 @@ def _inspect(args) -> Result:
 
 
 def _collect(args) -> Result:
-    stats, seconds = _collect_statistics(args, _model(args))
+    seconds: dict[str, float] = {}
+    stats = _collect_statistics(args, _model(args), seconds)
     if _is_first_rank():
         stats.save(args.out)
     values = {"statistics": str(args.out), "tokens": stats.tokens, "seconds": seconds}
     counted = ", ".join(f"{stack} {n:,} tokens" for stack, n in stats.tokens.items())
-    return values, f"{args.out}: {counted}, {len(sum(stats.settings['pairs'].values(), []))} pairs, {seconds:.1f} s"
+    return (
+        values,
+        f"{args.out}: {counted}, {len(sum(stats.settings['pairs'].values(), []))} pairs, {seconds['collect']:.1f} s",
+    )
 
 
 def _plan(args) -> Result:
@@ -136,43 +156,49 @@ def _plan(args) -> Result:
 
 def _search(args) -> Result:
     from .merge.select import search
-    from .merge.statistics import CorrelationStats
 
     model = _model(args)
-    stats = CorrelationStats.load(args.statistics) if args.statistics else _collect_statistics(args, model)[0]
+    seconds: dict[str, float] = {}
+    stats = _statistics(args, model, seconds)
     task = _task(args, model, train=args.data, validation=args.eval_data)
-    found = search(
-        model,
-        stats,
-        args.window,
-        lambda m: task.score(m, limit=args.eval_limit),
-        higher_is_better=task.higher_is_better,
-        anchor=args.anchor,
-        method=args.method,
-        seed=args.seed,
-        resume=args.resume,
-    )
+    with _timed(seconds, "search"):
+        found = search(
+            model,
+            stats,
+            args.window,
+            lambda m: task.score(m, limit=args.eval_limit),
+            higher_is_better=task.higher_is_better,
+            anchor=args.anchor,
+            method=args.method,
+            seed=args.seed,
+            resume=args.resume,
+        )
     if args.out and _is_first_rank():
         _write_text(args.out, json.dumps(found.to_dict()))
     table = format_table(["window", task.metric], found.search)
-    return _plan_values(found) | {"metric": task.metric}, f"{table}\n\n{found}"
+    return _plan_values(found) | {"metric": task.metric, "seconds": seconds}, f"{table}\n\n{found}"
 
 
 def _merge(args) -> Result:
     from .checkpoint import EXTRAS, check_new_folder, load_processor, save_pretrained
+    from .merge.align import MergePlan, plan
     from .merge.combine import merge_
 
     check_new_folder(args.out, args.overwrite)
     model = _model(args)
-    started = time.monotonic()
-    made = _plan_for_merge(args, model)
-    planned = time.monotonic()
-    merge_(model, made)
-    merged = time.monotonic()
+    seconds: dict[str, float] = {}
+    if args.plan:
+        made = MergePlan.from_dict(_read_json(args.plan, "plan"))
+    else:
+        needed = args.statistics or args.window or args.method == "permute"
+        stats = _statistics(args, model, seconds) if needed else None
+        with _timed(seconds, "align"):
+            made = plan(stats, args.layers, args.window, args.anchor, args.method, model, args.seed)
+    with _timed(seconds, "merge"):
+        merge_(model, made)
     extras = {"plan.json": json.dumps(made.to_dict()), "plan.txt": str(made) + "\n"}
     if _is_first_rank():
         save_pretrained(model, args.out, load_processor(args.model), args.overwrite, args.max_shard_size, extras)
-    seconds = {"plan": planned - started, "merge": merged - planned}
     values = _plan_values(made) | {"folder": str(args.out), "seconds": seconds}
     return values, f"{made}\nwritten to {args.out} (plan kept in {EXTRAS}/)"
 
@@ -331,37 +357,35 @@ def _calibration_batches(args, task: Any) -> Any:
     )
 
 
-def _collect_statistics(args, model: Any) -> tuple[Any, float]:
+def _statistics(args, model: Any, seconds: dict[str, float]) -> Any:
+    from .merge.statistics import CorrelationStats
+
+    return CorrelationStats.load(args.statistics) if args.statistics else _collect_statistics(args, model, seconds)
+
+
+def _collect_statistics(args, model: Any, seconds: dict[str, float]) -> Any:
     from .merge.collect import collect
 
     task = _task(args, model, train=args.data, validation=args.eval_data)
+    layers = getattr(args, "layers", None)
+    with _timed(seconds, "collect"):
+        return collect(
+            model,
+            _calibration_batches(args, task),
+            window=None if layers else args.window,
+            layers=layers,
+            anchor=args.anchor,
+            features=args.features,
+            max_tokens=args.tokens,
+            cache_dir=args.cache_dir,
+        )
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.monotonic()
-    stats = collect(
-        model,
-        _calibration_batches(args, task),
-        window=args.window if not getattr(args, "layers", None) else None,
-        layers=getattr(args, "layers", None),
-        anchor=args.anchor,
-        features=args.features,
-        max_tokens=args.tokens,
-        cache_dir=args.cache_dir,
-    )
-    return stats, time.monotonic() - started
-
-
-def _plan_for_merge(args, model: Any) -> Any:
-    from .merge.align import MergePlan, plan
-    from .merge.statistics import CorrelationStats
-
-    if args.plan:
-        return MergePlan.from_dict(_read_json(args.plan, "plan"))
-    if args.statistics:
-        stats = CorrelationStats.load(args.statistics)
-    elif args.method == "permute" or args.window:
-        stats = _collect_statistics(args, model)[0]
-    else:
-        stats = None
-    return plan(stats, args.layers, args.window, args.anchor, args.method, model, args.seed)
+    yield
+    seconds[stage] = time.monotonic() - started
 
 
 def _plan_values(made: Any) -> dict[str, Any]:
@@ -416,145 +440,49 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, help_text, groups in _COMMANDS:
         command = commands.add_parser(name, help=help_text, description=help_text)
-        for add in (*groups, _common_options):
+        for add in (*groups, common_options):
             add(command)
         command.set_defaults(run=run)
     return parser
 
 
-def _argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:
-    return lambda parser: parser.add_argument(*names, **options)
-
-
-def _common_options(parser) -> None:
-    group = parser.add_argument_group("everywhere")
-    group.add_argument("--json", action="store_true", help="print JSON")
-    group.add_argument("-v", "--verbose", action="store_true", help="show warnings of libraries, and tracebacks")
-    group.add_argument("-q", "--quiet", action="store_true", help="no progress bars, no warnings")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    group.add_argument("--online", action="store_true", help="allow downloads from the Hugging Face hub")
-
-
-def _model_options(parser) -> None:
-    parser.add_argument("model", help="folder of a transformers model, or a hub id with --online")
-    _layout_options(parser)
-
-
-def _layout_options(parser) -> None:
-    group = parser.add_argument_group("layout of a family that is not known (dotted paths)")
-    group.add_argument("--ffn-layers", metavar="PATH", help="list of blocks, such as 'encoder.layers'")
-    group.add_argument("--ffn-up", metavar="PATH", help="W_up inside a block, such as 'mlp.up_proj'")
-    group.add_argument("--ffn-down", metavar="PATH", help="W_down inside a block")
-    group.add_argument("--ffn-gate", metavar="PATH", help="W_gate inside a block, of gated FFNs")
-    group.add_argument("--ffn-stack", default="decoder", choices=("encoder", "decoder"))
-
-
-def _data_options(parser) -> None:
-    group = parser.add_argument_group("data")
-    help_data = "text file or folder; SOURCE TARGET files; folder of images or .npz; a hub data set with --online"
-    group.add_argument("--data", nargs="+", metavar="PATH", help=help_data)
-    group.add_argument("--task", choices=("lm", "images", "translation"), help="default: what the model is for")
-    group.add_argument("--metric", help="perplexity, loss, accuracy or bleu (default: the task's first)")
-    group.add_argument("--max-length", type=int, help="tokens per block or sentence (default: the context; 128)")
-    group.add_argument("--stride", type=int, help="of the perplexity's sliding window (default: no overlap)")
-    group.add_argument("--prefix", default="", help="put before every source sentence")
-    group.add_argument("--num-beams", type=int, default=1, help="of translations")
-    group.add_argument("--batch-size", type=int, default=16)
-    group.add_argument("--eval-limit", type=int, metavar="N", help="evaluate on at most N examples")
-
-
-def _validation_option(parser) -> None:
-    parser.add_argument("--eval-data", nargs="+", metavar="PATH", help="to evaluate on (default: a tenth of --data)")
-
-
-def _collect_options(parser) -> None:
-    group = parser.add_argument_group("statistics")
-    group.add_argument("--tokens", type=int, default=10_000, help="calibration tokens (default 10000)")
-    group.add_argument("--features", default="pre", choices=("pre", "post"), help="before or after the activation")
-    group.add_argument("--cache-dir", help="keep running sums here, so that a killed run goes on")
-
-
-def _choice_options(parser) -> None:
-    parser.add_argument("--layers", help="'4-7', '0-2,6-8', '1+4+7', 'encoder:2-4,decoder:2-4'")
-    parser.add_argument("--window", type=int, help="number of adjacent layers")
-    parser.add_argument("--anchor", default="first", choices=("first", "middle", "last"))
-
-
-def _method_option(parser) -> None:
-    from .merge.align import METHODS
-
-    parser.add_argument("--method", default="permute", choices=METHODS)
-
-
-def _out_options(parser) -> None:
-    parser.add_argument("out", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that has content")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file")
-
-
-def _finetune_options(parser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, required=True)
-    group.add_argument("--lr", type=float, default=5e-5)
-    group.add_argument("--schedule", default="inverse_sqrt", choices=("inverse_sqrt", "linear", "cosine", "constant"))
-    group.add_argument("--warmup", type=int, default=0)
-    group.add_argument("--lr-end", type=float, default=0.0, help="floor of the linear and cosine schedules")
-    group.add_argument("--decay-steps", type=int, help="steps from --lr to --lr-end (default: all)")
-    group.add_argument("--weight-decay", type=float, default=0.0)
-    group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
-    group.add_argument("--max-grad-norm", type=float, default=1.0)
-    group.add_argument("--autocast", choices=("bf16", "fp16"))
-    group.add_argument("--teacher", help="folder of a model to distil from")
-    group.add_argument("--alpha", type=float, default=0.5, help="weight of the distillation loss")
-    group.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp2"), help="under torchrun")
-    group.add_argument("--eval-every", type=int, default=0, help="steps (default: once, at the end)")
-    group.add_argument("--save-every", type=int, default=0, help="steps; a killed run goes on from the last")
-    group.add_argument("--work-dir", help="log and checkpoints (default: OUT.finetune)")
-
-
-def _sizes(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-_statistics_option = _argument("--statistics", help="file written by `ffmerge collect`")
+_statistics_option = argument("--statistics", help="file written by `ffmerge collect`")
 _COMMANDS = [
     ("demo", _demo, "train, merge and tune two small models on this machine, without downloads", (
-        _argument("out", nargs="?", default="ffmerge-demo", help="folder to write"),
-        _argument("--overwrite", action="store_true"),
+        argument("out", nargs="?", default="ffmerge-demo", help="folder to write"),
+        argument("--overwrite", action="store_true"),
     )),
-    ("inspect", _inspect, "list the FFN sublayers of a model", (_model_options,)),
+    ("inspect", _inspect, "list the FFN sublayers of a model", (model_options,)),
     ("collect", _collect, "correlate the FFN features of a model on data", (
-        _model_options, _argument("out", help="statistics file to write"), _choice_options, _data_options,
-        _validation_option, _collect_options,
+        model_options, argument("out", help="statistics file to write"), choice_options, data_options,
+        validation_option, collect_options,
     )),
     ("plan", _plan, "choose and align layers from statistics", (
-        _argument("statistics", help="file written by `ffmerge collect`"),
-        _argument("--model", help="the model's folder, for --method weights"), _layout_options,
-        _choice_options, _method_option, _argument("--out", help="plan file to write"),
-        _argument("--sweep", type=_sizes, metavar="2,3,4", help="rank all windows of these sizes"),
-        _argument("--csv", help="write the sweep here"),
+        argument("statistics", help="file written by `ffmerge collect`"),
+        argument("--model", help="the model's folder, for --method weights"), layout_options,
+        choice_options, method_option, argument("--out", help="plan file to write"),
+        argument("--sweep", type=sizes, metavar="2,3,4", help="rank all windows of these sizes"),
+        argument("--csv", help="write the sweep here"),
     )),
     ("search", _search, "try every window on validation data and plan the best", (
-        _model_options, _choice_options, _method_option, _statistics_option, _data_options,
-        _validation_option, _collect_options,
-        _argument("--out", help="plan file to write"), _argument("--resume", help="JSON file that keeps the scores"),
+        model_options, argument("--window", type=int, required=True, help="number of adjacent layers"),
+        anchor_option, method_option, _statistics_option, data_options, validation_option, collect_options,
+        argument("--out", help="plan file to write"), argument("--resume", help="JSON file that keeps the scores"),
     )),
     ("merge", _merge, "merge FFNs and write the smaller model", (
-        _model_options, _out_options, _choice_options, _method_option, _statistics_option,
-        _argument("--plan", help="file written by `ffmerge plan` or `search`"), _data_options,
-        _validation_option, _collect_options,
+        model_options, out_options, choice_options, method_option, _statistics_option,
+        argument("--plan", help="file written by `ffmerge plan` or `search`"), data_options,
+        validation_option, collect_options,
     )),
     ("finetune", _finetune, "fine-tune a (merged) model", (
-        _model_options, _out_options, _data_options, _validation_option, _finetune_options,
+        model_options, out_options, data_options, validation_option, finetune_options,
     )),
-    ("eval", _eval, "perplexity, accuracy or BLEU of a model", (_model_options, _data_options)),
+    ("eval", _eval, "perplexity, accuracy or BLEU of a model", (model_options, data_options)),
     ("export", _export, "write a model again, with --expand as a stock checkpoint of full size", (
-        _model_options, _out_options, _argument("--expand", action="store_true", help="give every layer its own FFN"),
+        model_options, out_options, argument("--expand", action="store_true", help="give every layer its own FFN"),
     )),
     ("verify", _verify, "check hashes, ties and reference logits of a folder", (
-        _argument("folder", help="folder written by ffmerge"),
+        argument("folder", help="folder written by ffmerge"),
     )),
     ("env", _env, "versions, backends, CPU and GPU, and what is missing", ()),
 ]  # fmt: skip

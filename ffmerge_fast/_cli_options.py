@@ -1,0 +1,106 @@
+"""Groups of options that commands of `ffmerge` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from .merge.align import METHODS
+
+
+def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:
+    return lambda parser: parser.add_argument(*names, **options)
+
+
+def common_options(parser) -> None:
+    group = parser.add_argument_group("everywhere")
+    group.add_argument("--json", action="store_true", help="print JSON")
+    group.add_argument("-v", "--verbose", action="store_true", help="show warnings of libraries, and tracebacks")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bars, no warnings")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument("--online", action="store_true", help="allow downloads from the Hugging Face hub")
+
+
+def model_options(parser) -> None:
+    parser.add_argument("model", help="folder of a transformers model, or a hub id with --online")
+    layout_options(parser)
+
+
+def layout_options(parser) -> None:
+    group = parser.add_argument_group("layout of a family that is not known (dotted paths)")
+    group.add_argument("--ffn-layers", metavar="PATH", help="list of blocks, such as 'encoder.layers'")
+    group.add_argument("--ffn-up", metavar="PATH", help="W_up inside a block, such as 'mlp.up_proj'")
+    group.add_argument("--ffn-down", metavar="PATH", help="W_down inside a block")
+    group.add_argument("--ffn-gate", metavar="PATH", help="W_gate inside a block, of gated FFNs")
+    group.add_argument("--ffn-stack", default="decoder", choices=("encoder", "decoder"))
+
+
+def data_options(parser) -> None:
+    group = parser.add_argument_group("data")
+    help_data = "text file or folder; SOURCE TARGET files; folder of images or .npz; a hub data set with --online"
+    group.add_argument("--data", nargs="+", metavar="PATH", help=help_data)
+    group.add_argument("--task", choices=("lm", "images", "translation"), help="default: what the model is for")
+    group.add_argument("--metric", help="perplexity, loss, accuracy or bleu (default: the task's first)")
+    group.add_argument("--max-length", type=int, help="tokens per block or sentence (default: the context; 128)")
+    group.add_argument("--stride", type=int, help="of the perplexity's sliding window (default: no overlap)")
+    group.add_argument("--prefix", default="", help="put before every source sentence")
+    group.add_argument("--num-beams", type=int, default=1, help="of translations")
+    group.add_argument("--batch-size", type=int, default=16)
+    group.add_argument("--eval-limit", type=int, metavar="N", help="evaluate on at most N examples")
+
+
+def validation_option(parser) -> None:
+    parser.add_argument("--eval-data", nargs="+", metavar="PATH", help="to evaluate on (default: a tenth of --data)")
+
+
+def collect_options(parser) -> None:
+    group = parser.add_argument_group("statistics")
+    group.add_argument("--tokens", type=int, default=10_000, help="calibration tokens (default 10000)")
+    group.add_argument("--features", default="pre", choices=("pre", "post"), help="before or after the activation")
+    group.add_argument("--cache-dir", help="keep running sums here, so that a killed run goes on")
+
+
+def choice_options(parser) -> None:
+    parser.add_argument("--layers", help="'4-7', '0-2,6-8', '1+4+7', 'encoder:2-4,decoder:2-4'")
+    parser.add_argument("--window", type=int, help="number of adjacent layers")
+    anchor_option(parser)
+
+
+def anchor_option(parser) -> None:
+    parser.add_argument("--anchor", default="first", choices=("first", "middle", "last"))
+
+
+def method_option(parser) -> None:
+    parser.add_argument("--method", default="permute", choices=METHODS)
+
+
+def out_options(parser) -> None:
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that has content")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file")
+
+
+def finetune_options(parser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, required=True)
+    group.add_argument("--lr", type=float, default=5e-5)
+    group.add_argument("--schedule", default="inverse_sqrt", choices=("inverse_sqrt", "linear", "cosine", "constant"))
+    group.add_argument("--warmup", type=int, default=0)
+    group.add_argument("--lr-end", type=float, default=0.0, help="floor of the linear and cosine schedules")
+    group.add_argument("--decay-steps", type=int, help="steps from --lr to --lr-end (default: all)")
+    group.add_argument("--weight-decay", type=float, default=0.0)
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
+    group.add_argument("--max-grad-norm", type=float, default=1.0)
+    group.add_argument("--autocast", choices=("bf16", "fp16"))
+    group.add_argument("--teacher", help="folder of a model to distil from")
+    group.add_argument("--alpha", type=float, default=0.5, help="weight of the distillation loss")
+    group.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp2"), help="under torchrun")
+    group.add_argument("--eval-every", type=int, default=0, help="steps (default: once, at the end)")
+    group.add_argument("--save-every", type=int, default=0, help="steps; a killed run goes on from the last")
+    group.add_argument("--work-dir", help="log and checkpoints (default: OUT.finetune)")
+
+
+def sizes(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
