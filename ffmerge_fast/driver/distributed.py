@@ -27,10 +27,14 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def parallelize(model: nn.Module, parallel: str | None) -> nn.Module:
-    """The module to call in training: the model in DDP, the model sharded in place ("fsdp2"), or itself."""
+def check_parallel(parallel: str | None) -> None:
+    """Raise FFMergeError for a way of running in parallel that does not exist."""
     if parallel not in PARALLEL:
         raise FFMergeError(f"parallel: got {parallel!r}, wanted 'ddp', 'fsdp2' or None")
+
+
+def parallelize(model: nn.Module, parallel: str | None) -> nn.Module:
+    """The module to call in training: the model in DDP, the model sharded in place ("fsdp2"), or itself."""
     if not is_distributed() or parallel is None or isinstance(model, nn.parallel.DistributedDataParallel):
         return model
     if parallel == "fsdp2":
@@ -39,6 +43,13 @@ def parallelize(model: nn.Module, parallel: str | None) -> nn.Module:
         return shard_(model)
     device = next(model.parameters()).device
     return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def reshard_(model: nn.Module) -> None:
+    """Free what FSDP2 gathered for a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._errors import FFMergeError
 from .._progress import progress
 from ..merge.collect import evaluating
-from . import distributed
+from . import distributed, training_state
 from .losses import (
     LossFunction,
     distillation_loss,
@@ -159,7 +159,7 @@ def finetune(
         save_every: steps between checkpoints; one is written at the end in any case.
         resume: go on from the checkpoint in `output_dir`, if there is one.
         parallel: with torch.distributed up: "ddp", "fsdp2" (shards the model in place), or None (wrapped already).
-        seed: of the order of data and of dropout.
+        seed: of the order of data, and of torch's, NumPy's and Python's random numbers (dropout).
         log: called with every row of the log.
         log_every: steps between rows of loss, learning rate, gradient norm and labels (tokens, images) per second.
 
@@ -174,6 +174,7 @@ def finetune(
         parallel if distributed.is_distributed() else None, distributed.world_size(),
     )  # fmt: skip
     recipe.check()
+    distributed.check_parallel(parallel)
     for name, value in (("steps", steps), ("log_every", log_every)):
         if value < 1:
             raise FFMergeError(f"{name}: got {value}, wanted at least 1")
@@ -213,7 +214,7 @@ class _Run:
         checkpoint = self.folder.open(resume)
         self.wrapped = distributed.parallelize(self.model, self.recipe.parallel)
         self.optimizer = _optimizer(self.model, self.recipe)
-        torch.manual_seed(self.recipe.seed + distributed.rank())
+        training_state.seed_all(self.recipe.seed + distributed.rank())
         if checkpoint is not None:
             state = self.folder.load_(checkpoint, self.model, self.optimizer)
             self.step, self.pending = state["step"], state["pending"]
@@ -340,8 +341,9 @@ class _Run:
         return row
 
     def evaluate(self, evaluate: Callable[[nn.Module], float]) -> dict[str, Any]:
-        with evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             metric = distributed.from_rank_zero(float(evaluate(self.model)))
+        distributed.reshard_(self.model)
         best = self.folder.offer(self.model, self.step, metric)
         row = {"step": self.step, "metric": metric, "best": best}
         self.folder.log(row)

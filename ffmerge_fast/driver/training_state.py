@@ -94,6 +94,13 @@ def load_optimizer_(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         optimizer.state[parameter] = {key.partition("/")[0]: _like(saved[key], parameter) for key in entries}
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch (all devices), NumPy and random."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_states() -> dict[str, Tensor]:
     """This process's random states (torch, CUDA, NumPy, random) as bytes."""
     kind, keys, *rest = np.random.get_state()
