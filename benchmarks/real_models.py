@@ -53,11 +53,10 @@ def run(shared: Path, case: Case, work: Path, limit: int | None = None) -> dict:
         limit: evaluate on at most so many examples.
     """
     model, statistics = str(shared / "models" / case.name), str(work / "statistics.safetensors")
-    train, validation, test = (
-        ["--data", *(str(shared / p) for p in paths)] for paths in (case.train, case.validation, case.test)
-    )
+    train, validation, test = ([str(shared / p) for p in paths] for paths in (case.train, case.validation, case.test))
     options = [*case.options, *(["--eval-limit", str(limit)] if limit else [])]
-    calibration = [*train, *(["--eval-data", *validation[1:]] if case.validation else []), *options]
+    calibration = ["--data", *train, *(["--eval-data", *validation] if validation else []), *options]
+    tested = ["--data", *test, *options]
     collected = _ffmerge("collect", model, statistics, "--window", case.window, *calibration)
     found = _ffmerge("search", model, "--statistics", statistics, "--window", case.window, *calibration)
     row = {"model": case.name, "tokens": sum(collected["tokens"].values()), "window": found["layers"]}
