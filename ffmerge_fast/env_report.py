@@ -16,7 +16,7 @@ _CPU_ISAS = ("portable", "avx2", "avx512", "amx")
 
 # Distribution names, as in pyproject.toml.
 _EXTRAS = {
-    "hf": ("transformers", "tokenizers", "accelerate"),
+    "hf": ("transformers", "tokenizers", "sentencepiece", "accelerate"),
     "driver": ("tqdm", "pyyaml", "matplotlib", "sacrebleu", "datasets", "pillow", "scikit-learn", "rich"),
     "test": ("pytest", "pytest-benchmark", "hypothesis", "ruff"),
     "gpu": ("triton",),
