@@ -162,6 +162,8 @@ def _make_config(name, stock):
 
 def _make_model(name, stock):
     def __init__(self, config, *args, **kwargs):
+        if type(config) not in transformers.AutoModel._model_mapping:
+            register(type(config))  # some heads build their base by AutoModel.from_config
         super(made, self).__init__(config, *args, **kwargs)
         share_(self, config.ffmerge["groups"])
 
