@@ -175,7 +175,7 @@ def groups(config: dict) -> dict:
         (lambda c: groups(c).update(layers=[1, 2]), "lacks weights"),  # too few
         (lambda c: groups(c).update(layers=[0, 2, 3]), "share FFNs"),  # others
         (lambda c: groups(c).update(layers=[1, 2, 9]), "cannot be loaded"),
-        (lambda c: groups(c).update(modules=["h.{i}.nothing"]), "nothing"),
+        (lambda c: groups(c).update(modules=["h.{i}.nothing"]), "nothing`: these shared FFNs were saved with"),
         (lambda c: c.pop("ffmerge"), "ffmerge"),
         (lambda c: c.update(activation_function="relu"), "logits differ"),
         (lambda c: c.update(n_inner=48), "has other shapes of FFMergedGPT2LMHeadModel, transformer.h.0.mlp.c_fc.bias"),

@@ -165,7 +165,13 @@ def _make_model(name, stock):
         if type(config) not in transformers.AutoModel._model_mapping:
             register(type(config))  # some heads build their base by AutoModel.from_config
         super(made, self).__init__(config, *args, **kwargs)
-        share_(self, config.ffmerge["groups"])
+        try:
+            share_(self, config.ffmerge["groups"])
+        except AttributeError as error:
+            raise ValueError(
+                f"{error}: these shared FFNs were saved with transformers {config.transformers_version}, and "
+                f"{transformers.__version__} builds {stock.__name__} otherwise or the config was edited"
+            ) from error
 
     def save_pretrained(self, save_directory, **kwargs):
         if "save_original_format" in inspect.signature(super(made, self).save_pretrained).parameters:
