@@ -72,9 +72,8 @@ def _set_up(args: argparse.Namespace) -> None:
         allow_network()
     else:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TQDM_DELAY", "2")  # bars of transformers too: only for what takes longer than two seconds
     if args.quiet or args.json or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it too
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -206,6 +205,7 @@ def _merge(args) -> Result:
 def _finetune(args) -> Result:
     from .checkpoint import check_new_folder, from_pretrained, load_processor, save_pretrained
     from .driver.finetune import finetune
+    from .integrations.fsdp2 import copy_whole_
 
     check_new_folder(args.out, args.overwrite)
     model = _model(args)
@@ -236,6 +236,8 @@ def _finetune(args) -> Result:
         parallel=args.parallel,
         seed=args.seed,
     )
+    if args.parallel == "fsdp2" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        model = copy_whole_(model, _model(args))
     if _is_first_rank():
         save_pretrained(model, args.out, load_processor(args.model), args.overwrite, args.max_shard_size)
     values = {

@@ -35,6 +35,15 @@ def shard_(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, **options)
 
 
+@torch.no_grad()
+def copy_whole_(sharded: nn.Module, whole: nn.Module) -> nn.Module:
+    """Give `whole`, the same model not sharded, the weights of a sharded one, for saving; every rank must call it."""
+    targets = dict(whole.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        targets[name].copy_(parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter)
+    return whole
+
+
 def block_paths(model: nn.Module) -> list[str]:
     """Paths of the entries of the model's outermost `nn.ModuleList`s."""
     lists: list[str] = []
