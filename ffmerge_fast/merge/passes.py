@@ -180,7 +180,7 @@ def _torch_mask(batch: Mapping, name: str, model: nn.Module) -> Tensor | None:
 def world_size() -> int:
     """Processes of the `torch.distributed` job; 1 without one."""
     distributed = torch.distributed
-    return distributed.getworld_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def share_of_rank(max_tokens: int) -> int:
