@@ -102,8 +102,8 @@ def refit_(
         rounds: fits after the first, on the merged model's own stream: x_i is what reaches the merged layer, y_i what
             leads from there to the original residual stream after the FFN; half a step each.
         max_tokens: stop after exactly this many tokens; encoder and decoder count separately.
-        weights: w_i, from the first 1,024 tokens: "stream", 1 / the variance of the residual stream after block i, which
-            y_i's error is added to; "output", 1 / var(y_i); "equal". The first was never far behind the best of the
+        weights: w_i, from the first 1,024 tokens: "stream", 1 / the variance of the stream after block i, which an
+            error of y_i is added to; "output", 1 / var(y_i); "equal". The first was never far behind the best of the
             three; the second fails where a layer writes much more than the others, as first layers do.
         evaluate: maps the model to a score on held-out data; the model gets the best weights of: as merged, first
             fit, each round. By default with `rounds`: the loss on the last tenth of the batches, which is not fitted.
