@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -56,17 +56,18 @@ class RefitReport:
     scores: list[float] = field(default_factory=list)
     best: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
     def __str__(self) -> str:
         rows = [[g.stack, format_layers([(g.stack, g.layers)], [g.stack]), g.before, g.after] for g in self.groups]
         text = format_table(["stack", "layers", "output missed before", "after refit"], rows)
         if not self.scores:
             return text
         names = ["merged", "refit", *(f"round {i}" for i in range(1, len(self.scores) - 1))]
-        marked = [[f"{name} (kept)" if i == self.best else name, s] for i, (name, s) in enumerate(self._named(names))]
-        return f"{text}\n\n{format_table(['', 'score'], marked)}"
-
-    def _named(self, names: Sequence[str]) -> Iterable[tuple[str, float]]:
-        return zip(names, self.scores, strict=True)
+        names[self.best] += " (kept)"
+        return f"{text}\n\n{format_table(['', 'score'], list(zip(names, self.scores, strict=True)))}"
 
 
 def refit_(
