@@ -5,12 +5,14 @@ from importlib import metadata as _metadata
 from . import nn, ops
 from ._backend import backends, use_backend
 from ._errors import FFMergeError
+from .baselines import tie_without_average
 from .checkpoint import from_pretrained, save_pretrained, verify
 from .driver.finetune import finetune
 from .integrations.transformers import register_when_imported as _register_when_imported
 from .merge.align import MergeGroup, MergePlan, plan
 from .merge.collect import collect
 from .merge.combine import expand_, is_merged, merge, merge_, print_parameters, shared_groups
+from .merge.recover import RefitGroup, RefitReport, refit_
 from .merge.select import search, sweep
 from .merge.statistics import CorrelationStats
 from .models import FFNSpec, FFNSublayer, find_ffns, register_family, supported_families
@@ -24,6 +26,8 @@ __all__ = [
     "FFNSublayer",
     "MergeGroup",
     "MergePlan",
+    "RefitGroup",
+    "RefitReport",
     "backends",
     "collect",
     "expand_",
@@ -37,12 +41,14 @@ __all__ = [
     "ops",
     "plan",
     "print_parameters",
+    "refit_",
     "register_family",
     "save_pretrained",
     "search",
     "shared_groups",
     "supported_families",
     "sweep",
+    "tie_without_average",
     "use_backend",
     "verify",
 ]

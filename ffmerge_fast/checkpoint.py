@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ._env import online, require
 from ._errors import FFMergeError
-from .merge.collect import evaluating, run, to_device
 from .merge.combine import find_ffns, is_merged, shared_groups
+from .merge.passes import evaluating, run, to_device
 from .models import MERGED_TYPE_PREFIX, supported_families
 
 MANIFEST = "ffmerge.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import json
 import logging
@@ -28,6 +29,7 @@ from ._cli_options import (
     method_option,
     model_options,
     out_options,
+    recover_options,
     sizes,
     validation_option,
 )
@@ -193,13 +195,36 @@ def _merge(args) -> Result:
         stats = _statistics(args, model, seconds) if needed else None
         with _timed(seconds, "align"):
             made = plan(stats, args.layers, args.window, args.anchor, args.method, model, args.seed)
+    teacher = copy.deepcopy(model) if args.recover == "refit" else None
     with _timed(seconds, "merge"):
         merge_(model, made)
     extras = {"plan.json": json.dumps(made.to_dict()), "plan.txt": str(made) + "\n"}
+    values, text = _plan_values(made) | {"folder": str(args.out), "seconds": seconds}, str(made)
+    if teacher is not None:
+        with _timed(seconds, "refit"):
+            report = _refit(args, model, teacher)
+        extras |= {"refit.json": json.dumps(report.to_dict()), "refit.txt": f"{report}\n"}
+        values, text = values | {"refit": report.to_dict()}, f"{text}\n\n{report}\n"
     if _is_first_rank():
         save_pretrained(model, args.out, load_processor(args.model), args.overwrite, args.max_shard_size, extras)
-    values = _plan_values(made) | {"folder": str(args.out), "seconds": seconds}
-    return values, f"{made}\nwritten to {args.out} (plan kept in {EXTRAS}/)"
+    return values, f"{text}\nwritten to {args.out} (plan kept in {EXTRAS}/)"
+
+
+def _refit(args, model: Any, teacher: Any) -> Any:
+    """Refit W_down on the calibration data; rounds are judged by the task's metric on the validation data."""
+    from .merge.recover import refit_
+
+    task = _task(args, model, train=args.data, validation=args.eval_data)
+    return refit_(
+        model,
+        teacher,
+        _calibration_batches(args, task),
+        ridge=args.ridge,
+        rounds=args.recover_rounds,
+        max_tokens=args.tokens,
+        evaluate=(lambda m: task.score(m, limit=args.eval_limit)) if args.recover_rounds else None,
+        higher_is_better=task.higher_is_better,
+    )
 
 
 def _finetune(args) -> Result:
@@ -474,7 +499,7 @@ _COMMANDS = [
     ("merge", _merge, "merge FFNs and write the smaller model", (
         model_options, out_options, choice_options, method_option, _statistics_option,
         argument("--plan", help="file written by `ffmerge plan` or `search`"), data_options,
-        validation_option, collect_options,
+        validation_option, collect_options, recover_options,
     )),
     ("finetune", _finetune, "fine-tune a (merged) model", (
         model_options, out_options, data_options, validation_option, finetune_options,

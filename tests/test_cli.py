@@ -139,6 +139,23 @@ def test_search_keeps_scores_and_resumes(capsys, folder, text, statistics, tmp_p
     assert run(capsys, *argv, "--resume", tmp_path / "scores.json")["layers"] == "0-1"
 
 
+def test_merge_with_refit_keeps_its_report(capsys, folder, text, tmp_path):
+    plain = ("merge", folder, tmp_path / "plain", "--layers", "1-3", "--method", "average")
+    run(capsys, *plain)
+    refit = ("--recover", "refit", "--ridge", 0.1, *_data(text), "--tokens", 800, "--batch-size", 4, "--eval-limit", 8)
+    values = run(capsys, *plain[:2], tmp_path / "refit", *plain[3:], *refit, "--recover-rounds", 2)
+    found = values["refit"]
+    assert len(found["scores"]) == 4 and found["scores"][found["best"]] == min(found["scores"])
+    assert found["groups"][0]["layers"] == [1, 2, 3] and found["groups"][0]["after"] < found["groups"][0]["before"]
+    assert json.loads((tmp_path / "refit" / "_ffmerge" / "refit.json").read_text()) == found
+    before, after = (ff.from_pretrained(tmp_path / name) for name in ("plain", "refit"))
+    assert ff.shared_groups(after) == [("decoder", (1, 2, 3))]
+    moved = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    wanted = {f"transformer.h.1.mlp.c_proj.{name}" for name in ("weight", "bias")} if found["best"] else set()
+    assert moved == wanted
+    assert "--data" in refuse(capsys, *plain[:2], tmp_path / "none", *plain[3:], "--recover", "refit")
+
+
 def test_finetune_keeps_the_tie(capsys, folder, text, tmp_path):
     run(capsys, "merge", folder, tmp_path / "merged", "--layers", "1-3", "--method", "average")
     options = ("--steps", 6, "--lr", 1e-2, "--batch-size", 4, "--eval-every", 3, "--save-every", 3, "--eval-limit", 8)

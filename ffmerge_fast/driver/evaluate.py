@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._env import require
 from .._errors import FFMergeError
 from .._progress import progress
-from ..merge.collect import evaluating
+from ..merge.passes import evaluating
 from .losses import LossFunction, label_count, loss_of, on_device, without_cache
 from .text import PairEncoder
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._errors import FFMergeError
 from .._progress import progress
-from ..merge.collect import evaluating
+from ..merge.passes import evaluating
 from . import distributed, training_state
 from .losses import (
     LossFunction,

@@ -1,1 +1,1 @@
-"""Paper A in the order data flows: collect, align, select, combine."""
+"""Paper A in the order data flows: collect, align, select, combine, recover."""

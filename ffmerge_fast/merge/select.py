@@ -14,9 +14,9 @@ from torch import nn
 from .._errors import FFMergeError
 from .._progress import progress
 from .align import MergePlan, plan, rank_windows
-from .collect import evaluating
 from .combine import merged
 from .layers import Group, format_layers, windows
+from .passes import evaluating
 from .statistics import CorrelationStats
 
 

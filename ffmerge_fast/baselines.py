@@ -1,0 +1,33 @@
+"""What merging is compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from .merge.align import plan
+from .merge.combine import merge_
+from .models import find_ffns
+
+
+def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anchor: str = "first") -> nn.Module:
+    """A copy of `model` in which all layers of a group use the anchor's FFN as it is ("copy" in tables).
+
+    Args:
+        model: unmerged; stays as it is.
+        layers: groups, as in `plan`.
+        anchor: "first", "middle" or "last" layer of each group.
+
+    Raises:
+        FFMergeError: layers that cannot be merged, unknown anchor, a model that is merged already.
+    """
+    tied = copy.deepcopy(model)
+    ffns = {(f.stack, f.index): f for f in find_ffns(tied)}
+    for group in plan(layers=layers, anchor=anchor, method="average", model=tied).groups:
+        sources = ffns[group.stack, group.anchor].shared
+        for i in group.layers:
+            for path, source in zip(ffns[group.stack, i].shared, sources, strict=True):
+                tied.get_submodule(path).load_state_dict(tied.get_submodule(source).state_dict())
+    return merge_(tied, plan(layers=layers, anchor=anchor, method="average", model=tied))

@@ -1,0 +1,225 @@
+"""Run calibration batches through a model, with hooks on its FFNs, and know which tokens count."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import FFMergeError
+from .._progress import progress
+from ..models import DECODER, ENCODER, FFNSublayer
+
+
+class FFNPasses:
+    """Forward passes of a model in evaluation mode, with hooks on some of its FFNs; a context manager.
+
+    A token counts unless it is padding, up to exactly `max_tokens` in each stack. A pass ends early once `saw` was
+    called for every FFN.
+
+    Args:
+        model: its modes, hooks and gradients are as before when the context ends.
+        ffns: the FFNs that must run in every batch.
+        max_tokens: of this process, in each stack.
+        counts: {stack: tokens} counted before.
+    """
+
+    def __init__(
+        self, model: nn.Module, ffns: Sequence[FFNSublayer], max_tokens: int, counts: Mapping[str, int] | None = None
+    ):
+        self.model, self.max_tokens = model, max_tokens
+        self.counts = dict.fromkeys((f.stack for f in ffns), 0) | dict(counts or {})
+        self._keys = {f.key for f in ffns}
+        self._valid: dict[str, Tensor] = {}  # of this batch: tokens that are not padding, as far as it says
+        self._masks: dict[str, Tensor] = {}  # of this batch: tokens to count
+        self._seen: set[str] = set()
+        self._may_stop = _may_stop(model)
+        self._context = contextlib.ExitStack()
+
+    def __enter__(self):
+        for context in (evaluating(self.model), _without_fast_path(), torch.no_grad()):
+            self._context.enter_context(context)
+        return self
+
+    def __exit__(self, *exception):
+        self._context.close()
+
+    def on_input(self, path: str, receive: Callable[[Any], None]) -> None:
+        """Call `receive(first argument)` before the module at `path` runs."""
+        module = self.model.get_submodule(path)
+        handle = module.register_forward_pre_hook(lambda _, args: receive(args[0] if args else None))
+        self._context.callback(handle.remove)
+
+    def on_output(self, path: str, receive: Callable[[Any], Any]) -> None:
+        """Call `receive(output)` after the module at `path` ran; what it returns, if anything, takes its place."""
+        handle = self.model.get_submodule(path).register_forward_hook(lambda _, args, output: receive(output))
+        self._context.callback(handle.remove)
+
+    def saw(self, ffn: FFNSublayer) -> None:
+        """Nothing more is wanted of this FFN in this batch; ends the pass after the last one."""
+        self._seen.add(ffn.key)
+        if self._seen == self._keys and self._may_stop:
+            raise _AllSeen
+
+    def mask(self, stack: str, tokens: int, device: torch.device) -> Tensor:
+        """Which of this batch's tokens count, bool [tokens]: not padding, and not beyond max_tokens."""
+        if stack not in self._masks:
+            self._masks[stack] = self._make_mask(stack, tokens).to(device)
+        return self._masks[stack]
+
+    def finished(self) -> bool:
+        """Whether every stack has counted its tokens."""
+        return min(self.counts.values()) >= self.max_tokens
+
+    def over(self, batches: Iterable[Any], name: str, skip: int = 0) -> Iterator[tuple[int, Any]]:
+        """Run batches until all tokens are counted, with a progress bar; yields (number, batch) after each.
+
+        Args:
+            name: of the work, for the bar and the errors.
+            skip: batches to leave out at the start.
+        """
+        number = -1
+        with progress(total=self.max_tokens, desc=name, unit="tok") as bar:
+            for number, batch in enumerate(batches):
+                if number < skip:
+                    continue
+                before = min(self.counts.values())
+                self.take(batch, number)
+                bar.update(min(self.counts.values()) - before)
+                yield number, batch
+                if self.finished():
+                    break
+        if number < 0 and world_size() == 1:  # other ranks may have data, and wait for this one
+            raise FFMergeError(f"{name}: no calibration data: `batches` is empty")
+
+    def take(self, batch: Any, number: int) -> None:
+        """Run one batch, up to the last FFN that is wanted."""
+        self._masks, self._seen = {}, set()
+        batch = to_device(batch, self.model)
+        self._valid = _token_masks(batch, self.model, list(self.counts))
+        with contextlib.suppress(_AllSeen):
+            run(self.model, batch)
+        for stack in self.counts:
+            if stack not in self._masks:
+                raise FFMergeError(
+                    f"batch {number}: the {stack} did not run; give inputs for it (labels, decoder_input_ids)"
+                )
+            self.counts[stack] += int(self._masks[stack].sum())
+
+    def _make_mask(self, stack: str, tokens: int) -> Tensor:
+        mask = self._valid.get(stack)
+        if mask is None:
+            mask = torch.ones(tokens, dtype=torch.bool)
+        if mask.numel() != tokens:
+            raise FFMergeError(
+                f"the {stack}'s attention_mask has shape {list(mask.shape)}, but its FFNs saw {tokens} tokens: wanted "
+                "one value per token, [batch, length]"
+            )
+        mask = mask.reshape(-1).bool()
+        return mask & (mask.cumsum(0) <= self.max_tokens - self.counts[stack])
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """torch's own encoder layers call their Linears, instead of one kernel that shows no features."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass once every wanted FFN has run."""
+
+
+def _may_stop(model: nn.Module) -> bool:
+    """Whether nothing needs the forward pass to end the ordinary way (offloading hooks, sharded modules do)."""
+    wrappers = ("FSDP", "DistributedDataParallel", "FullySharded")
+    return not any(hasattr(m, "_hf_hook") or type(m).__name__.startswith(wrappers) for m in model.modules())
+
+
+# -------------------------------------------------------------------------------------------------------------- padding
+
+
+def _token_masks(batch: Any, model: nn.Module, stacks: Sequence[str]) -> dict[str, Tensor]:
+    """Per stack, which tokens are not padding, as far as the batch says."""
+    if not isinstance(batch, Mapping):
+        return {}
+    labels = batch.get("labels")
+    of_tokens = labels is not None and labels.ndim == 2 and not labels.is_floating_point()
+    from_labels = labels != -100 if of_tokens else None
+    two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    masks = {}
+    if ENCODER in stacks and getattr(model, "main_input_name", "") != "input_features":  # audio is never masked
+        mask = batch.get("attention_mask")
+        masks[ENCODER] = mask if mask is not None else _torch_mask(batch, "src_key_padding_mask", model)
+    if DECODER in stacks:
+        mask = batch.get("decoder_attention_mask" if two_stacks else "attention_mask")
+        mask = mask if mask is not None else _torch_mask(batch, "tgt_key_padding_mask", model)
+        masks[DECODER] = mask if mask is not None else from_labels
+    return {stack: mask for stack, mask in masks.items() if mask is not None}
+
+
+def _torch_mask(batch: Mapping, name: str, model: nn.Module) -> Tensor | None:
+    """The tokens that one of nn.Transformer's padding masks [batch, length] (True or -inf: padding) leaves."""
+    padding = batch.get(name)
+    if padding is None:
+        return None
+    batch_first = all(m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    return padding == 0 if batch_first else (padding == 0).T
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def world_size() -> int:
+    """Processes of the `torch.distributed` job; 1 without one."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def share_of_rank(max_tokens: int) -> int:
+    """This rank's part of `max_tokens`; the first ranks take the remainder."""
+    world = world_size()
+    if world == 1:
+        return max_tokens
+    return max_tokens // world + (torch.distributed.get_rank() < max_tokens % world)
+
+
+# ---------------------------------------------------------------------------------------------------------- run a model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def to_device(batch: Any, model: nn.Module) -> Any:
+    """The batch's tensors on the device of the model's first parameter."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(v.to(device) if isinstance(v, Tensor) else v for v in batch)
+    raise FFMergeError(f"batches: got a {type(batch).__name__}, wanted dicts, tuples or tensors")
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a dict, a tuple or a tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
