@@ -23,6 +23,7 @@ from ..checkpoint import new_folder, save_pretrained, verify
 from ..merge.align import MergePlan, plan
 from ..merge.collect import collect
 from ..merge.combine import merge
+from ..merge.recover import refit_
 from ..merge.select import search
 from ..merge.statistics import CorrelationStats
 from . import evaluate
@@ -104,13 +105,19 @@ def _run(case: _Case, folder: Path, seed: int) -> tuple[list[Row], CorrelationSt
     model = case.model
     _train(model, case, case.steps, case.lr, seed)
     record(model, "original")
-    stats = collect(model, case.task.batches("train", 32, shuffle=True, seed=seed), window=WINDOW)
+
+    def calibration() -> Iterator[dict[str, Tensor]]:
+        return case.task.batches("train", 32, shuffle=True, seed=seed)
+
+    stats = collect(model, calibration(), window=WINDOW)
     best = search(model, stats, WINDOW, case.task.score, case.task.higher_is_better)
     averaged = merge(model, plan(stats, best.layers, method="average"))
     permuted = merge(model, best)
     record(averaged, "averaged")
     record(permuted, "permuted")
-    for merged, variant in ((averaged, "averaged + tuned"), (permuted, "permuted + tuned")):
+    refit_(permuted, model, calibration())
+    record(permuted, "permuted + refit")
+    for merged, variant in ((averaged, "averaged + tuned"), (permuted, "permuted + refit + tuned")):
         _train(merged, case, case.steps // 5, case.lr / 4, seed)
         record(merged, variant)
     return rows, stats, best

@@ -20,21 +20,22 @@ def test_demo(capsys, tmp_path):
     out = tmp_path / "demo"
     assert cli.main(["demo", str(out), "--json"]) == 0
     rows = {(r["model"], r["variant"]): r for r in json.loads(capsys.readouterr().out)["rows"]}
-    assert len(rows) == 10
+    assert len(rows) == 12
     for model, good in (("vit-digits", lambda v: v > 0.9), ("gpt2-stdlib", lambda v: v < 70)):
         original, permuted = rows[model, "original"], rows[model, "permuted"]
-        tuned, averaged = rows[model, "permuted + tuned"], rows[model, "averaged"]
+        tuned, averaged = rows[model, "permuted + refit + tuned"], rows[model, "averaged"]
         assert good(original["value"]) and good(tuned["value"]), rows
-        saved = ff.from_pretrained(out / model / "permuted-tuned")
+        saved = ff.from_pretrained(out / model / "permuted-refit-tuned")
         assert len(ff.shared_groups(saved)[0][1]) == demo.WINDOW
         one_ffn = ff.find_ffns(saved)[0]
         assert original["parameters"] - permuted["parameters"] == (demo.WINDOW - 1) * one_ffn.parameters
         assert permuted["parameters"] == averaged["parameters"] == tuned["parameters"]
         assert original["bytes"] - permuted["bytes"] >= (demo.WINDOW - 1) * one_ffn.nbytes
-        assert ff.verify(out / model / "permuted-tuned")["logit_difference"] == 0.0
+        assert ff.verify(out / model / "permuted-refit-tuned")["logit_difference"] == 0.0
+    assert rows["gpt2-stdlib", "permuted + refit"]["value"] < rows["gpt2-stdlib", "permuted"]["value"]
     assert rows["gpt2-stdlib", "permuted"]["value"] < rows["gpt2-stdlib", "averaged"]["value"]
     assert (out / "correlation.png").stat().st_size > 10_000
-    assert "permuted + tuned" in (out / "report.md").read_text()
+    assert "permuted + refit + tuned" in (out / "report.md").read_text()
 
 
 def test_demo_refuses_a_folder_that_is_not_its_own(capsys, tmp_path):
