@@ -16,15 +16,19 @@ def can_run(tensor: Tensor | None = None) -> str | None:
     return None
 
 
-def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor]:
-    """Best permutation of each matrix of scores [B, d, d]: int64 [B, d] and its objective, float64 [B]."""
+def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Best permutation of each matrix of scores [B, d, d]: int64 [B, d], its objective, float64 [B], and NaN: no gap yet.
+
+    scipy finds no prices; `gap` does, on demand.
+    """
     matrices = _numpy(scores)
     permutations = np.empty(matrices.shape[:2], dtype=np.int64)
     objectives = np.empty(len(matrices))
     for b, matrix in enumerate(matrices):
         rows, permutations[b] = linear_sum_assignment(matrix, maximize=maximize)
         objectives[b] = matrix[rows, permutations[b]].sum(dtype=np.float64)
-    return torch.from_numpy(permutations), torch.from_numpy(objectives)
+    objective = torch.from_numpy(objectives)
+    return torch.from_numpy(permutations), objective, torch.full_like(objective, torch.nan)
 
 
 def gap(scores: Tensor, permutation: Tensor, maximize: bool) -> Tensor:

@@ -1,0 +1,43 @@
+// Shortest augmenting paths on the whole matrix: small problems, ties, extreme scales, and float64 scores.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "common/cpu.h"
+
+namespace ffmerge {
+
+// A d x d matrix whose rows are contiguous; `sign` is 1, or -1 to minimise.
+template <class T>
+struct ScoreView {
+  const T* data;
+  ptrdiff_t row_stride;
+  int size;
+  T sign;
+
+  const T* row(int i) const { return data + i * row_stride; }
+};
+
+// Prices of the columns and a partial assignment (-1: none) in which every assigned row has a column of largest worth,
+// worth being sign * score - price. Complete, it is optimal, whatever the prices.
+struct Matching {
+  std::vector<double> price;
+  std::vector<int> column_of, row_of;
+
+  explicit Matching(int d) : price(d, 0.0), column_of(d, -1), row_of(d, -1) {}
+  void assign(int row, int column) {
+    column_of[row] = column;
+    row_of[column] = row;
+  }
+};
+
+// Prices to start from: the largest score of each column; nothing assigned (Jonker and Volgenant 1987, column reduction).
+template <class T>
+void assignment_start_dense(const ScoreView<T>& scores, Matching& matching);
+
+// Assigns the rows that are left: greedily, then by augmenting rows, then by one shortest path each. O(d) extra memory.
+template <class T>
+void assignment_complete_dense(const ScoreView<T>& scores, Isa isa, Matching& matching);
+
+}  // namespace ffmerge
