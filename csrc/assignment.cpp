@@ -40,23 +40,11 @@ Range range(const ScoreView<T>& scores, Isa isa) {
   return all;
 }
 
-// The largest worth in a row: what the row adds to the dual bound.
-template <class T>
-double best_worth(const ScoreView<T>& scores, int i, const std::vector<double>& price, Isa isa) {
-  if constexpr (std::is_same_v<T, float>) {
-    return assignment_kernels(isa).best(scores.row(i), scores.sign, price.data(), scores.size);
-  } else {
-    double best = -INFINITY;
-    for (int j = 0; j < scores.size; ++j) best = std::max(best, scores.sign * scores.row(i)[j] - price[j]);
-    return best;
-  }
-}
-
 template <class T>
 bool solve_sparse(const ScoreView<T>& scores, Isa isa, const Range& range, Matching& matching) {
   if constexpr (std::is_same_v<T, float>) {
     if (scores.size <= kDenseUpTo || range.largest() > kSparseLargest || range.low == range.high) return false;
-    return assignment_solve_sparse(scores, isa, static_cast<float>(range.low), static_cast<float>(range.high), matching);
+    return assignment_solve_sparse(scores, isa, matching);
   } else {
     return false;
   }
@@ -71,14 +59,13 @@ void solve_one(const ScoreView<T>& scores, bool transposed, Isa isa, int64_t* pe
   const Range scores_range = range(scores, isa);
   Matching matching(d);
   if (!solve_sparse(scores, isa, scores_range, matching)) {
-    assignment_start_dense(scores, matching);
-    assignment_complete_dense(scores, isa, matching);
+    assignment_solve_dense(scores, isa, matching);
   }
   double excess = 0;  // dual bound - objective, summed row by row: terms of equal size, most of them 0
   for (int i = 0; i < d; ++i) {
     const int j = matching.column_of[i];
     const double score = static_cast<double>(scores.row(i)[j]);
-    excess += best_worth(scores, i, matching.price, isa) - (scores.sign * score - matching.price[j]);
+    excess += assignment_best_worth(scores, i, matching.price.data(), isa) - (scores.sign * score - matching.price[j]);
   }
   const std::vector<int>& columns = transposed ? matching.row_of : matching.column_of;
   for (int i = 0; i < d; ++i) {

@@ -2,92 +2,85 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
+
+#include "assignment_kernels.h"
+
+#if FFMERGE_X86
+#include <immintrin.h>
+#endif
 
 namespace ffmerge {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// --- the two inner loops, plain: compiled once for any CPU and once for AVX2, on which the compiler vectorises them
+// --- the two inner loops
 
-#if defined(__GNUC__)
-#define FFMERGE_INLINE inline __attribute__((always_inline))
-#else
-#define FFMERGE_INLINE inline
-#endif
-
-// Paths to every column through row i: distance = price - score - offset, kept where it is shorter. Closed columns have
-// distance -inf, which nothing beats.
+// Lengthens paths by row i: through column j the distance is price - score - offset, kept where it is shorter than
+// before. Returns the smallest distance of all columns. Closed columns have price and distance +inf.
 template <class T>
-FFMERGE_INLINE void relax_loop(const T* row, T sign, const double* price, int d, double offset, double nearest, int i,
-                               double* distance, int* previous) {
+double relax_portable(const T* row, T sign, const double* price, int d, double offset, double nearest, int i,
+                      double* distance, int* previous) {
+  double smallest = kInf;
   for (int j = 0; j < d; ++j) {
-    const double raw = price[j] - static_cast<double>(sign * row[j]) - offset;
-    const double through = raw < nearest ? nearest : raw;  // rounding must not lead back
-    const bool shorter = through < distance[j];
-    distance[j] = shorter ? through : distance[j];
-    previous[j] = shorter ? i : previous[j];
-  }
-}
-
-constexpr int kLanes = 8;
-
-// The smallest distance of an open column.
-FFMERGE_INLINE double nearest_loop(const double* distance, int d) {
-  double lane[kLanes];
-  std::fill(lane, lane + kLanes, kInf);
-  int j = 0;
-  for (; j + kLanes <= d; j += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      const double x = distance[j + l] == -kInf ? kInf : distance[j + l];
-      lane[l] = x < lane[l] ? x : lane[l];
+    double through = price[j] - static_cast<double>(sign * row[j]) - offset;
+    through = through < nearest ? nearest : through;  // rounding must not lead back
+    if (through < distance[j]) {
+      distance[j] = through;
+      previous[j] = i;
     }
+    smallest = distance[j] < smallest ? distance[j] : smallest;
   }
-  for (; j < d; ++j) {
-    if (distance[j] != -kInf) lane[0] = std::min(lane[0], distance[j]);
-  }
-  return *std::min_element(lane, lane + kLanes);
+  return smallest;
 }
-
-template <class T>
-struct Loops {
-  void (*relax)(const T*, T, const double*, int, double, double, int, double*, int*);
-  double (*nearest)(const double*, int);
-};
-
-template <class T>
-void relax_portable(const T* row, T sign, const double* price, int d, double offset, double nearest, int i,
-                    double* distance, int* previous) {
-  relax_loop(row, sign, price, d, offset, nearest, i, distance, previous);
-}
-
-double nearest_portable(const double* distance, int d) { return nearest_loop(distance, d); }
 
 #if FFMERGE_X86
-template <class T>
-__attribute__((target("avx2,fma"))) void relax_avx2(const T* row, T sign, const double* price, int d, double offset,
-                                                    double nearest, int i, double* distance, int* previous) {
-  relax_loop(row, sign, price, d, offset, nearest, i, distance, previous);
+
+// Four columns at a time. The product with the sign is exact: fmsub rounds as the plain loop does.
+__attribute__((target("avx2,fma"))) double relax_avx2(const float* row, float sign, const double* price, int d,
+                                                      double offset, double nearest, int i, double* distance,
+                                                      int* previous) {
+  const __m256d minus_sign = _mm256_set1_pd(-sign), offsets = _mm256_set1_pd(offset), floor = _mm256_set1_pd(nearest);
+  const __m128i index = _mm_set1_epi32(i);
+  const __m256i low_halves = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+  __m256d smallest = _mm256_set1_pd(kInf);
+  int j = 0;
+  for (; j + 4 <= d; j += 4) {
+    const __m256d score = _mm256_cvtps_pd(_mm_loadu_ps(row + j));
+    const __m256d raw = _mm256_sub_pd(_mm256_fmadd_pd(score, minus_sign, _mm256_loadu_pd(price + j)), offsets);
+    const __m256d through = _mm256_max_pd(raw, floor), before = _mm256_loadu_pd(distance + j);
+    const __m256d shorter = _mm256_cmp_pd(through, before, _CMP_LT_OQ);
+    const __m256d after = _mm256_min_pd(through, before);
+    smallest = _mm256_min_pd(after, smallest);
+    _mm256_storeu_pd(distance + j, after);
+    const __m256i mask = _mm256_permutevar8x32_epi32(_mm256_castpd_si256(shorter), low_halves);
+    _mm_maskstore_epi32(previous + j, _mm256_castsi256_si128(mask), index);
+  }
+  alignas(32) double lanes[4];
+  _mm256_store_pd(lanes, smallest);
+  const double rest = relax_portable(row + j, sign, price + j, d - j, offset, nearest, i, distance + j, previous + j);
+  return std::min({lanes[0], lanes[1], lanes[2], lanes[3], rest});
 }
 
-__attribute__((target("avx2,fma"))) double nearest_avx2(const double* distance, int d) {
-  return nearest_loop(distance, d);
-}
 #endif
 
 template <class T>
-Loops<T> loops(Isa isa) {
+double relax(Isa isa, const T* row, T sign, const double* price, int d, double offset, double nearest, int i,
+             double* distance, int* previous) {
 #if FFMERGE_X86
-  if (isa >= Isa::avx2) return {relax_avx2<T>, nearest_avx2};
+  if constexpr (std::is_same_v<T, float>) {
+    if (isa >= Isa::avx2) return relax_avx2(row, sign, price, d, offset, nearest, i, distance, previous);
+  }
 #endif
-  return {relax_portable<T>, nearest_portable};
+  return relax_portable(row, sign, price, d, offset, nearest, i, distance, previous);
 }
 
 template <class T>
 class DenseSolver {
  public:
   DenseSolver(const ScoreView<T>& scores, Isa isa, Matching& matching)
-      : scores_(scores), d_(scores.size), m_(matching), loops_(loops<T>(isa)) {}
+      : scores_(scores), d_(scores.size), isa_(isa), m_(matching) {}
 
   void run() {
     std::vector<int> rows = take_free_best();
@@ -101,25 +94,16 @@ class DenseSolver {
  private:
   double worth(const T* row, int j) const { return static_cast<double>(scores_.sign * row[j]) - m_.price[j]; }
 
-  // Each free row, in order, takes the lowest free column among its best. Equal scores throughout: the identity.
+  // Each row, in order, takes the lowest free column among its best. Equal scores throughout: the identity.
   std::vector<int> take_free_best() {
     std::vector<int> left;
     for (int i = 0; i < d_; ++i) {
-      if (m_.column_of[i] >= 0) continue;
       const T* row = scores_.row(i);
-      double best = -kInf;
-      int free = -1;
-      for (int j = 0; j < d_; ++j) {
-        const double w = worth(row, j);
-        if (w > best) {
-          best = w;
-          free = m_.row_of[j] < 0 ? j : -1;
-        } else if (w == best && free < 0 && m_.row_of[j] < 0) {
-          free = j;
-        }
-      }
-      if (free >= 0) {
-        m_.assign(i, free);
+      const double best = assignment_best_worth(scores_, i, m_.price.data(), isa_);
+      int column = 0;
+      while (column < d_ && (m_.row_of[column] >= 0 || worth(row, column) != best)) ++column;
+      if (column < d_) {
+        m_.assign(i, column);
       } else {
         left.push_back(i);
       }
@@ -170,82 +154,88 @@ class DenseSolver {
   // Dijkstra from one row over reduced costs; columns at equal distance are scanned together, a free one ends it.
   void augment_shortest(int start) {
     std::fill(distance_.begin(), distance_.end(), kInf);
-    queue_.clear();
+    open_price_ = m_.price;
+    closed_.clear();
     reached_.clear();
     double nearest = -kInf;
-    int end = scan(start, 0.0, nearest);
-    for (size_t next = 0; end < 0; ++next) {
-      if (next == queue_.size()) {
-        nearest = loops_.nearest(distance_.data(), d_);
+    double next = scan(start, 0.0, nearest);
+    int end = -1;
+    for (size_t q = 0;; ++q) {
+      if (q == closed_.size() || next == nearest) {
+        nearest = next;
         end = close_nearest(nearest);
         if (end >= 0) break;
       }
-      const int column = queue_[next];
+      const int column = closed_[q];
       const int row = m_.row_of[column];
-      end = scan(row, -worth(scores_.row(row), column) - nearest, nearest);
+      next = scan(row, -worth(scores_.row(row), column) - nearest, nearest);
     }
-    for (size_t q = 0; q < queue_.size(); ++q) m_.price[queue_[q]] += nearest - reached_[q];
+    for (size_t q = 0; q < closed_.size(); ++q) m_.price[closed_[q]] += nearest - reached_[q];
     for (int column = end;;) {
       const int row = previous_[column];
-      const int next = m_.column_of[row];
+      const int before = m_.column_of[row];
       m_.assign(row, column);
       if (row == start) break;
-      column = next;
+      column = before;
     }
   }
 
-  // Returns a free column at the distance reached so far, or -1.
-  int scan(int row, double offset, double nearest) {
-    loops_.relax(scores_.row(row), scores_.sign, m_.price.data(), d_, offset, nearest, row, distance_.data(),
+  double scan(int row, double offset, double nearest) {
+    return relax(isa_, scores_.row(row), scores_.sign, open_price_.data(), d_, offset, nearest, row, distance_.data(),
                  previous_.data());
-    return nearest == -kInf ? -1 : close_nearest(nearest);
   }
 
+  // Closes the columns at this distance, in order, until one is free: returns that, else -1.
   int close_nearest(double nearest) {
-    for (int j = 0; j < d_; ++j) {
-      if (distance_[j] != nearest) continue;
-      if (m_.row_of[j] < 0) return j;
-      distance_[j] = -kInf;
-      queue_.push_back(j);
-      reached_.push_back(nearest);
+    constexpr int kBlock = 16;
+    for (int first = 0; first < d_; first += kBlock) {
+      const int last = std::min(first + kBlock, d_);
+      int hits = 0;
+      for (int j = first; j < last; ++j) hits += distance_[j] == nearest;
+      for (int j = first; hits > 0; ++j) {
+        if (distance_[j] != nearest) continue;
+        --hits;
+        if (m_.row_of[j] < 0) return j;
+        open_price_[j] = distance_[j] = kInf;
+        closed_.push_back(j);
+        reached_.push_back(nearest);
+      }
     }
     return -1;
   }
 
   const ScoreView<T>& scores_;
   const int d_;
+  const Isa isa_;
   Matching& m_;
-  const Loops<T> loops_;
-  std::vector<double> distance_;  // from the start to each column; -inf: closed
-  std::vector<int> previous_;     // the row before a column
-  std::vector<int> queue_;        // closed columns, in the order of scanning
-  std::vector<double> reached_;   // and their distances
+  std::vector<double> distance_, open_price_;  // of each column; +inf once it is closed
+  std::vector<int> previous_;                  // the row before a column
+  std::vector<int> closed_;                    // columns in the order of scanning
+  std::vector<double> reached_;                // and their distances
 };
 
 }  // namespace
 
 template <class T>
-void assignment_start_dense(const ScoreView<T>& scores, Matching& matching) {
-  const int d = scores.size;
-  matching = Matching(d);
-  std::fill(matching.price.begin(), matching.price.end(), -kInf);
-  for (int i = 0; i < d; ++i) {
-    const T* row = scores.row(i);
-    for (int j = 0; j < d; ++j) {
-      const double score = static_cast<double>(scores.sign * row[j]);
-      matching.price[j] = score > matching.price[j] ? score : matching.price[j];
-    }
+double assignment_best_worth(const ScoreView<T>& scores, int i, const double* price, Isa isa) {
+  if constexpr (std::is_same_v<T, float>) {
+    return assignment_kernels(isa).best(scores.row(i), scores.sign, price, scores.size);
+  } else {
+    double best = -kInf;
+    for (int j = 0; j < scores.size; ++j) best = std::max(best, scores.sign * scores.row(i)[j] - price[j]);
+    return best;
   }
 }
 
 template <class T>
-void assignment_complete_dense(const ScoreView<T>& scores, Isa isa, Matching& matching) {
+void assignment_solve_dense(const ScoreView<T>& scores, Isa isa, Matching& matching) {
+  matching = Matching(scores.size);
   DenseSolver<T>(scores, isa, matching).run();
 }
 
-template void assignment_start_dense(const ScoreView<float>&, Matching&);
-template void assignment_start_dense(const ScoreView<double>&, Matching&);
-template void assignment_complete_dense(const ScoreView<float>&, Isa, Matching&);
-template void assignment_complete_dense(const ScoreView<double>&, Isa, Matching&);
+template double assignment_best_worth(const ScoreView<float>&, int, const double*, Isa);
+template double assignment_best_worth(const ScoreView<double>&, int, const double*, Isa);
+template void assignment_solve_dense(const ScoreView<float>&, Isa, Matching&);
+template void assignment_solve_dense(const ScoreView<double>&, Isa, Matching&);
 
 }  // namespace ffmerge

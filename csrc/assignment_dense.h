@@ -32,12 +32,13 @@ struct Matching {
   }
 };
 
-// Prices to start from: the largest score of each column; nothing assigned (Jonker and Volgenant 1987, column reduction).
+// The largest worth in row i: what the row adds to the dual bound.
 template <class T>
-void assignment_start_dense(const ScoreView<T>& scores, Matching& matching);
+double assignment_best_worth(const ScoreView<T>& scores, int i, const double* price, Isa isa);
 
-// Assigns the rows that are left: greedily, then by augmenting rows, then by one shortest path each. O(d) extra memory.
+// From prices 0: rows greedily, then by augmenting rows, then by one shortest path each (Jonker and Volgenant 1987,
+// without the column reduction, which suffers from scales that differ between rows). O(d) extra memory.
 template <class T>
-void assignment_complete_dense(const ScoreView<T>& scores, Isa isa, Matching& matching);
+void assignment_solve_dense(const ScoreView<T>& scores, Isa isa, Matching& matching);
 
 }  // namespace ffmerge

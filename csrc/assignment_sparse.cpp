@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <unordered_map>
 #include <utility>
 
@@ -20,11 +22,13 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 
 constexpr int kWanted = 32;    // candidates asked for ...
 constexpr int kCapacity = 64;  // ... and kept at most; a multiple of 16
-constexpr double kEpsilonFirst = 4e-3, kEpsilonLast = 1e-5, kEpsilonStep = 0.1;  // of the range of the scores
-constexpr double kEpsilonFloor = 6e-7;  // of the largest magnitude: below it float32 prices may not move
-constexpr int kBidsPerRow = 200;        // more than ever seen without heavy ties
-constexpr int kSelectsPerRow = 40;      // dense reads of a row, on average
-constexpr int kRowBids = 4;             // augmenting-row steps per row
+// Bids rise by epsilon of the typical gain of a row's best column over the first one not in its list.
+constexpr double kEpsilonFirst = 4e-2, kEpsilonLast = 1e-4, kEpsilonStep = 0.1;
+// Several times what anything but heavy ties or extreme scales was seen to take; beyond, the dense solver is faster.
+constexpr int kBidsPerRow = 100;
+constexpr int kSelectsPerRow = 10;  // reads of whole rows
+constexpr int kEventsPerRow = 50;   // of the shortest paths
+constexpr int kRowBids = 4;         // augmenting-row steps
 
 // The largest float not above x: listed and unlisted columns are never cheaper in float32 than in float64.
 float round_down(double x) {
@@ -32,37 +36,65 @@ float round_down(double x) {
   return y > x ? std::nextafter(y, -std::numeric_limits<float>::infinity()) : y;
 }
 
+// The two cheapest columns, for rows without preference. Prices only rise, so that stored ones are lower bounds.
+class CheapestColumns {
+ public:
+  void rebuild(const std::vector<float>& price) {
+    heap_.resize(price.size());
+    for (size_t j = 0; j < price.size(); ++j) heap_[j] = {price[j], static_cast<int>(j)};
+    std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
+  }
+
+  BestTwo two(const std::vector<float>& price) {
+    const Entry first = pop(price), second = pop(price);
+    push(first);
+    push(second);
+    return {-first.first, -second.first, first.second};
+  }
+
+ private:
+  using Entry = std::pair<float, int>;
+
+  void push(const Entry& entry) {
+    heap_.push_back(entry);
+    std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
+  }
+
+  Entry pop(const std::vector<float>& price) {
+    for (;;) {
+      std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
+      const Entry entry = heap_.back();
+      heap_.pop_back();
+      if (entry.first == price[entry.second]) return entry;
+      push({price[entry.second], entry.second});
+    }
+  }
+
+  std::vector<Entry> heap_;
+};
+
 class SparseSolver {
  public:
-  SparseSolver(const ScoreView<float>& scores, Isa isa, float low, float high, Matching& matching)
+  SparseSolver(const ScoreView<float>& scores, Isa isa, Matching& matching)
       : scores_(scores),
         d_(scores.size),
         kernels_(assignment_kernels(isa)),
-        range_(static_cast<double>(high) - low),
-        largest_(std::max(std::fabs(low), std::fabs(high))),
         m_(matching),
         price_(d_, 0.0f),
         lists_(d_),
         constant_(d_),
+        every_column_(d_),
+        zeros_(d_, 0.0f),
         selects_left_(static_cast<int64_t>(kSelectsPerRow) * d_),
         columns_(d_ + 16),
-        values_(d_ + 16) {}
+        values_(d_ + 16) {
+    std::iota(every_column_.begin(), every_column_.end(), 0);
+  }
 
   bool run() {
     m_ = Matching(d_);
-    int overflowing = 0;
-    for (int i = 0; i < d_; ++i) {
-      float low, high;
-      kernels_.range(scores_.row(i), d_, &low, &high);
-      constant_[i] = low == high;
-      if (!constant_[i]) overflowing += refill(i);
-    }
-    if (overflowing > d_ / 4) return false;  // ties beyond what a list can hold
-    if (!auction_phases()) {
-      copy_prices();
-      return false;
-    }
-    copy_prices();
+    if (!fill_lists() || !auction_phases()) return false;
+    std::copy(price_.begin(), price_.end(), m_.price.begin());
     return augment_rows() && augment_shortest();
   }
 
@@ -72,8 +104,8 @@ class SparseSolver {
   struct List {
     int columns[kCapacity];
     float values[kCapacity];  // sign * score
-    int count;                // without padding
-    double bound;             // no column left out is worth more; -inf: none is left out
+    int count = 0;            // without padding
+    double bound = -kInf;     // no column left out is worth more; -inf: none is left out
   };
 
   struct LongList {
@@ -88,6 +120,7 @@ class SparseSolver {
   };
 
   Candidates candidates(int i) const {
+    if (constant_[i]) return {every_column_.data(), zeros_.data(), d_};
     if (!long_.empty()) {
       const auto found = long_.find(i);
       if (found != long_.end()) {
@@ -144,6 +177,25 @@ class SparseSolver {
     return keep;
   }
 
+  bool fill_lists() {
+    int overflowing = 0;
+    std::vector<double> gains;
+    for (int i = 0; i < d_; ++i) {
+      float low, high;
+      kernels_.range(scores_.row(i), d_, &low, &high);
+      constant_[i] = low == high;
+      if (constant_[i]) continue;
+      overflowing += refill(i);
+      if (overflowing > d_ / 4) return false;  // ties beyond what a list can hold
+      const double best = scores_.sign > 0 ? high : -low, worst = scores_.sign > 0 ? low : -high;
+      gains.push_back(best - std::max(lists_[i].bound, worst));
+    }
+    if (gains.empty()) return false;
+    std::nth_element(gains.begin(), gains.begin() + gains.size() / 2, gains.end());
+    gain_ = gains[gains.size() / 2];
+    return gain_ > 0;
+  }
+
   // A list at least twice as long as before. False if that would take too much memory.
   bool widen(int i) {
     const int before = candidates(i).count;
@@ -165,10 +217,9 @@ class SparseSolver {
   // --- auction, in float32
 
   bool auction_phases() {
-    const double floor = kEpsilonFloor * std::max<double>(largest_, range_);
-    const double last = std::max(floor, kEpsilonLast * range_);
     int64_t bids_left = static_cast<int64_t>(kBidsPerRow) * d_;
-    for (double epsilon = std::max(last, kEpsilonFirst * range_);; epsilon = std::max(last, kEpsilonStep * epsilon)) {
+    const double last = kEpsilonLast * gain_;
+    for (double epsilon = kEpsilonFirst * gain_;; epsilon = std::max(last, kEpsilonStep * epsilon)) {
       if (!auction(static_cast<float>(epsilon), bids_left)) return false;
       if (epsilon <= last) return true;
     }
@@ -177,32 +228,34 @@ class SparseSolver {
   // Every row bids for its best column what it gains over the second best, plus epsilon; the row that loses it is next.
   bool auction(float epsilon, int64_t& bids_left) {
     std::fill(m_.row_of.begin(), m_.row_of.end(), -1);
-    for (int start = 0; start < d_; ++start) {
-      if (constant_[start]) continue;
-      for (int i = start; i >= 0;) {
-        if (--bids_left < 0 || selects_left_ < 0) return false;
-        List& list = lists_[i];
-        BestTwo two = kernels_.best_two(list.columns, list.values, padded(list.count), price_.data());
-        if (two.second < list.bound) {
-          refill(i);
-          two = kernels_.best_two(list.columns, list.values, padded(list.count), price_.data());
+    cheapest_.rebuild(price_);
+    for (int pass = 0; pass < 2; ++pass) {  // constant rows take what is left
+      for (int start = 0; start < d_; ++start) {
+        if (constant_[start] != pass) continue;
+        for (int i = start; i >= 0;) {
+          if (--bids_left < 0 || selects_left_ < 0) return false;
+          const BestTwo two = constant_[i] ? cheapest_.two(price_) : listed_two(i);
+          float& price = price_[two.column];
+          const float raised = price + (two.best - two.second + epsilon);
+          price = raised > price ? raised : std::nextafter(price, std::numeric_limits<float>::infinity());
+          i = std::exchange(m_.row_of[two.column], i);
         }
-        price_[two.column] += two.best - two.second + epsilon;
-        i = std::exchange(m_.row_of[two.column], i);
       }
     }
     return true;
   }
 
+  BestTwo listed_two(int i) {
+    List& list = lists_[i];
+    BestTwo two = kernels_.best_two(list.columns, list.values, padded(list.count), price_.data());
+    if (two.second >= list.bound) return two;
+    refill(i);
+    return kernels_.best_two(list.columns, list.values, padded(list.count), price_.data());
+  }
+
   static int padded(int count) { return (count + 15) / 16 * 16; }
 
   // --- end game, in float64: from here on every assigned row has a column of largest worth
-
-  void copy_prices() {
-    std::copy(price_.begin(), price_.end(), m_.price.begin());
-    std::fill(m_.row_of.begin(), m_.row_of.end(), -1);
-    std::fill(m_.column_of.begin(), m_.column_of.end(), -1);
-  }
 
   void raise(int column, double price) {
     m_.price[column] = price;
@@ -216,7 +269,7 @@ class SparseSolver {
     int free;       // a free column of the same worth, or -1
   };
 
-  ExactTwo listed_two(int i) const {
+  ExactTwo exact_listed_two(int i) const {
     ExactTwo two{-kInf, -kInf, -1, -1};
     const Candidates list = candidates(i);
     for (int q = 0; q < list.count; ++q) {
@@ -241,13 +294,13 @@ class SparseSolver {
 
   // The best column of row i for certain; false if that took too much.
   bool exact_two(int i, ExactTwo& two) {
-    two = listed_two(i);
+    two = exact_listed_two(i);
     if (two.second < lists_[i].bound) {
       refill(i);
-      two = listed_two(i);
+      two = exact_listed_two(i);
       while (two.best < lists_[i].bound) {
         if (selects_left_ < 0 || !widen(i)) return false;
-        two = listed_two(i);
+        two = exact_listed_two(i);
       }
     }
     two.second = std::min(std::max(two.second, lists_[i].bound), two.best);
@@ -256,9 +309,12 @@ class SparseSolver {
 
   // Augmenting row reduction: bids with epsilon 0. A row displaced without a rise in price waits for the next sweep.
   bool augment_rows() {
+    std::fill(m_.row_of.begin(), m_.row_of.end(), -1);
     std::vector<int> rows, waiting;
-    for (int i = 0; i < d_; ++i) {
-      if (!constant_[i]) rows.push_back(i);
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int i = 0; i < d_; ++i) {
+        if (constant_[i] == pass) rows.push_back(i);
+      }
     }
     int64_t bids_left = static_cast<int64_t>(kRowBids) * d_;
     for (int sweep = 0; sweep < 3 && !rows.empty(); ++sweep, rows.swap(waiting)) {
@@ -278,7 +334,7 @@ class SparseSolver {
           m_.assign(i, column);
           if (displaced >= 0) m_.column_of[displaced] = -1;
           i = displaced;
-          if (i >= 0 && !(gain > 1e-12 * range_)) {
+          if (i >= 0 && !(gain > 1e-12 * gain_)) {
             waiting.push_back(i);
             break;
           }
@@ -305,9 +361,11 @@ class SparseSolver {
   struct Search {
     std::vector<double> distance, row_distance, row_worth;
     std::vector<int> previous, reached, closed;  // `reached`, `closed`: the number of the last search that did
-    std::vector<int> columns, rows;              // closed and scanned in this search
+    std::vector<int> columns;                    // closed in this search
     std::vector<Event> heap;
     int number = 0;
+    double limit = kInf;  // the shortest distance of a free column so far
+    bool constant_scanned = false;
 
     explicit Search(int d)
         : distance(d), row_distance(d), row_worth(d), previous(d), reached(d, 0), closed(d, 0) {}
@@ -325,16 +383,14 @@ class SparseSolver {
 
   bool augment_shortest() {
     std::vector<int> rows;
-    for (int pass = 0; pass < 2; ++pass) {  // constant rows fit anywhere: they come last
-      for (int i = 0; i < d_; ++i) {
-        if (m_.column_of[i] < 0 && constant_[i] == pass) rows.push_back(i);
-      }
+    for (int i = 0; i < d_; ++i) {
+      if (m_.column_of[i] < 0) rows.push_back(i);
     }
     if (rows.empty()) return true;
+    if (static_cast<int>(rows.size()) > std::max(16, d_ / 16)) return false;
     Search search(d_);
-    int64_t events_left = static_cast<int64_t>(kBidsPerRow) * d_;
+    int64_t events_left = static_cast<int64_t>(kEventsPerRow) * d_;
     for (int start : rows) {
-      if (constant_[start]) refill(start);
       if (!augment(search, start, events_left)) return false;
     }
     return true;
@@ -346,7 +402,8 @@ class SparseSolver {
     ++s.number;
     s.heap.clear();
     s.columns.clear();
-    s.rows.clear();
+    s.constant_scanned = false;
+    s.limit = kInf;
     scan(s, start, 0.0, two.best);
     for (;;) {
       const Event event = s.pop();
@@ -364,13 +421,13 @@ class SparseSolver {
         return true;
       }
       s.columns.push_back(column);
-      const double score = static_cast<double>(scores_.sign * scores_.row(row)[column]);
+      const double score = constant_[row] ? 0.0 : static_cast<double>(scores_.sign * scores_.row(row)[column]);
       scan(s, row, event.distance, score - m_.price[column]);
     }
   }
 
   void scan(Search& s, int row, double distance, double worth) {
-    s.rows.push_back(row);
+    if (constant_[row] && std::exchange(s.constant_scanned, true)) return;  // a second one finds nothing shorter
     s.row_distance[row] = distance;
     s.row_worth[row] = worth;
     relax(s, row);
@@ -383,14 +440,16 @@ class SparseSolver {
       const int j = list.columns[q];
       if (s.closed[j] == s.number) continue;
       const double through = std::max(base + m_.price[j] - static_cast<double>(list.values[q]), distance);
-      if (s.reached[j] == s.number && through >= s.distance[j]) continue;
+      if (through >= s.limit || (s.reached[j] == s.number && through >= s.distance[j])) continue;
       s.reached[j] = s.number;
       s.distance[j] = through;
       s.previous[j] = row;
-      s.push({through, m_.row_of[j] < 0 ? kFree : kAssigned, j});
+      const bool free = m_.row_of[j] < 0;
+      if (free) s.limit = through;
+      s.push({through, free ? kFree : kAssigned, j});
     }
-    const double bound = lists_[row].bound;
-    if (bound > -kInf) s.push({base - bound, kBound, row});
+    const double unlisted = base - lists_[row].bound;
+    if (unlisted < s.limit) s.push({unlisted, kBound, row});
   }
 
   // The path may use a column outside the row's list: read the row again.
@@ -420,14 +479,16 @@ class SparseSolver {
   const ScoreView<float>& scores_;
   const int d_;
   const AssignmentKernels& kernels_;
-  const double range_;
-  const float largest_;
   Matching& m_;
   std::vector<float> price_;  // m_.price rounded down
   std::vector<List> lists_;
   std::unordered_map<int, LongList> long_;  // of the few rows that need more than kCapacity candidates
   int64_t long_entries_ = 0;
-  std::vector<char> constant_;  // rows without preference stay out of the auction
+  double gain_ = 0;                // scale of epsilon
+  std::vector<char> constant_;     // rows without preference: their candidates are all columns, at score 0
+  std::vector<int> every_column_;
+  std::vector<float> zeros_;
+  CheapestColumns cheapest_;
   int64_t selects_left_;
   std::vector<int> columns_;
   std::vector<float> values_;
@@ -436,8 +497,8 @@ class SparseSolver {
 
 }  // namespace
 
-bool assignment_solve_sparse(const ScoreView<float>& scores, Isa isa, float low, float high, Matching& matching) {
-  return SparseSolver(scores, isa, low, high, matching).run();
+bool assignment_solve_sparse(const ScoreView<float>& scores, Isa isa, Matching& matching) {
+  return SparseSolver(scores, isa, matching).run();
 }
 
 }  // namespace ffmerge

@@ -10,9 +10,8 @@ namespace ffmerge {
 constexpr int kSparseSmallest = 64;
 constexpr float kSparseLargest = 1e30f;
 
-// Solves the problem and returns true, or stops early on input it is slow for and returns false: `matching` is then a
-// valid start for assignment_complete_dense. `low` and `high`: smallest and largest score, low < high.
-// Extra memory: about 600 bytes a row.
-bool assignment_solve_sparse(const ScoreView<float>& scores, Isa isa, float low, float high, Matching& matching);
+// Solves the problem and returns true, or stops early on input it is slow for and returns false; `matching` is then
+// undefined. Extra memory: about 600 bytes a row.
+bool assignment_solve_sparse(const ScoreView<float>& scores, Isa isa, Matching& matching);
 
 }  // namespace ffmerge
