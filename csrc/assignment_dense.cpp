@@ -54,8 +54,10 @@ __attribute__((target("avx2,fma"))) double relax_avx2(const float* row, float si
     const __m256d after = _mm256_min_pd(through, before);
     smallest = _mm256_min_pd(after, smallest);
     _mm256_storeu_pd(distance + j, after);
-    const __m256i mask = _mm256_permutevar8x32_epi32(_mm256_castpd_si256(shorter), low_halves);
-    _mm_maskstore_epi32(previous + j, _mm256_castsi256_si128(mask), index);
+    const __m128i mask =
+        _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(_mm256_castpd_si256(shorter), low_halves));
+    __m128i* rows = reinterpret_cast<__m128i*>(previous + j);
+    _mm_storeu_si128(rows, _mm_blendv_epi8(_mm_loadu_si128(rows), index, mask));  // a masked store is slow on AMD
   }
   alignas(32) double lanes[4];
   _mm256_store_pd(lanes, smallest);

@@ -27,7 +27,7 @@ constexpr double kEpsilonFirst = 4e-2, kEpsilonLast = 1e-4, kEpsilonStep = 0.1;
 // Several times what anything but heavy ties or extreme scales was seen to take; beyond, the dense solver is faster.
 constexpr int kBidsPerRow = 100;
 constexpr int kSelectsPerRow = 10;  // reads of whole rows
-constexpr int kEventsPerRow = 50;   // of the shortest paths
+constexpr int kEventsPerRow = 20;   // of the shortest paths
 constexpr int kRowBids = 4;         // augmenting-row steps
 
 // The largest float not above x: listed and unlisted columns are never cheaper in float32 than in float64.
@@ -387,7 +387,6 @@ class SparseSolver {
       if (m_.column_of[i] < 0) rows.push_back(i);
     }
     if (rows.empty()) return true;
-    if (static_cast<int>(rows.size()) > std::max(16, d_ / 16)) return false;
     Search search(d_);
     int64_t events_left = static_cast<int64_t>(kEventsPerRow) * d_;
     for (int start : rows) {
