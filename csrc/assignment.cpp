@@ -14,7 +14,7 @@ namespace ffmerge {
 namespace {
 
 // Below this size the whole matrix is in the cache and lists do not pay (measured; float32).
-constexpr int kDenseUpTo = 96;
+constexpr int kDenseUpTo = 80;
 
 struct Range {
   double low, high;

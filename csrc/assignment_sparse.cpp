@@ -37,30 +37,31 @@ float round_down(double x) {
 }
 
 // The two cheapest columns, for rows without preference. Prices only rise, so that stored ones are lower bounds.
+template <class Price>
 class CheapestColumns {
  public:
-  void rebuild(const std::vector<float>& price) {
+  using Entry = std::pair<Price, int>;
+
+  void rebuild(const std::vector<Price>& price) {
     heap_.resize(price.size());
     for (size_t j = 0; j < price.size(); ++j) heap_[j] = {price[j], static_cast<int>(j)};
     std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
   }
 
-  BestTwo two(const std::vector<float>& price) {
+  std::pair<Entry, Entry> two(const std::vector<Price>& price) {
     const Entry first = pop(price), second = pop(price);
     push(first);
     push(second);
-    return {-first.first, -second.first, first.second};
+    return {first, second};
   }
 
  private:
-  using Entry = std::pair<float, int>;
-
   void push(const Entry& entry) {
     heap_.push_back(entry);
     std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
   }
 
-  Entry pop(const std::vector<float>& price) {
+  Entry pop(const std::vector<Price>& price) {
     for (;;) {
       std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
       const Entry entry = heap_.back();
@@ -184,6 +185,7 @@ class SparseSolver {
       float low, high;
       kernels_.range(scores_.row(i), d_, &low, &high);
       constant_[i] = low == high;
+      constant_rows_ += constant_[i];
       if (constant_[i]) continue;
       overflowing += refill(i);
       if (overflowing > d_ / 4) return false;  // ties beyond what a list can hold
@@ -228,13 +230,13 @@ class SparseSolver {
   // Every row bids for its best column what it gains over the second best, plus epsilon; the row that loses it is next.
   bool auction(float epsilon, int64_t& bids_left) {
     std::fill(m_.row_of.begin(), m_.row_of.end(), -1);
-    cheapest_.rebuild(price_);
+    if (constant_rows_ > 0) cheapest_.rebuild(price_);
     for (int pass = 0; pass < 2; ++pass) {  // constant rows take what is left
       for (int start = 0; start < d_; ++start) {
         if (constant_[start] != pass) continue;
         for (int i = start; i >= 0;) {
           if (--bids_left < 0 || selects_left_ < 0) return false;
-          const BestTwo two = constant_[i] ? cheapest_.two(price_) : listed_two(i);
+          const BestTwo two = constant_[i] ? cheapest_two() : listed_two(i);
           float& price = price_[two.column];
           const float raised = price + (two.best - two.second + epsilon);
           price = raised > price ? raised : std::nextafter(price, std::numeric_limits<float>::infinity());
@@ -243,6 +245,11 @@ class SparseSolver {
       }
     }
     return true;
+  }
+
+  BestTwo cheapest_two() {
+    const auto [first, second] = cheapest_.two(price_);
+    return {-first.first, -second.first, first.second};
   }
 
   BestTwo listed_two(int i) {
@@ -292,8 +299,18 @@ class SparseSolver {
     return two;
   }
 
+  ExactTwo exact_cheapest_two() {
+    const auto [first, second] = exact_cheapest_.two(m_.price);
+    const bool tied = first.first == second.first && m_.row_of[first.second] >= 0 && m_.row_of[second.second] < 0;
+    return {-first.first, -second.first, first.second, tied ? second.second : -1};
+  }
+
   // The best column of row i for certain; false if that took too much.
   bool exact_two(int i, ExactTwo& two) {
+    if (constant_[i]) {
+      two = exact_cheapest_two();
+      return true;
+    }
     two = exact_listed_two(i);
     if (two.second < lists_[i].bound) {
       refill(i);
@@ -310,6 +327,7 @@ class SparseSolver {
   // Augmenting row reduction: bids with epsilon 0. A row displaced without a rise in price waits for the next sweep.
   bool augment_rows() {
     std::fill(m_.row_of.begin(), m_.row_of.end(), -1);
+    if (constant_rows_ > 0) exact_cheapest_.rebuild(m_.price);
     std::vector<int> rows, waiting;
     for (int pass = 0; pass < 2; ++pass) {
       for (int i = 0; i < d_; ++i) {
@@ -485,9 +503,11 @@ class SparseSolver {
   int64_t long_entries_ = 0;
   double gain_ = 0;                // scale of epsilon
   std::vector<char> constant_;     // rows without preference: their candidates are all columns, at score 0
+  int constant_rows_ = 0;
   std::vector<int> every_column_;
   std::vector<float> zeros_;
-  CheapestColumns cheapest_;
+  CheapestColumns<float> cheapest_;
+  CheapestColumns<double> exact_cheapest_;
   int64_t selects_left_;
   std::vector<int> columns_;
   std::vector<float> values_;
