@@ -1,7 +1,10 @@
 // Shortest augmenting paths on the whole matrix: small problems, ties, extreme scales, and float64 scores.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <limits>
 #include <vector>
 
 #include "common/cpu.h"
@@ -17,6 +20,17 @@ struct ScoreView {
   T sign;
 
   const T* row(int i) const { return data + i * row_stride; }
+};
+
+// Smallest and largest score. NaN counts as Inf.
+struct ScoreRange {
+  double low = std::numeric_limits<double>::infinity(), high = -low;
+
+  void include(double row_low, double row_high, bool no_nan) {
+    low = no_nan ? std::min(low, row_low) : -std::numeric_limits<double>::infinity();
+    high = std::max(high, row_high);
+  }
+  double largest() const { return std::max(std::fabs(low), std::fabs(high)); }
 };
 
 // Prices of the columns and a partial assignment (-1: none) in which every assigned row has a column of largest worth,

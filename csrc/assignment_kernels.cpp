@@ -45,14 +45,17 @@ int select_tail(const float* row, float sign, const float* price, int first, int
 
 // --- portable
 
-void range_portable(const float* row, int d, float* low, float* high) {
+bool range_portable(const float* row, int d, float* low, float* high) {
   float a = kInf, b = -kInf;
+  int nans = 0;
   for (int j = 0; j < d; ++j) {
     a = row[j] < a ? row[j] : a;
     b = row[j] > b ? row[j] : b;
+    nans += row[j] != row[j];
   }
   *low = a;
   *high = b;
+  return nans == 0;
 }
 
 int select_portable(const float* row, float sign, const float* price, int d, int wanted, int* columns, float* values,
@@ -109,8 +112,8 @@ FFMERGE_AVX2 inline float reduce_min(__m256 x) {
   return _mm_cvtss_f32(_mm_min_ss(y, _mm_movehdup_ps(y)));
 }
 
-FFMERGE_AVX2 void range_avx2(const float* row, int d, float* low, float* high) {
-  __m256 a0 = _mm256_set1_ps(kInf), a1 = a0, b0 = _mm256_set1_ps(-kInf), b1 = b0;
+FFMERGE_AVX2 bool range_avx2(const float* row, int d, float* low, float* high) {
+  __m256 a0 = _mm256_set1_ps(kInf), a1 = a0, b0 = _mm256_set1_ps(-kInf), b1 = b0, nans = _mm256_setzero_ps();
   int j = 0;
   for (; j + 16 <= d; j += 16) {
     const __m256 x = _mm256_loadu_ps(row + j), y = _mm256_loadu_ps(row + j + 8);
@@ -118,13 +121,13 @@ FFMERGE_AVX2 void range_avx2(const float* row, int d, float* low, float* high) {
     a1 = _mm256_min_ps(y, a1);
     b0 = _mm256_max_ps(x, b0);
     b1 = _mm256_max_ps(y, b1);
+    nans = _mm256_or_ps(nans, _mm256_cmp_ps(x, y, _CMP_UNORD_Q));
   }
-  *low = reduce_min(_mm256_min_ps(a0, a1));
-  *high = reduce_max(_mm256_max_ps(b0, b1));
-  for (; j < d; ++j) {
-    *low = std::min(*low, row[j]);
-    *high = std::max(*high, row[j]);
-  }
+  float rest_low, rest_high;
+  const bool rest = range_portable(row + j, d - j, &rest_low, &rest_high);
+  *low = std::min(rest_low, reduce_min(_mm256_min_ps(a0, a1)));
+  *high = std::max(rest_high, reduce_max(_mm256_max_ps(b0, b1)));
+  return rest && _mm256_movemask_ps(nans) == 0;
 }
 
 FFMERGE_AVX2 inline int count_above_avx2(const __m256* top, float t) {
@@ -223,8 +226,9 @@ FFMERGE_AVX2 double best_avx2(const float* row, float sign, const double* price,
 
 #define FFMERGE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
-FFMERGE_AVX512 void range_avx512(const float* row, int d, float* low, float* high) {
+FFMERGE_AVX512 bool range_avx512(const float* row, int d, float* low, float* high) {
   __m512 a0 = _mm512_set1_ps(kInf), a1 = a0, b0 = _mm512_set1_ps(-kInf), b1 = b0;
+  unsigned nans = 0;
   int j = 0;
   for (; j + 32 <= d; j += 32) {
     const __m512 x = _mm512_loadu_ps(row + j), y = _mm512_loadu_ps(row + j + 16);
@@ -232,13 +236,13 @@ FFMERGE_AVX512 void range_avx512(const float* row, int d, float* low, float* hig
     a1 = _mm512_min_ps(y, a1);
     b0 = _mm512_max_ps(x, b0);
     b1 = _mm512_max_ps(y, b1);
+    nans |= _mm512_cmp_ps_mask(x, y, _CMP_UNORD_Q);
   }
-  *low = _mm512_reduce_min_ps(_mm512_min_ps(a0, a1));
-  *high = _mm512_reduce_max_ps(_mm512_max_ps(b0, b1));
-  for (; j < d; ++j) {
-    *low = std::min(*low, row[j]);
-    *high = std::max(*high, row[j]);
-  }
+  float rest_low, rest_high;
+  const bool rest = range_portable(row + j, d - j, &rest_low, &rest_high);
+  *low = std::min(rest_low, _mm512_reduce_min_ps(_mm512_min_ps(a0, a1)));
+  *high = std::max(rest_high, _mm512_reduce_max_ps(_mm512_max_ps(b0, b1)));
+  return rest && nans == 0;
 }
 
 FFMERGE_AVX512 inline int count_above_avx512(const __m512* top, float t) {

@@ -13,8 +13,8 @@ struct BestTwo {
 
 // `sign` is 1, or -1 to minimise: sign * score is exact. The worth of a column to a row is sign * score - price.
 struct AssignmentKernels {
-  // Smallest and largest of row[0 .. d).
-  void (*range)(const float* row, int d, float* low, float* high);
+  // Smallest and largest of row[0 .. d). False if there is a NaN, which they do not show.
+  bool (*range)(const float* row, int d, float* low, float* high);
 
   // The columns of largest worth, ascending, with sign * score: at least `wanted` (<= 32), normally less than half as
   // many again. Every column left out is worth less than *bound, in exact arithmetic too. Needs d >= 64; room for d.

@@ -22,8 +22,10 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 
 constexpr int kWanted = 32;    // candidates asked for ...
 constexpr int kCapacity = 64;  // ... and kept at most; a multiple of 16
+constexpr double kLargest = 1e30;  // float32 prices must not overflow
+
 // Bids rise by epsilon of the typical gain of a row's best column over the first one not in its list.
-constexpr double kEpsilonFirst = 4e-2, kEpsilonLast = 1e-4, kEpsilonStep = 0.1;
+constexpr double kEpsilonFirst = 4e-2, kEpsilonLast = 4e-4, kEpsilonStep = 0.1;
 // Several times what anything but heavy ties or extreme scales was seen to take; beyond, the dense solver is faster.
 constexpr int kBidsPerRow = 100;
 constexpr int kSelectsPerRow = 10;  // reads of whole rows
@@ -76,11 +78,12 @@ class CheapestColumns {
 
 class SparseSolver {
  public:
-  SparseSolver(const ScoreView<float>& scores, Isa isa, Matching& matching)
+  SparseSolver(const ScoreView<float>& scores, Isa isa, Matching& matching, ScoreRange& range)
       : scores_(scores),
         d_(scores.size),
         kernels_(assignment_kernels(isa)),
         m_(matching),
+        range_(range),
         price_(d_, 0.0f),
         lists_(d_),
         constant_(d_),
@@ -183,7 +186,9 @@ class SparseSolver {
     std::vector<double> gains;
     for (int i = 0; i < d_; ++i) {
       float low, high;
-      kernels_.range(scores_.row(i), d_, &low, &high);
+      const bool no_nan = kernels_.range(scores_.row(i), d_, &low, &high);
+      range_.include(low, high, no_nan);
+      if (range_.largest() > kLargest) return false;
       constant_[i] = low == high;
       constant_rows_ += constant_[i];
       if (constant_[i]) continue;
@@ -497,6 +502,7 @@ class SparseSolver {
   const int d_;
   const AssignmentKernels& kernels_;
   Matching& m_;
+  ScoreRange& range_;
   std::vector<float> price_;  // m_.price rounded down
   std::vector<List> lists_;
   std::unordered_map<int, LongList> long_;  // of the few rows that need more than kCapacity candidates
@@ -516,8 +522,8 @@ class SparseSolver {
 
 }  // namespace
 
-bool assignment_solve_sparse(const ScoreView<float>& scores, Isa isa, Matching& matching) {
-  return SparseSolver(scores, isa, matching).run();
+bool assignment_solve_sparse(const ScoreView<float>& scores, Isa isa, Matching& matching, ScoreRange& range) {
+  return SparseSolver(scores, isa, matching, range).run();
 }
 
 }  // namespace ffmerge

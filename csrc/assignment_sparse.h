@@ -6,12 +6,11 @@
 
 namespace ffmerge {
 
-// The smallest matrix it takes, and the largest magnitude of a score (float32 prices must not overflow).
+// The smallest matrix it takes.
 constexpr int kSparseSmallest = 64;
-constexpr float kSparseLargest = 1e30f;
 
-// Solves the problem and returns true, or stops early on input it is slow for and returns false; `matching` is then
-// undefined. Extra memory: about 600 bytes a row.
-bool assignment_solve_sparse(const ScoreView<float>& scores, Isa isa, Matching& matching);
+// Solves the problem and returns true, or stops early on input it is slow for (heavy ties, extreme scales, NaN) and
+// returns false; `matching` and `range` are then undefined. Extra memory: about 600 bytes a row.
+bool assignment_solve_sparse(const ScoreView<float>& scores, Isa isa, Matching& matching, ScoreRange& range);
 
 }  // namespace ffmerge

@@ -16,6 +16,7 @@ def can_run(tensor: Tensor | None = None) -> str | None:
 def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Best permutation of each matrix of scores [B, d, d]: int64 [B, d], its objective and gap, float64 [B].
 
+    NaN stands for both where a matrix holds NaN or Inf (it is seen while solving, at no extra pass).
     float32 and float64 are read in place, transposed views too; other dtypes are converted to float32. Matrices of a
     batch are shared among torch's threads.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite, isnan
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -63,8 +63,8 @@ class Assignment:
 def assign(scores: Tensor, maximize: bool = True) -> Assignment:
     """Exact linear assignment (paper A, eq. 2): the permutation with the largest Σ_i scores[i, permutation[i]].
 
-    Deterministic for each backend, whatever the number of threads; which of several equal optima it finds depends on the
-    backend (the identity if all scores are equal). The matrices of a batch are shared among torch's threads.
+    Deterministic for each backend, whatever the number of threads; which of several equal optima is found depends on
+    the backend (the identity if all scores are equal). The matrices of a batch are shared among torch's threads.
 
     Args:
         scores: [d, d] or a batch [B, d, d]; float32, float64, bfloat16 or float16; not modified.
@@ -79,20 +79,15 @@ def assign(scores: Tensor, maximize: bool = True) -> Assignment:
     if scores.ndim not in (2, 3) or scores.shape[-1] != scores.shape[-2]:
         raise FFMergeError(f"scores: got shape {list(scores.shape)}, want [d, d] or [B, d, d]")
     scores = scores.detach()
-    if not _finite(scores):
-        raise FFMergeError("scores: hold NaN or Inf; give dead neurons score 0")
     single = scores.ndim == 2
     permutation, objective, gap = _assign_op(scores[None] if single else scores, maximize)
     objectives, gaps = objective.tolist(), gap.tolist()
-    if any(map(isnan, gaps)):
+    if any(map(isnan, objectives)):
+        raise FFMergeError("scores: hold NaN or Inf; give dead neurons score 0")
+    if any(g < 0 for g in gaps):
         gaps = None
     else:
-        scores = None
+        scores = None  # certified: nothing left to do with them
     if single:
         return Assignment(permutation[0], objectives[0], gaps and gaps[0], scores, maximize)
     return Assignment(permutation, objectives, gaps, scores, maximize)
-
-
-def _finite(scores: Tensor) -> bool:
-    """One pass without a mask in memory: the extrema show NaN and Inf."""
-    return scores.numel() == 0 or all(isfinite(x.item()) for x in scores.aminmax())
