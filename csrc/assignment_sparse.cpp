@@ -411,9 +411,11 @@ class SparseSolver {
     }
     if (rows.empty()) return true;
     Search search(d_);
-    int64_t events_left = static_cast<int64_t>(kEventsPerRow) * d_;
-    for (int start : rows) {
-      if (!augment(search, start, events_left)) return false;
+    const int64_t budget = static_cast<int64_t>(kEventsPerRow) * d_;
+    int64_t events_left = budget;
+    for (size_t done = 0; done < rows.size(); ++done) {
+      const int64_t expected = done < 16 ? 0 : (budget - events_left) * static_cast<int64_t>(rows.size() / done);
+      if (expected > budget || !augment(search, rows[done], events_left)) return false;
     }
     return true;
   }
