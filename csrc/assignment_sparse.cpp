@@ -7,12 +7,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <numeric>
 #include <unordered_map>
 #include <utility>
 
+#include "assignment_cheapest.h"
 #include "assignment_kernels.h"
 
 namespace ffmerge {
@@ -20,8 +20,8 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-constexpr int kWanted = 32;    // candidates asked for ...
-constexpr int kCapacity = 64;  // ... and kept at most; a multiple of 16
+constexpr int kWanted = 32;        // candidates asked for ...
+constexpr int kCapacity = 64;      // ... and kept at most; a multiple of 16
 constexpr double kLargest = 1e30;  // float32 prices must not overflow
 
 // Bids rise by epsilon of the typical gain of a row's best column over the first one not in its list.
@@ -32,49 +32,12 @@ constexpr int kSelectsPerRow = 10;  // reads of whole rows
 constexpr int kEventsPerRow = 20;   // of the shortest paths
 constexpr int kRowBids = 4;         // augmenting-row steps
 
-// The largest float not above x: listed and unlisted columns are never cheaper in float32 than in float64.
+// The largest float not above x. With prices rounded this way no column is worth less in float32 than in float64, and
+// bounds found in float32 hold for both.
 float round_down(double x) {
   const float y = static_cast<float>(x);
   return y > x ? std::nextafter(y, -std::numeric_limits<float>::infinity()) : y;
 }
-
-// The two cheapest columns, for rows without preference. Prices only rise, so that stored ones are lower bounds.
-template <class Price>
-class CheapestColumns {
- public:
-  using Entry = std::pair<Price, int>;
-
-  void rebuild(const std::vector<Price>& price) {
-    heap_.resize(price.size());
-    for (size_t j = 0; j < price.size(); ++j) heap_[j] = {price[j], static_cast<int>(j)};
-    std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
-  }
-
-  std::pair<Entry, Entry> two(const std::vector<Price>& price) {
-    const Entry first = pop(price), second = pop(price);
-    push(first);
-    push(second);
-    return {first, second};
-  }
-
- private:
-  void push(const Entry& entry) {
-    heap_.push_back(entry);
-    std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
-  }
-
-  Entry pop(const std::vector<Price>& price) {
-    for (;;) {
-      std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
-      const Entry entry = heap_.back();
-      heap_.pop_back();
-      if (entry.first == price[entry.second]) return entry;
-      push({price[entry.second], entry.second});
-    }
-  }
-
-  std::vector<Entry> heap_;
-};
 
 class SparseSolver {
  public:
