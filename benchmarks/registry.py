@@ -121,17 +121,46 @@ def correlation_case(size: str, layers: int, batches: int, tokens: int, width: i
 # --- assignment: one score matrix to the permutation with the largest sum
 
 
+def ffn_correlation(width: int) -> torch.Tensor:
+    """Correlations of GELU features of two random FFNs that read nearly the same low-rank, anisotropic input."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, model = min(2 * width, 6000), width // 4
+    spectrum = torch.arange(1, model + 1) ** -0.5
+    inputs = torch.randn(tokens, model, generator=generator) * spectrum
+    inputs *= model**0.5 / inputs.norm(dim=1, keepdim=True)
+    later = inputs + 0.5 * inputs.std(0) * torch.randn(tokens, model, generator=generator)
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        weight = torch.randn(model, width, generator=generator) / model**0.5
+        bias = 0.3 * torch.randn(width, generator=generator) - 0.3
+        y = torch.nn.functional.gelu(x @ weight + bias)
+        y -= y.mean(0)
+        return y / y.norm(dim=0)
+
+    return features(inputs).T @ features(later)
+
+
 def score_matrix(kind: str, width: int) -> torch.Tensor:
-    """float32 [width, width]. "noise": no structure, as between untrained layers; "related": correlations of two
-    layers that share directions; "dead": the same with one neuron in ten without variance on either side (scores 0).
+    """float32 [width, width].
+
+    "noise", "random": no structure, normal and uniform; "ties": whole numbers below 100; "related": correlations of
+    two layers that share directions; "ffn": of two FFNs (see above), the hard kind; "dead": "related" with one neuron
+    in ten without variance on either side (scores 0); "dead ffn": the same of "ffn".
     """
     generator = torch.Generator().manual_seed(0)
     if kind == "noise":
         return torch.randn(width, width, generator=generator)
-    (batch,) = features(layers=2, batches=1, tokens=2 * width, width=width, dtype=torch.float32, device="cpu")
-    scores = _two_pass([batch], [(0, 1)], torch.float32)[0, 1]
-    scores = scores[:, torch.randperm(width, generator=generator)].contiguous()
-    if kind == "dead":
+    if kind == "random":
+        return torch.rand(width, width, generator=generator)
+    if kind == "ties":
+        return torch.randint(100, (width, width), generator=generator).float()
+    if "ffn" in kind:
+        scores = ffn_correlation(width)
+    else:
+        (batch,) = features(layers=2, batches=1, tokens=2 * width, width=width, dtype=torch.float32, device="cpu")
+        scores = _two_pass([batch], [(0, 1)], torch.float32)[0, 1]
+        scores = scores[:, torch.randperm(width, generator=generator)].contiguous()
+    if "dead" in kind:
         scores[torch.randperm(width, generator=generator)[: width // 10]] = 0
         scores[:, torch.randperm(width, generator=generator)[: width // 10]] = 0
     return scores
@@ -145,9 +174,17 @@ def assignment_scipy(scores: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(linear_sum_assignment(scores.cpu().numpy(), maximize=True)[1])
 
 
-def assignment_case(size: str, kind: str, width: int) -> Case:
+def assignment_case(
+    size: str,
+    kind: str,
+    width: int,
+    make: Callable[[str, int], torch.Tensor] = score_matrix,
+    peers: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+) -> Case:
+    """One matrix; `peers`: further candidates, scores to permutation."""
+
     def build(device: str) -> Job:
-        scores = score_matrix(kind, width).to(device)
+        scores = make(kind, width).to(device)
         exact = scores.cpu().double()
         rows = torch.arange(width)
         best = exact[rows, assignment_scipy(scores)].sum().item()
@@ -158,7 +195,11 @@ def assignment_case(size: str, kind: str, width: int) -> Case:
                 return float("inf")
             return abs(best - exact[rows, permutation].sum().item()) / max(abs(best), 1.0)
 
-        candidates = {"ffmerge": lambda: assignment_ffmerge(scores), "scipy": lambda: assignment_scipy(scores)}
+        candidates = {
+            "ffmerge": lambda: assignment_ffmerge(scores),
+            "scipy": lambda: assignment_scipy(scores),
+            **{name: lambda solve=solve: solve(scores) for name, solve in (peers or {}).items()},
+        }
         return Job(candidates, error, limit=1e-9)
 
     return Case("assignment", f"{kind} d{width}", size, build)
@@ -171,7 +212,7 @@ CASES = [
     correlation_case("full", layers=3, batches=4, tokens=2048, width=3072, dtype=torch.bfloat16),
     correlation_case("full", layers=3, batches=4, tokens=2048, width=5120, dtype=torch.bfloat16),
     *(assignment_case("small", kind, 512) for kind in ("noise", "related", "dead")),
-    *(assignment_case("full", kind, 3072) for kind in ("noise", "related", "dead")),
+    *(assignment_case("full", kind, 3072) for kind in ("noise", "related", "dead", "ffn", "dead ffn")),
 ]
 
 

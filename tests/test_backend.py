@@ -69,8 +69,8 @@ def test_the_first_backend_that_can_run_is_chosen(monkeypatch):
 
         @staticmethod
         def assign(scores, maximize):
-            permutation, objective = reference.assign(scores, maximize)
-            return permutation, objective + 1000
+            permutation, objective, gap = reference.assign(scores, maximize)
+            return permutation, objective + 1000, gap
 
     load = _backend._load
     monkeypatch.setitem(_backend._MODULES["assignment"], "cpp", "stub")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -11,20 +12,21 @@ from torch import Tensor
 from ... import _backend
 from ..._errors import FFMergeError
 from ..._library import define_op
+from . import reference
 
 
-def _assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor]:
-    permutation, objective = _backend.select("assignment", scores).assign(scores, maximize)
-    return permutation.to(scores.device), objective
+def _assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    permutation, objective, gap = _backend.select("assignment", scores).assign(scores, maximize)
+    return permutation.to(scores.device), objective, gap
 
 
 def _assign_fake(scores, maximize):
     batch, d, _ = scores.shape
     objective = torch.empty(batch, dtype=torch.float64, device="cpu")
-    return scores.new_empty((batch, d), dtype=torch.int64), objective
+    return scores.new_empty((batch, d), dtype=torch.int64), objective, torch.empty_like(objective)
 
 
-_assign_op = define_op("_assign(Tensor scores, bool maximize) -> (Tensor, Tensor)", _assign, _assign_fake)
+_assign_op = define_op("_assign(Tensor scores, bool maximize) -> (Tensor, Tensor, Tensor)", _assign, _assign_fake)
 
 
 @dataclass(eq=False)
@@ -38,26 +40,31 @@ class Assignment:
 
     permutation: Tensor
     objective: float | list[float]
-    _scores: Tensor = field(repr=False)
+    _gap: float | list[float] | None = field(repr=False)  # None: the backend did not find it on its way
+    _scores: Tensor | None = field(repr=False)  # kept where the gap is still to be found
     _maximize: bool = field(repr=False)
 
     @cached_property
     def gap(self) -> float | list[float]:
         """Certificate of optimality: no assignment is better by more than gap · max(|objective|, largest |score|).
 
-        A duality gap, rounding apart 0. Computed on first access, O(d²) a round; until then the scores are kept alive.
+        A duality gap in float64, rounding apart 0. The C++ backend finds it while solving; the reference computes it on
+        first access, O(d²) a round, and keeps the scores alive until then.
         """
+        if self._gap is not None:
+            return self._gap
         scores, self._scores = self._scores, None
-        shape = (-1, *scores.shape[-2:]) if scores.ndim == 2 else scores.shape
-        permutation = self.permutation.reshape(-1, scores.shape[-1]) if scores.ndim == 2 else self.permutation
-        gaps = _backend.select("assignment", scores).gap(scores.reshape(shape), permutation, self._maximize).tolist()
-        return gaps[0] if scores.ndim == 2 else gaps
+        single = scores.ndim == 2
+        scores, permutation = (scores[None], self.permutation[None]) if single else (scores, self.permutation)
+        gaps = reference.gap(scores, permutation, self._maximize).tolist()
+        return gaps[0] if single else gaps
 
 
 def assign(scores: Tensor, maximize: bool = True) -> Assignment:
     """Exact linear assignment (paper A, eq. 2): the permutation with the largest Σ_i scores[i, permutation[i]].
 
-    Deterministic; among equal optima scipy's choice stands (the identity if all scores are equal).
+    Deterministic for each backend, whatever the number of threads; which of several equal optima is found depends on
+    the backend (the identity if all scores are equal). The matrices of a batch are shared among torch's threads.
 
     Args:
         scores: [d, d] or a batch [B, d, d]; float32, float64, bfloat16 or float16; not modified.
@@ -72,11 +79,15 @@ def assign(scores: Tensor, maximize: bool = True) -> Assignment:
     if scores.ndim not in (2, 3) or scores.shape[-1] != scores.shape[-2]:
         raise FFMergeError(f"scores: got shape {list(scores.shape)}, want [d, d] or [B, d, d]")
     scores = scores.detach()
-    if not scores.isfinite().all():
-        raise FFMergeError("scores: hold NaN or Inf; give dead neurons score 0")
     single = scores.ndim == 2
-    permutation, objective = _assign_op(scores[None] if single else scores, maximize)
-    objectives = objective.tolist()
+    permutation, objective, gap = _assign_op(scores[None] if single else scores, maximize)
+    objectives, gaps = objective.tolist(), gap.tolist()
+    if any(map(isnan, objectives)):
+        raise FFMergeError("scores: hold NaN or Inf; give dead neurons score 0")
+    if any(g < 0 for g in gaps):
+        gaps = None
+    else:
+        scores = None  # certified: nothing left to do with them
     if single:
-        return Assignment(permutation[0], objectives[0], scores, maximize)
-    return Assignment(permutation, objectives, scores, maximize)
+        return Assignment(permutation[0], objectives[0], gaps and gaps[0], scores, maximize)
+    return Assignment(permutation, objectives, gaps, scores, maximize)

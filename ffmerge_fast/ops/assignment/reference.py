@@ -16,15 +16,22 @@ def can_run(tensor: Tensor | None = None) -> str | None:
     return None
 
 
-def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor]:
-    """Best permutation of each matrix of scores [B, d, d]: int64 [B, d] and its objective, float64 [B]."""
+def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Best permutation of each matrix of scores [B, d, d]: int64 [B, d], its objective, float64 [B], and gaps of -1.
+
+    That is, none: scipy finds no prices. `gap` does, on demand. The objective is NaN where a matrix holds NaN or Inf.
+    """
     matrices = _numpy(scores)
-    permutations = np.empty(matrices.shape[:2], dtype=np.int64)
-    objectives = np.empty(len(matrices))
+    batch, d = matrices.shape[:2]
+    permutations = np.tile(np.arange(d), (batch, 1))
+    objectives = np.full(batch, np.nan)
     for b, matrix in enumerate(matrices):
+        if not np.isfinite(matrix).all():
+            continue
         rows, permutations[b] = linear_sum_assignment(matrix, maximize=maximize)
         objectives[b] = matrix[rows, permutations[b]].sum(dtype=np.float64)
-    return torch.from_numpy(permutations), torch.from_numpy(objectives)
+    objective = torch.from_numpy(objectives)
+    return torch.from_numpy(permutations), objective, torch.full_like(objective, -1)
 
 
 def gap(scores: Tensor, permutation: Tensor, maximize: bool) -> Tensor:
