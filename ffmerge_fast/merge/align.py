@@ -14,7 +14,7 @@ from .._errors import FFMergeError
 from .._table import format_bytes, format_table
 from ..models import FFNSublayer, is_conv1d
 from .layers import Group, anchor_of, format_layers, parse_layers, windows
-from .statistics import Alignment, CorrelationStats, ModelSummary
+from .statistics import CorrelationStats, ModelSummary
 
 METHODS = ("permute", "average", "random", "weights")
 
@@ -171,8 +171,10 @@ def plan(
 
 def rank_windows(stats: CorrelationStats, window: int, anchor: str) -> list[tuple[list[Group], float]]:
     """Every window of the given size with its mean matched correlation, in layer order."""
+    candidates = windows(stats.model.ffns, window)
+    _align(stats, [group for groups in candidates for group in groups], anchor)
     ranked = []
-    for groups in windows(stats.model.ffns, window):
+    for groups in candidates:
         made = _plan_groups(stats, stats.model, groups, anchor, "permute", None, 0)
         ranked.append((groups, made.mean_correlation))
     return ranked
@@ -198,6 +200,8 @@ def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model,
     ffns = {(f.stack, f.index): f for f in summary.ffns}
     generator = torch.Generator().manual_seed(seed)
     made = []
+    if method == "permute":
+        _align(stats, groups, anchor)
     for stack, indices in groups:
         first = anchor_of(indices, anchor)
         d_ff = ffns[stack, first].d_ff
@@ -205,7 +209,7 @@ def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model,
         scores = {}
         for i in (i for i in indices if i != first):
             if method == "permute":
-                found = _alignment(stats, first, i, stack)
+                found = stats.alignment(first, i, stack)
                 permutations[i], scores[i] = found.permutation, (found.matched, found.unmatched)
             elif method == "weights":
                 permutations[i] = _match_weights(model, ffns[stack, first], ffns[stack, i])
@@ -225,14 +229,20 @@ def _check_permutations(groups: Sequence[MergeGroup], model: ModelSummary) -> No
                 raise ValueError(f"{group.stack} layer {i} has no permutation of its {d_ff[group.stack, i]} neurons")
 
 
-def _alignment(stats: CorrelationStats, anchor: int, layer: int, stack: str) -> Alignment:
-    pairs = stats.settings["pairs"].get(stack, [])
-    if [anchor, layer] not in pairs and [layer, anchor] not in pairs:
-        raise FFMergeError(
-            f"plan: the statistics hold no correlation of {stack} layers {anchor} and {layer}; collect again with a "
-            "larger window= or with these layers="
-        )
-    return stats.alignment(anchor, layer, stack)
+def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> None:
+    """Make sure that the statistics hold every alignment the groups need; several are computed at a time."""
+    wanted = []
+    for stack, indices in groups:
+        first = anchor_of(indices, anchor)
+        pairs = stats.settings["pairs"].get(stack, [])
+        for i in (i for i in indices if i != first):
+            if [first, i] not in pairs and [i, first] not in pairs:
+                raise FFMergeError(
+                    f"plan: the statistics hold no correlation of {stack} layers {first} and {i}; collect again with a "
+                    "larger window= or with these layers="
+                )
+            wanted.append((stack, first, i))
+    stats.align(wanted)
 
 
 def _match_weights(model: nn.Module, anchor: FFNSublayer, layer: FFNSublayer) -> Tensor:

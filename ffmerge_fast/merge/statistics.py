@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._errors import FFMergeError
+from .._progress import progress
 from ..models import FFNSublayer, base_model_type, find_ffns, fingerprint
 
 FORMAT = 1
@@ -126,10 +128,24 @@ class CorrelationStats:
         key = (stack, anchor, layer)
         if key not in self._alignments:
             scores = self.correlation(anchor, layer, stack)
-            permutation = ops.assign(scores).permutation.cpu()
-            matched = scores.gather(1, permutation.to(scores.device)[:, None]).double().mean().item()
-            self._alignments[key] = Alignment(permutation, matched, scores.diagonal().double().mean().item())
+            found = ops.assign(scores)
+            unmatched = scores.diagonal().double().mean().item()
+            self._alignments[key] = Alignment(found.permutation.cpu(), found.objective / len(scores), unmatched)
         return self._alignments[key]
+
+    def align(self, wanted: Iterable[tuple[str, int, int]]) -> None:
+        """Compute the alignments of many (stack, anchor, layer), several at a time: one per torch thread.
+
+        On a GPU at least two, so that one pair's correlations are copied while another pair is solved.
+        """
+        missing = [key for key in dict.fromkeys(wanted) if key not in self._alignments]
+        on_cpu = all(state.device.type == "cpu" for state in self.states.values())
+        workers = max(torch.get_num_threads(), 1 if on_cpu else 2)
+        with ThreadPoolExecutor(workers) as pool:
+            bar = progress(total=len(missing), desc="align", unit="pair")
+            for _ in pool.map(lambda key: self.alignment(key[1], key[2], key[0]), missing):
+                bar.update(1)
+            bar.close()
 
     def merge(self, other: CorrelationStats) -> CorrelationStats:
         """Add the tokens of `other` (same model, pairs and features) in place; exact however they were split."""
