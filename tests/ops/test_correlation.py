@@ -158,7 +158,7 @@ def test_push_releases_features_after_the_last_partner():
     held = []
     for key in keys:
         state.push(key, x[key])
-        held.append(len(state._batch.features))
+        held.append(state._accumulators.held())
     assert held == [1, 2, 2, 2, 2, 0]
     state.end_batch()
     torch.testing.assert_close(state.correlation(5, 3).double(), truth(x[5], x[3]), rtol=0, atol=1e-6)
