@@ -27,6 +27,7 @@ def extensions() -> list[Extension]:
         warnings.warn("pybind11 is missing: installing without the C++ extension", stacklevel=1)
         return []
     flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+    threads = [] if sys.platform == "win32" else ["-pthread"]
     sources = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp"))
     headers = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
     return [
@@ -35,7 +36,8 @@ def extensions() -> list[Extension]:
             sources,
             include_dirs=["csrc", pybind11.get_include()],
             depends=headers,
-            extra_compile_args=flags,
+            extra_compile_args=flags + threads,
+            extra_link_args=threads,
             language="c++",
             optional=True,
         )

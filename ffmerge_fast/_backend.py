@@ -15,6 +15,7 @@ OPS = ("correlation", "assignment", "shared_ffn", "projection")
 # A backend is a module with the op's functions and `can_run(tensor=None) -> None | reason`: without a tensor it answers
 # for this machine, with the main input of a call for that call.
 _MODULES = {op: {"reference": f"ops.{op}.reference"} for op in OPS}
+_MODULES["correlation"]["cpp"] = "ops.correlation.cpp_backend"
 _forced: str | None = None
 
 
@@ -67,6 +68,35 @@ def _why_not(op: str, name: str, tensor) -> str | None:
     if name not in _MODULES[op]:
         return "not built for this op in this version"
     return _load(_MODULES[op][name]).can_run(tensor)
+
+
+def extension() -> ModuleType:
+    """The C++ extension; ask `why_no_extension` first."""
+    return _load("_C")
+
+
+@cache
+def why_no_extension() -> str | None:
+    """None if the C++ extension can be imported, else the reason."""
+    try:
+        extension()
+    except ImportError as error:
+        return f"the C++ extension is not built or does not load ({str(error).splitlines()[0]})"
+    return None
+
+
+def cpu_isa() -> str:
+    """The instruction set for C++ kernels: FFMERGE_CPU_ISA, or the best that this CPU has.
+
+    Raises FFMergeError when one is forced that the CPU lacks. "amx-emulated", for tests, runs everywhere.
+    """
+    forced = _env.forced_cpu_isa()
+    if forced is None:
+        return extension().cpu_isa()
+    usable = extension().cpu_isas()
+    if forced not in [*usable, _env.AMX_EMULATED]:
+        raise FFMergeError(f"FFMERGE_CPU_ISA: got {forced!r}, want one this CPU has: {', '.join(usable)}")
+    return forced
 
 
 @cache

@@ -1,0 +1,220 @@
+"""Correlation in C++: packing with statistics on every CPU, products on AMX; without AMX torch's GEMM multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ... import _backend, _env
+from .._activations import FORWARD
+from . import reference
+from .layout import Packed, Pair, Product, RowLayout
+from .sums import LayerSums
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
+_PIVOT_ROWS = 256  # of the first batch: a pivot need only be near the mean
+_PANEL = 256  # width at which a self product stops being split further
+
+
+def can_run(tensor: Tensor | None = None) -> str | None:
+    """Runs on CPU tensors wherever the extension is built."""
+    if tensor is not None and tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device}"
+    return _backend.why_no_extension()
+
+
+def layout(widths, pairs, device, compute, activation) -> RowLayout:
+    """Tiles where the CPU multiplies bfloat16 tiles and `compute` allows it, else rows."""
+    amx = _backend.cpu_isa() in ("amx", _env.AMX_EMULATED)
+    tiled = amx and compute in ("auto", "bf16", "bf16x3")
+    return (_TileLayout if tiled else _RowLayout)(widths, pairs, device, compute, activation)
+
+
+def accumulate_layer_(
+    x: Tensor,  # [T, d]
+    mask: Tensor | None,  # [T] bool
+    count: Tensor,  # [] int64
+    pivot: Tensor,  # [d] float32 (float64 when compute is "fp64")
+    sum_: Tensor,  # [d] float64
+    sumsq: Tensor,  # [d] float64
+    activation: str | None,
+    compute: str,
+    set_pivot: bool,
+) -> Tensor:
+    """As the reference, in one pass over x."""
+    if compute == "fp64":
+        return reference.accumulate_layer_(x, mask, count, pivot, sum_, sumsq, activation, compute, set_pivot)
+    if mask is not None:
+        out = x.new_zeros(x.shape, dtype=torch.bfloat16 if compute == "bf16" else torch.float32)
+        out[mask] = accumulate_layer_(x[mask], None, count, pivot, sum_, sumsq, activation, compute, set_pivot)
+        return out
+    x = _readable(x)
+    if set_pivot:
+        pivot.copy_(_mean(x, activation))
+    out = torch.empty(x.shape, dtype=torch.bfloat16 if compute == "bf16" else torch.float32)
+    count += len(x)
+    _backend.extension().correlation_pack_rows(
+        *_arguments(x, activation, pivot, sum_, sumsq), compute == "bf16", out.data_ptr(), _isa(), _threads()
+    )
+    return out
+
+
+def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
+    """The reference's addmm_: MKL's fp32 GEMM is near the peak of CPUs without AMX, and ours was not faster."""
+    reference.accumulate_pair_(a, b, products)
+
+
+class _RowLayout(RowLayout):
+    """Rows for torch's GEMM, of the tokens that count only; of a self product the upper half."""
+
+    tokens_per_product = 1024
+
+    def pack_(self, key, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
+        super().pack_(key, _counted(x, mask), None, sums, packed)
+
+    def multiply_(self, products: Iterable[Product]) -> None:
+        for product in products:
+            if product.pair[0] == product.pair[1]:
+                _accumulate_self_(self._rows(product.a), product.accumulator)
+            else:
+                accumulate_pair_(self._rows(product.a), self._rows(product.b), product.accumulator)
+
+    def matrix(self, pair: Pair, accumulator: Tensor) -> Tensor:
+        if pair[0] == pair[1]:
+            for start, stop in _panels(len(accumulator)):
+                accumulator[start:stop, :start] = accumulator[:start, start:stop].T
+        return accumulator
+
+    def _rows(self, packed: Packed) -> Tensor:
+        """All tokens in the type of the products; joined and converted once, however many partners the layer has."""
+        if len(packed.blocks) > 1 or packed.blocks[0].dtype != self.dtype:
+            packed.blocks = [torch.cat([block.to(self.dtype) for block in packed.blocks])]
+        return packed.blocks[0]
+
+
+class _TileLayout(RowLayout):
+    """Chunks of 256 tokens as operands of AMX, accumulators in tiles (csrc/correlation_tiles.h).
+
+    A value is high + low, two bfloat16, unless compute is "bf16". Where all of a step's low parts are 0, as they are
+    for bfloat16 features that need no pivot, they cost nothing: "auto" and "bf16x3" are then as fast as "bf16".
+    """
+
+    tokens_per_product = 1024
+    _CHUNK = 256
+
+    def __init__(self, widths, pairs, device, compute, activation):
+        super().__init__(widths, pairs, device, compute, activation)
+        left, right = {a for a, _ in self.pairs}, {b for _, b in self.pairs}
+        split = compute != "bf16"
+        self._forms = {key: (width, key in left, key in right, split) for key, width in widths.items()}
+        self._emulated = _backend.cpu_isa() == _env.AMX_EMULATED
+        self._extension = _backend.extension()
+
+    def pack_(self, key, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
+        x = _readable(_counted(x, mask))
+        if not sums.tokens and len(x):
+            sums.pivot.copy_(_mean(x, self.activation, keep_exact=x.dtype == torch.bfloat16))
+        sums.count += len(x)
+        form, filled = self._forms[key], packed.tokens
+        packed.tokens += len(x)
+        while len(packed.blocks) * self._CHUNK < packed.tokens:
+            packed.blocks.append(torch.empty(self._extension.correlation_chunk_bytes(form), dtype=torch.uint8))
+        self._extension.correlation_pack_tiles(
+            *_arguments(x, self.activation, sums.pivot, sums.sum, sums.sumsq),
+            form,
+            filled,
+            [block.data_ptr() for block in packed.blocks],
+            _isa(),
+            _threads(),
+        )
+
+    def zeros(self, pair: Pair) -> Tensor:
+        return torch.zeros(self.accumulator_bytes(pair) // 4)
+
+    def multiply_(self, products: Iterable[Product]) -> None:
+        layers, indices, jobs = [], {}, []
+        for product in products:
+            for key, packed in zip(product.pair, (product.a, product.b), strict=True):
+                if key not in indices:
+                    indices[key] = len(layers)
+                    layers.append((self._forms[key], packed.tokens, [block.data_ptr() for block in packed.blocks]))
+            jobs.append((product.accumulator.data_ptr(), *(indices[key] for key in product.pair)))
+        self._extension.correlation_multiply_tiles(layers, jobs, self._emulated, _threads())
+
+    def matrix(self, pair: Pair, accumulator: Tensor) -> Tensor:
+        a, b = pair
+        matrix = torch.empty(self.widths[a], self.widths[b])
+        self._extension.correlation_untile(
+            accumulator.data_ptr(), *matrix.shape, a == b, matrix.data_ptr(), _threads()
+        )
+        return matrix
+
+    def load_(self, pair: Pair, accumulator: Tensor, matrix: Tensor) -> None:
+        matrix = matrix.contiguous()
+        self._extension.correlation_tile(matrix.data_ptr(), *matrix.shape, accumulator.data_ptr(), _threads())
+
+    def accumulator_bytes(self, pair: Pair) -> int:
+        return self._extension.correlation_accumulator_bytes(*(self.widths[key] for key in pair))
+
+    def token_bytes(self, key) -> int:
+        return self._extension.correlation_chunk_bytes(self._forms[key]) // self._CHUNK
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Only the tokens that count: they need not be multiplied."""
+    return x if mask is None or bool(mask.all()) else x[mask]
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x in a dtype that C++ reads, features contiguous; rows may be far apart."""
+    if x.dtype == torch.float64:
+        x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _mean(x: Tensor, activation: str | None, keep_exact: bool = False) -> Tensor:
+    """A pivot [d] from the first rows: the mean, on the inputs' grid so that differences are exact.
+
+    `keep_exact`: 0 where |mean| <= 4 std, since there the features are exact as they are, and their differences to a
+    pivot are not.
+    """
+    head = x[:_PIVOT_ROWS].float()
+    if activation is not None:
+        head, keep_exact = FORWARD[activation](head), False
+    head = head.double()
+    mean = head.mean(0) if len(head) else head.new_zeros(head.shape[1])
+    if keep_exact:
+        mean = torch.where(mean.abs() > 4 * (head - mean).square().mean(0).sqrt(), mean, 0)
+    return mean if activation else mean.to(x.dtype)
+
+
+def _arguments(x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor) -> tuple[int, ...]:
+    """A layer's features, as the packing functions of the extension take them."""
+    sums = (tensor.data_ptr() for tensor in (pivot, sum_, sumsq))
+    return x.data_ptr(), _DTYPE[x.dtype], *x.shape, x.stride(0), _ACTIVATION[activation], *sums
+
+
+def _accumulate_self_(x: Tensor, products: Tensor) -> None:
+    """products[i, j] += Σ x_i x_j for the panels on and above the diagonal."""
+    with torch.autocast("cpu", enabled=False):
+        for start, stop in _panels(x.shape[1]):
+            products[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
+
+
+def _panels(width: int) -> list[tuple[int, int]]:
+    """Column panels of a symmetric product: about twelve, which leaves 54 % of the work."""
+    step = max(_PANEL, -(-width // 12) // 32 * 32)
+    return [(start, min(start + step, width)) for start in range(0, width, step)]
+
+
+def _isa() -> str:
+    """The instruction set to pack with; the emulation of AMX packs with the best the CPU has."""
+    isa = _backend.cpu_isa()
+    return _backend.extension().cpu_isa() if isa == _env.AMX_EMULATED else isa
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
