@@ -29,7 +29,7 @@ def extensions() -> list[Extension]:
     flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
     threads = [] if sys.platform == "win32" else ["-pthread"]
     sources = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp"))
-    headers = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
+    headers = sorted(path.as_posix() for suffix in ("*.h", "*.inc") for path in Path("csrc").rglob(suffix))
     return [
         Extension(
             "ffmerge_fast._C",

@@ -1,4 +1,8 @@
 // Packing of features with their statistics, compiled for every instruction set.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math")  // nobody watches floating-point traps; with them, no select is vectorised
+#endif
+
 #include <algorithm>
 #include <cstring>
 

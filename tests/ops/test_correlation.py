@@ -9,8 +9,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ffmerge_fast as ff
+from ffmerge_fast import _backend
 from ffmerge_fast.ops.correlation import op
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
+
+
+BACKENDS = ["reference", "cpp portable", "cpp avx2", "cpp avx512", "cpp amx", "cpp amx-emulated"]
+
+
+@pytest.fixture(params=BACKENDS, scope="module", autouse=True)
+def backend(request):
+    """Every test runs on every backend and instruction set of this machine, forced in turn."""
+    name, _, isa = request.param.partition(" ")
+    if name == "cpp":
+        if reason := _backend.why_no_extension():
+            pytest.skip(reason)
+        usable = _backend.extension().cpu_isas()
+        if isa not in [*usable, "amx-emulated"]:
+            pytest.skip(f"this CPU has no {isa.upper()}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FFMERGE_BACKEND", name)
+        patch.setenv("FFMERGE_CPU_ISA", isa or "portable")
+        if not isa:
+            patch.delenv("FFMERGE_CPU_ISA")
+        yield request.param
+
+
+def tolerance(backend, x, tokens, **options):
+    """1e-6 against float64; features that are not bfloat16 are two bfloat16 on AMX, exact to 2⁻¹⁷ before averaging."""
+    exact = x.dtype == torch.bfloat16 and not options
+    return 1e-6 if exact or "amx" not in backend else max(1e-6, 4e-5 / tokens**0.5)
 
 
 def features(tokens, width, seed, offset=0.0, mixed=8):

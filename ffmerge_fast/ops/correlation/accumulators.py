@@ -32,6 +32,9 @@ class Accumulators(Protocol):
     def replace_(self, pair: Pair, matrix: Tensor) -> None:
         """Set the products of a pair (after `settle`); `matrix` may be what `product` returned, changed in place."""
 
+    def better_pivot(self, key: Key, sums: LayerSums) -> Tensor:
+        """The pivot to go on with after a first batch of few tokens."""
+
     def held(self) -> int:
         """Number of layers whose packed features are in memory."""
 
@@ -78,6 +81,9 @@ class StreamingAccumulators:
 
     def replace_(self, pair: Pair, matrix: Tensor) -> None:
         self._layout.load_(pair, self._accumulators[pair], matrix)
+
+    def better_pivot(self, key: Key, sums: LayerSums) -> Tensor:
+        return self._layout.better_pivot(key, sums)
 
     def held(self) -> int:
         return sum(packed.tokens > 0 for packed in self._waiting.values())
@@ -143,6 +149,9 @@ class SpooledAccumulators:
             self._written[pair] = self._spool.store(matrix)
         else:
             self._written[pair].copy_(matrix)
+
+    def better_pivot(self, key: Key, sums: LayerSums) -> Tensor:
+        return self._layout.better_pivot(key, sums)
 
     def held(self) -> int:
         return sum(packed.tokens > 0 for packed in self._waiting.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .sums import LayerSums
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
 _PIVOT_ROWS = 256  # of the first batch: a pivot need only be near the mean
-_PANEL = 256  # width at which a self product stops being split further
+_LEAF = 128  # width at which a self product is not split further
 
 
 def can_run(tensor: Tensor | None = None) -> str | None:
@@ -52,7 +52,7 @@ def accumulate_layer_(
         out[mask] = accumulate_layer_(x[mask], None, count, pivot, sum_, sumsq, activation, compute, set_pivot)
         return out
     x = _readable(x)
-    if set_pivot:
+    if set_pivot and len(x):
         pivot.copy_(_mean(x, activation))
     out = torch.empty(x.shape, dtype=torch.bfloat16 if compute == "bf16" else torch.float32)
     count += len(x)
@@ -84,8 +84,9 @@ class _RowLayout(RowLayout):
 
     def matrix(self, pair: Pair, accumulator: Tensor) -> Tensor:
         if pair[0] == pair[1]:
-            for start, stop in _panels(len(accumulator)):
-                accumulator[start:stop, :start] = accumulator[:start, start:stop].T
+            for rows, columns in _upper_blocks(0, len(accumulator)):
+                if rows is not columns:
+                    accumulator[columns, rows] = accumulator[rows, columns].T
         return accumulator
 
     def _rows(self, packed: Packed) -> Tensor:
@@ -112,11 +113,14 @@ class _TileLayout(RowLayout):
         self._forms = {key: (width, key in left, key in right, split) for key, width in widths.items()}
         self._emulated = _backend.cpu_isa() == _env.AMX_EMULATED
         self._extension = _backend.extension()
+        self._exact: set = set()  # layers whose features are bfloat16: exact unless a pivot is subtracted
 
     def pack_(self, key, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
         x = _readable(_counted(x, mask))
         if not sums.tokens and len(x):
-            sums.pivot.copy_(_mean(x, self.activation, keep_exact=x.dtype == torch.bfloat16))
+            if x.dtype == torch.bfloat16 and self.activation is None:
+                self._exact.add(key)
+            sums.pivot.copy_(_mean(x, self.activation, keep_exact=key in self._exact))
         sums.count += len(x)
         form, filled = self._forms[key], packed.tokens
         packed.tokens += len(x)
@@ -130,6 +134,10 @@ class _TileLayout(RowLayout):
             _isa(),
             _threads(),
         )
+
+    def better_pivot(self, key, sums: LayerSums) -> Tensor:
+        mean = sums.mean()
+        return _unless_small(mean, sums.variance()).bfloat16() if key in self._exact else mean
 
     def zeros(self, pair: Pair) -> Tensor:
         return torch.zeros(self.accumulator_bytes(pair) // 4)
@@ -176,19 +184,20 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _mean(x: Tensor, activation: str | None, keep_exact: bool = False) -> Tensor:
-    """A pivot [d] from the first rows: the mean, on the inputs' grid so that differences are exact.
-
-    `keep_exact`: 0 where |mean| <= 4 std, since there the features are exact as they are, and their differences to a
-    pivot are not.
-    """
+    """A pivot [d] from the first rows: the mean, on the inputs' grid so that differences are exact."""
     head = x[:_PIVOT_ROWS].float()
     if activation is not None:
-        head, keep_exact = FORWARD[activation](head), False
+        head = FORWARD[activation](head)
     head = head.double()
-    mean = head.mean(0) if len(head) else head.new_zeros(head.shape[1])
+    mean = head.mean(0)
     if keep_exact:
-        mean = torch.where(mean.abs() > 4 * (head - mean).square().mean(0).sqrt(), mean, 0)
+        mean = _unless_small(mean, (head - mean).square().mean(0))
     return mean if activation else mean.to(x.dtype)
+
+
+def _unless_small(mean: Tensor, variance: Tensor) -> Tensor:
+    """0 where |mean| <= 4 std: there features are exact as they are, and their differences to a pivot are not."""
+    return torch.where(mean.abs() > 4 * variance.sqrt(), mean, 0)
 
 
 def _arguments(x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor) -> tuple[int, ...]:
@@ -198,16 +207,22 @@ def _arguments(x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, s
 
 
 def _accumulate_self_(x: Tensor, products: Tensor) -> None:
-    """products[i, j] += Σ x_i x_j for the panels on and above the diagonal."""
+    """products[i, j] += Σ x_i x_j for the blocks on and above the diagonal."""
     with torch.autocast("cpu", enabled=False):
-        for start, stop in _panels(x.shape[1]):
-            products[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
+        for rows, columns in _upper_blocks(0, x.shape[1]):
+            products[rows, columns].addmm_(x[:, rows].T, x[:, columns])
 
 
-def _panels(width: int) -> list[tuple[int, int]]:
-    """Column panels of a symmetric product: about twelve, which leaves 54 % of the work."""
-    step = max(_PANEL, -(-width // 12) // 32 * 32)
-    return [(start, min(start + step, width)) for start in range(0, width, step)]
+def _upper_blocks(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of a symmetric matrix, halved again and again: large ones off the diagonal, where a GEMM is fastest."""
+    if stop - start <= _LEAF:
+        diagonal = slice(start, stop)
+        yield diagonal, diagonal
+        return
+    middle = start + -(-(stop - start) // 2 // 32) * 32
+    yield from _upper_blocks(start, middle)
+    yield from _upper_blocks(middle, stop)
+    yield slice(start, middle), slice(middle, stop)
 
 
 def _isa() -> str:

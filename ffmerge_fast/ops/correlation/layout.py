@@ -61,6 +61,10 @@ class RowLayout:
         packed.blocks.append(x)
         packed.tokens += len(x)
 
+    def better_pivot(self, key: Hashable, sums: LayerSums) -> Tensor:
+        """The pivot [d] to go on with after a first batch of few tokens."""
+        return sums.mean()
+
     def zeros(self, pair: Pair) -> Tensor:
         """A new accumulator for a pair."""
         return torch.zeros(self.widths[pair[0]], self.widths[pair[1]], dtype=self.dtype, device=self.device)

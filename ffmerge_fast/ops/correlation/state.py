@@ -118,7 +118,7 @@ class CorrelationState:
         better = {}
         for (key, layer), count in zip(self._layers.items(), counts, strict=True):
             if 0 < layer.tokens < min(_SETTLED, count):
-                better[key] = layer.total() / count
+                better[key] = self._accumulators.better_pivot(key, layer)
             layer.tokens = count
         if better:
             merging.move_pivots_(self, better)
@@ -261,10 +261,11 @@ class CorrelationState:
                 )
             return SpooledAccumulators(layout)
         free = free_memory(self.device)
+        budget = max(largest, (free or 0) // 2) // 2**20 + 1
         message = (
             f"the products of {len(self.pairs)} pairs need {format_bytes(needed)} ({needed} bytes) on {self.device}, "
-            f"{format_bytes(free or 0)} are free: give max_memory='{max(largest, (free or 0) // 2) // 2**20 + 1}MiB' to "
-            "spool features to disk, or fewer pairs (a smaller window)"
+            f"{format_bytes(free or 0)} are free: give max_memory='{budget}MiB' to spool features to disk, or fewer "
+            "pairs (a smaller window)"
         )
         if free is not None and needed > free:
             raise FFMergeError(message)
