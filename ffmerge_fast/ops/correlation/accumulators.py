@@ -17,6 +17,8 @@ Key = Hashable
 class Accumulators(Protocol):
     """The products of all pairs of a state. `settle` comes before anything that writes: pivots, merging, loading."""
 
+    tokens_per_product: int  # fewer tokens of a layer wait for the next batch
+
     def push(self, key: Key, x: Tensor, mask: Tensor | None, sums: LayerSums, seen: Iterable[Key]) -> None:
         """Add one layer's tokens; `seen` are the layers of this batch so far, this one included."""
 
@@ -47,6 +49,7 @@ class StreamingAccumulators:
     """
 
     def __init__(self, layout: RowLayout):
+        self.tokens_per_product = layout.tokens_per_product
         self._layout = layout
         self._partners = partners(layout)
         self._accumulators = {pair: layout.zeros(pair) for pair in layout.pairs}
@@ -101,6 +104,7 @@ class SpooledAccumulators:
     """
 
     def __init__(self, layout: RowLayout):
+        self.tokens_per_product = layout.tokens_per_product
         self._layout = layout
         self._partners = partners(layout)
         self._spool = Spool()

@@ -155,9 +155,7 @@ class _TileLayout(RowLayout):
     def matrix(self, pair: Pair, accumulator: Tensor) -> Tensor:
         a, b = pair
         matrix = torch.empty(self.widths[a], self.widths[b])
-        self._extension.correlation_untile(
-            accumulator.data_ptr(), *matrix.shape, a == b, matrix.data_ptr(), _threads()
-        )
+        self._extension.correlation_untile(accumulator.data_ptr(), *matrix.shape, a == b, matrix.data_ptr(), _threads())
         return matrix
 
     def load_(self, pair: Pair, accumulator: Tensor, matrix: Tensor) -> None:
