@@ -8,6 +8,7 @@ permutations are compared before any ratio is printed.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import resource
 import sys
@@ -70,6 +71,14 @@ def resident() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
+def release_memory() -> None:
+    """Give freed memory back to the system, so that the next side does not live on what this one left."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
 def clock() -> float:
     """CPU time of the main thread with one torch thread (others on the machine do not count), else wall time."""
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
@@ -90,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         model, batches = build(args)
         results[name] = run(model, batches, layers, args.tokens)
         del model
-        gc.collect()
+        release_memory()
     (ours, our_scores), (theirs, their_scores) = results["ffmerge"], results["published"]
     print(table(ours, theirs))
     print(f"# share of the correlation matched: ffmerge {our_scores:.6f}, published {their_scores:.6f}")
@@ -118,13 +127,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, list[dict]]:
-    """A random GPT-2 whose FFNs are noisy permutations of one, as layers of trained models are alike; and its inputs."""
+    """A random GPT-2 and its inputs; the FFNs are noisy permutations of one, as layers of trained models are alike."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=args.layers, n_embd=args.width, n_head=args.width // 64, vocab_size=1000, n_positions=args.length
+        n_layer=args.layers,
+        n_embd=args.width,
+        n_head=args.width // 64,
+        vocab_size=1000,
+        n_positions=args.length,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = GPT2LMHeadModel(config).eval()
     blocks = model.transformer.h
@@ -170,7 +185,9 @@ def run_published(model: nn.Module, batches: list[dict], layers: list[int], toke
         columns = [linear_sum_assignment(c.numpy(), maximize=True)[1] for c in correlations]
     with stages.stage("merge", base), torch.no_grad():
         published_merge(blocks, columns)
-    matched = [c[torch.arange(len(c)), torch.from_numpy(p)].mean().item() for c, p in zip(correlations, columns)]
+    matched = [
+        c[torch.arange(len(c)), torch.from_numpy(p)].mean().item() for c, p in zip(correlations, columns, strict=True)
+    ]
     return stages, sum(matched) / len(matched)
 
 
