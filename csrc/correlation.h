@@ -25,8 +25,9 @@ struct Features {
   double* sumsq;       // [width] += Σ v²
 };
 
-// Rows of float32 (`out` is float*), or rounded to bfloat16 (`out` is uint16_t*, and the sums are those of the rounded).
-void correlation_pack_rows(const Features& features, bool round, void* out, Isa isa, int threads);
+// Rows [tokens, width], as float32, as float32 rounded to bfloat16 (the sums are those of the rounded), or as bfloat16.
+enum class Rows : int { float32 = 0, rounded = 1, bfloat16 = 2 };
+void correlation_pack_rows(const Features& features, Rows rows, void* out, Isa isa, int threads);
 
 // What a layer's chunks hold. A layer that is only ever the left side of a pair needs no right form, and so on.
 struct TileForm {

@@ -59,7 +59,7 @@ class StreamingAccumulators:
         packed = self._waiting.get(key, Packed())
         self._layout.pack_(key, x, mask, sums, packed)
         if not self._partners[key]:
-            return
+            return self._layout.release(packed)
         self._waiting[key] = packed
         if packed.tokens < self._layout.tokens_per_product:
             return
@@ -68,7 +68,7 @@ class StreamingAccumulators:
         self._multiply_(self._partners[key][partner] for partner in arrived)
         for held in {key, *arrived}:
             if self._partners[held].keys() <= seen:
-                del self._waiting[held]
+                self._layout.release(self._waiting.pop(held))
 
     def discard_open_batch(self) -> None:
         self._waiting.clear()
@@ -76,6 +76,8 @@ class StreamingAccumulators:
     def settle(self) -> None:
         if any(packed.tokens for packed in self._waiting.values()):
             self._multiply_(pair for pair in self._layout.pairs if pair[0] in self._waiting)
+        for packed in self._waiting.values():
+            self._layout.release(packed)
         self._waiting.clear()
 
     def product(self, pair: Pair) -> Tensor:
@@ -116,11 +118,12 @@ class SpooledAccumulators:
         packed = self._waiting.pop(key, Packed())
         self._layout.pack_(key, x, mask, sums, packed)
         if not self._partners[key]:
-            return
+            return self._layout.release(packed)
         if packed.tokens < self._layout.tokens_per_product:
             self._waiting[key] = packed
         else:
             self._sealed[key].append(Packed(packed.tokens, [self._spool.store(block) for block in packed.blocks]))
+            self._layout.release(packed)
 
     def discard_open_batch(self) -> None:
         self._waiting.clear()

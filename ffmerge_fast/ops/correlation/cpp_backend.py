@@ -15,7 +15,8 @@ from .sums import LayerSums
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
-_PIVOT_ROWS = 256  # of the first batch: a pivot need only be near the mean
+_PIVOT_ROWS = 64  # of the first batch: a pivot need only be near the mean
+_FLOAT32_ROWS, _ROUNDED_ROWS, _BFLOAT16_ROWS = range(3)
 _LEAF = 128  # width at which a self product is not split further
 
 
@@ -56,9 +57,8 @@ def accumulate_layer_(
         pivot.copy_(_mean(x, activation))
     out = torch.empty(x.shape, dtype=torch.bfloat16 if compute == "bf16" else torch.float32)
     count += len(x)
-    _backend.extension().correlation_pack_rows(
-        *_arguments(x, activation, pivot, sum_, sumsq), compute == "bf16", out.data_ptr(), _isa(), _threads()
-    )
+    form = _BFLOAT16_ROWS if compute == "bf16" else _FLOAT32_ROWS
+    _pack_rows(x, activation, pivot, sum_, sumsq, form, out)
     return out
 
 
@@ -68,19 +68,41 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
 
 
 class _RowLayout(RowLayout):
-    """Rows for torch's GEMM, of the tokens that count only; of a self product the upper half."""
+    """Rows for torch's GEMM, of the tokens that count only; of a self product the upper half.
+
+    Packed features are one block: a buffer [rows, d] of which the first `tokens` are used.
+    """
 
     tokens_per_product = 1024
 
+    def __init__(self, widths, pairs, device, compute, activation):
+        super().__init__(widths, pairs, device, compute, activation)
+        self._pool = _Pool()
+
     def pack_(self, key, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
-        super().pack_(key, _counted(x, mask), None, sums, packed)
+        x = _counted(x, mask)
+        if self.dtype == torch.float64:
+            return super().pack_(key, x, None, sums, packed)
+        x = _readable(x)
+        if not sums.tokens and len(x):
+            sums.pivot.copy_(_mean(x, self.activation))
+        start, packed.tokens = packed.tokens, packed.tokens + len(x)
+        if not packed.blocks or len(packed.blocks[0]) < packed.tokens:
+            self._grow(packed, start, self.widths[key])
+        sums.count += len(x)
+        form = _ROUNDED_ROWS if self.compute == "bf16" else _FLOAT32_ROWS
+        out = packed.blocks[0][start : packed.tokens]
+        _pack_rows(x, self.activation, sums.pivot, sums.sum, sums.sumsq, form, out)
 
     def multiply_(self, products: Iterable[Product]) -> None:
         for product in products:
             if product.pair[0] == product.pair[1]:
-                _accumulate_self_(self._rows(product.a), product.accumulator)
+                _accumulate_self_(_rows(product.a), product.accumulator)
             else:
-                accumulate_pair_(self._rows(product.a), self._rows(product.b), product.accumulator)
+                accumulate_pair_(_rows(product.a), _rows(product.b), product.accumulator)
+
+    def release(self, packed: Packed) -> None:
+        self._pool.give([block for block in packed.blocks if len(block) == 2 * self.tokens_per_product])
 
     def matrix(self, pair: Pair, accumulator: Tensor) -> Tensor:
         if pair[0] == pair[1]:
@@ -89,11 +111,13 @@ class _RowLayout(RowLayout):
                     accumulator[columns, rows] = accumulator[rows, columns].T
         return accumulator
 
-    def _rows(self, packed: Packed) -> Tensor:
-        """All tokens in the type of the products; joined and converted once, however many partners the layer has."""
-        if len(packed.blocks) > 1 or packed.blocks[0].dtype != self.dtype:
-            packed.blocks = [torch.cat([block.to(self.dtype) for block in packed.blocks])]
-        return packed.blocks[0]
+    def _grow(self, packed: Packed, used: int, width: int) -> None:
+        """Room for packed.tokens. Batches below `tokens_per_product` never fill twice as many rows."""
+        old = packed.blocks
+        rows = max(packed.tokens, 2 * self.tokens_per_product)
+        packed.blocks = [self._pool.take((rows, width), torch.float32)]
+        if used:
+            packed.blocks[0][:used] = old[0][:used]
 
 
 class _TileLayout(RowLayout):
@@ -113,6 +137,7 @@ class _TileLayout(RowLayout):
         self._forms = {key: (width, key in left, key in right, split) for key, width in widths.items()}
         self._emulated = _backend.cpu_isa() == _env.AMX_EMULATED
         self._extension = _backend.extension()
+        self._pool = _Pool()
         self._exact: set = set()  # layers whose features are bfloat16: exact unless a pivot is subtracted
 
     def pack_(self, key, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
@@ -125,7 +150,7 @@ class _TileLayout(RowLayout):
         form, filled = self._forms[key], packed.tokens
         packed.tokens += len(x)
         while len(packed.blocks) * self._CHUNK < packed.tokens:
-            packed.blocks.append(torch.empty(self._extension.correlation_chunk_bytes(form), dtype=torch.uint8))
+            packed.blocks.append(self._pool.take((self._extension.correlation_chunk_bytes(form),), torch.uint8))
         self._extension.correlation_pack_tiles(
             *_arguments(x, self.activation, sums.pivot, sums.sum, sums.sumsq),
             form,
@@ -134,6 +159,9 @@ class _TileLayout(RowLayout):
             _isa(),
             _threads(),
         )
+
+    def release(self, packed: Packed) -> None:
+        self._pool.give(packed.blocks)
 
     def better_pivot(self, key, sums: LayerSums) -> Tensor:
         mean = sums.mean()
@@ -167,6 +195,31 @@ class _TileLayout(RowLayout):
 
     def token_bytes(self, key) -> int:
         return self._extension.correlation_chunk_bytes(self._forms[key]) // self._CHUNK
+
+
+class _Pool:
+    """Buffers that are used again: fresh memory costs a page fault for every 4 KiB."""
+
+    def __init__(self):
+        self._free: dict[tuple, list[Tensor]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        free = self._free.get(shape)
+        return free.pop() if free else torch.empty(shape, dtype=dtype)
+
+    def give(self, buffers: list[Tensor]) -> None:
+        for buffer in buffers:
+            self._free.setdefault(tuple(buffer.shape), []).append(buffer)
+
+
+def _rows(packed: Packed) -> Tensor:
+    """The tokens [T, d] of a buffer; in float64 nothing is gathered, and there is a block for each batch."""
+    return packed.blocks[0][: packed.tokens] if len(packed.blocks) == 1 else torch.cat(packed.blocks)
+
+
+def _pack_rows(x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor, form: int, out: Tensor):
+    arguments = _arguments(x, activation, pivot, sum_, sumsq)
+    _backend.extension().correlation_pack_rows(*arguments, form, out.data_ptr(), _isa(), _threads())
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:

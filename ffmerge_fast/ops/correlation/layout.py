@@ -61,6 +61,9 @@ class RowLayout:
         packed.blocks.append(x)
         packed.tokens += len(x)
 
+    def release(self, packed: Packed) -> None:
+        """`packed` was multiplied and will not be used again: its memory may serve the next tokens."""
+
     def better_pivot(self, key: Hashable, sums: LayerSums) -> Tensor:
         """The pivot [d] to go on with after a first batch of few tokens."""
         return sums.mean()
