@@ -1,7 +1,9 @@
 """Features that wait, features on disk, threads, and accuracy, on every backend; tiles against AMX's definition."""
 
 import os
+import platform
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +220,13 @@ def test_an_instruction_set_that_the_cpu_lacks(monkeypatch):
         monkeypatch.setenv("FFMERGE_BACKEND", "cpp")
         with pytest.raises(ff.FFMergeError, match=f"FFMERGE_CPU_ISA: got '{isa}', want one this CPU has: portable"):
             ff.CorrelationState({0: 4}, [])
+
+
+def test_the_hardware_schedule_is_compiled():
+    """Where no CPU with AMX is at hand, at least its instruction is: tdpbf16ps tmm0, tmm4, tmm6."""
+    if (reason := _backend.why_no_extension()) or platform.machine() != "x86_64":
+        pytest.skip(reason or "not x86-64")
+    assert bytes.fromhex("c4e24a5cc4") in Path(_backend.extension().__file__).read_bytes()
 
 
 def tile_product(a, b):

@@ -102,7 +102,8 @@ class _RowLayout(RowLayout):
                 accumulate_pair_(_rows(product.a), _rows(product.b), product.accumulator)
 
     def release(self, packed: Packed) -> None:
-        self._pool.give([block for block in packed.blocks if len(block) == 2 * self.tokens_per_product])
+        ring = 2 * self.tokens_per_product
+        self._pool.give([b for b in packed.blocks if len(b) == ring and b.dtype == torch.float32])
 
     def matrix(self, pair: Pair, accumulator: Tensor) -> Tensor:
         if pair[0] == pair[1]:
