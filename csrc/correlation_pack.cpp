@@ -66,7 +66,7 @@ struct Functions {
   PackTiles tiles;
 };
 
-Functions functions_for(Isa isa) {
+Functions functions_for([[maybe_unused]] Isa isa) {
 #if FFMERGE_X86
   if (isa >= Isa::avx512) return {avx512::pack_rows, avx512::pack_tiles};
   if (isa == Isa::avx2) return {avx2::pack_rows, avx2::pack_tiles};
