@@ -27,15 +27,17 @@ def extensions() -> list[Extension]:
         warnings.warn("pybind11 is missing: installing without the C++ extension", stacklevel=1)
         return []
     flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+    threads = [] if sys.platform == "win32" else ["-pthread"]
     sources = sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp"))
-    headers = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
+    headers = sorted(path.as_posix() for suffix in ("*.h", "*.inc") for path in Path("csrc").rglob(suffix))
     return [
         Extension(
             "ffmerge_fast._C",
             sources,
             include_dirs=["csrc", pybind11.get_include()],
             depends=headers,
-            extra_compile_args=flags,
+            extra_compile_args=flags + threads,
+            extra_link_args=threads,
             language="c++",
             optional=True,
         )

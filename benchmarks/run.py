@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(f"# {key}: {value}" for key, value in header.items()))
     rows, red = [], 0
     for case in registry.cases(args.op, args.size):
+        if args.case not in case.name:
+            continue
         try:
             rows += time_case(case, args)
         except measure.RedGate as error:
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--op", choices=registry.ops(), help="one op only")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; above 1 the clock is wall time")

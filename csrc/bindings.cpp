@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "assignment.h"
 #include "common/cpu.h"
+#include "correlation.h"
 
 namespace py = pybind11;
 
@@ -40,6 +42,40 @@ void assignment(uintptr_t scores, int64_t batch, int64_t d, int64_t batch_stride
                             reinterpret_cast<double*>(gap));
 }
 
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+ffmerge::Features features(uintptr_t x, int dtype, int64_t tokens, int64_t width, int64_t stride, int activation,
+                           uintptr_t pivot, uintptr_t sum, uintptr_t sumsq) {
+  return {pointer<const void>(x),      static_cast<ffmerge::Dtype>(dtype),           tokens,
+          width,                       stride,                                       static_cast<ffmerge::Activation>(activation),
+          pointer<const float>(pivot), pointer<double>(sum),                         pointer<double>(sumsq)};
+}
+
+// (width, left, right, split)
+using Form = std::tuple<int64_t, bool, bool, bool>;
+
+ffmerge::TileForm tile_form(const Form& form) {
+  return {std::get<0>(form), std::get<1>(form), std::get<2>(form), std::get<3>(form)};
+}
+
+void multiply_tiles(const std::vector<std::tuple<Form, int64_t, std::vector<uintptr_t>>>& layers,
+                    const std::vector<std::tuple<uintptr_t, int, int>>& products, bool emulated, int threads) {
+  std::vector<std::vector<const char*>> chunks;
+  std::vector<ffmerge::TileLayer> tiled;
+  chunks.reserve(layers.size());
+  for (const auto& [form, tokens, addresses] : layers) {
+    chunks.emplace_back();
+    for (uintptr_t address : addresses) chunks.back().push_back(pointer<const char>(address));
+    tiled.push_back({tile_form(form), tokens, chunks.back().data()});
+  }
+  std::vector<ffmerge::TileProduct> sums;
+  for (const auto& [accumulator, a, b] : products) sums.push_back({pointer<float>(accumulator), a, b});
+  ffmerge::correlation_multiply_tiles(tiled, sums, emulated, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -54,4 +90,42 @@ PYBIND11_MODULE(_C, m) {
   m.def("assignment_f64", &assignment<double>, "scores"_a, "batch"_a, "d"_a, "batch_stride"_a, "row_stride"_a,
         "transposed"_a, "minimize"_a, "isa"_a, "threads"_a, "permutation"_a, "objective"_a, "gap"_a,
         "Exact assignment of float64 matrices.");
+
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "correlation_pack_rows",
+      [](uintptr_t x, int dtype, int64_t tokens, int64_t width, int64_t stride, int activation, uintptr_t pivot,
+         uintptr_t sum, uintptr_t sumsq, int rows, uintptr_t out, const std::string& isa, int threads) {
+        ffmerge::correlation_pack_rows(features(x, dtype, tokens, width, stride, activation, pivot, sum, sumsq),
+                                       static_cast<ffmerge::Rows>(rows), pointer<void>(out), usable_isa(isa), threads);
+      },
+      no_gil);
+  m.def(
+      "correlation_pack_tiles",
+      [](uintptr_t x, int dtype, int64_t tokens, int64_t width, int64_t stride, int activation, uintptr_t pivot,
+         uintptr_t sum, uintptr_t sumsq, const Form& form, int64_t filled, const std::vector<uintptr_t>& addresses,
+         const std::string& isa, int threads) {
+        std::vector<char*> chunks;
+        for (uintptr_t address : addresses) chunks.push_back(pointer<char>(address));
+        ffmerge::correlation_pack_tiles(features(x, dtype, tokens, width, stride, activation, pivot, sum, sumsq),
+                                        tile_form(form), filled, chunks.data(), usable_isa(isa), threads);
+      },
+      no_gil);
+  m.def("correlation_chunk_bytes", [](const Form& form) { return ffmerge::correlation_chunk_bytes(tile_form(form)); });
+  m.def("correlation_accumulator_bytes", &ffmerge::correlation_accumulator_bytes);
+  m.def("correlation_multiply_tiles", &multiply_tiles, no_gil);
+  m.def(
+      "correlation_untile",
+      [](uintptr_t accumulator, int64_t width_a, int64_t width_b, bool symmetric, uintptr_t matrix, int threads) {
+        ffmerge::correlation_untile(pointer<const float>(accumulator), width_a, width_b, symmetric,
+                                    pointer<float>(matrix), threads);
+      },
+      no_gil);
+  m.def(
+      "correlation_tile",
+      [](uintptr_t matrix, int64_t width_a, int64_t width_b, uintptr_t accumulator, int threads) {
+        ffmerge::correlation_tile(pointer<const float>(matrix), width_a, width_b, pointer<float>(accumulator),
+                                  threads);
+      },
+      no_gil);
 }

@@ -45,3 +45,67 @@ def assignment_f64(
     Addresses: scores; outputs permutation int64 [batch, d], objective and relative gap float64 [batch].
     `transposed`: the contiguous dimension is that of the rows, and `row_stride` the stride between columns.
     """
+
+# Correlation (csrc/correlation.h). Tensors are passed as addresses; the extension keeps none of them. A form is
+# (width, left, right, split): what the packed chunks of a layer hold.
+
+def correlation_pack_rows(
+    x: int,
+    dtype: int,
+    tokens: int,
+    width: int,
+    stride: int,
+    activation: int,
+    pivot: int,
+    sum: int,
+    sumsq: int,
+    rows: int,
+    out: int,
+    isa: str,
+    threads: int,
+) -> None:
+    """Features x [tokens, width] (dtype 0 float32, 1 bfloat16, 2 float16; rows `stride` elements apart) to rows.
+
+    out = activation(x) - pivot; its Σ and Σ² are added to sum and sumsq (float64). rows: 0 float32, 1 float32 rounded
+    to bfloat16, 2 bfloat16.
+    """
+
+def correlation_pack_tiles(
+    x: int,
+    dtype: int,
+    tokens: int,
+    width: int,
+    stride: int,
+    activation: int,
+    pivot: int,
+    sum: int,
+    sumsq: int,
+    form: tuple[int, bool, bool, bool],
+    filled: int,
+    chunks: list[int],
+    isa: str,
+    threads: int,
+) -> None:
+    """The same to the operand forms of AMX, behind the `filled` tokens that the chunks hold already."""
+
+def correlation_chunk_bytes(form: tuple[int, bool, bool, bool]) -> int:
+    """Size of a chunk of 256 tokens."""
+
+def correlation_accumulator_bytes(width_a: int, width_b: int) -> int:
+    """Size of the tiled products of a pair."""
+
+def correlation_multiply_tiles(
+    layers: list[tuple[tuple[int, bool, bool, bool], int, list[int]]],
+    products: list[tuple[int, int, int]],
+    emulated: bool,
+    threads: int,
+) -> None:
+    """For each (accumulator, a, b): accumulator += aᵀ b, a and b being indices into layers (form, tokens, chunks)."""
+
+def correlation_untile(
+    accumulator: int, width_a: int, width_b: int, symmetric: bool, matrix: int, threads: int
+) -> None:
+    """Tiled products to a row-major float32 matrix [width_a, width_b]."""
+
+def correlation_tile(matrix: int, width_a: int, width_b: int, accumulator: int, threads: int) -> None:
+    """The inverse of `correlation_untile`."""

@@ -16,6 +16,7 @@ OPS = ("correlation", "assignment", "shared_ffn", "projection")
 # for this machine, with the main input of a call for that call.
 _MODULES = {op: {"reference": f"ops.{op}.reference"} for op in OPS}
 _MODULES["assignment"]["cpp"] = "ops.assignment.cpp_backend"
+_MODULES["correlation"]["cpp"] = "ops.correlation.cpp_backend"
 _forced: str | None = None
 
 
@@ -88,15 +89,21 @@ def why_no_extension() -> str | None:
 def cpu_isa() -> str:
     """The instruction set for C++ kernels: FFMERGE_CPU_ISA, or the best that this CPU has.
 
-    Raises FFMergeError when one is forced that the CPU lacks.
+    Raises FFMergeError when one is forced that the CPU lacks. "amx-emulated", for tests, runs everywhere.
     """
     forced = _env.forced_cpu_isa()
     if forced is None:
         return extension().cpu_isa()
     usable = extension().cpu_isas()
-    if forced not in usable:
+    if forced not in [*usable, _env.AMX_EMULATED]:
         raise FFMergeError(f"FFMERGE_CPU_ISA: got {forced!r}, want one this CPU has: {', '.join(usable)}")
     return forced
+
+
+def native_isa() -> str:
+    """The same for kernels without AMX tiles: the best real one while AMX is emulated."""
+    isa = cpu_isa()
+    return extension().cpu_isa() if isa == _env.AMX_EMULATED else isa
 
 
 @cache

@@ -99,6 +99,8 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
 def _choose_isa(forced: str | None, usable: list[str], reason: str | None) -> str:
     if forced is None:
         return usable[-1] if usable else "none"
+    if forced == _env.AMX_EMULATED and usable:
+        return forced
     if forced not in _CPU_ISAS:
         raise FFMergeError(f"FFMERGE_CPU_ISA={forced!r} is not an instruction set: use one of {', '.join(_CPU_ISAS)}")
     if not usable:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure, registry, run
+from benchmarks import measure, pipeline, registry, run
 
 
 def test_wrong_result_is_never_timed():
@@ -90,3 +90,26 @@ def test_run_reports_red_and_fails(tmp_path, capsys, monkeypatch):
         torch.set_num_threads(threads)
     assert "RED assignment wrong" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pipeline_compares_two_ways_to_the_same_merge(capsys):
+    pytest.importorskip("transformers")
+    arguments = "--layers 4 --width 64 --window 3 --tokens 300 --batch 2 --length 32".split()
+    assert pipeline.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    stages = [line.split()[0] for line in lines if line.split()[0] in (*pipeline.STAGES, "total")]
+    assert stages == ["collect", "assign", "merge", "total"]
+    (shares,) = (line for line in lines if line.startswith("# share"))
+    assert float(shares.split()[-1]) > 0.2
+
+
+def test_pipeline_sides_leave_the_same_weights():
+    pytest.importorskip("transformers")
+    args = pipeline.parse("--layers 4 --width 64 --window 3 --tokens 300 --batch 2 --length 32".split())
+    weights = []
+    for side in (pipeline.run_ffmerge, pipeline.run_published):
+        model, batches = pipeline.build(args)
+        side(model, batches, [0, 1, 2], args.tokens)
+        weights.append([model.transformer.h[i].mlp.c_fc.weight for i in range(4)])
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

@@ -32,6 +32,7 @@ def collect(
     device: torch.device | str | None = None,
     cache_dir: str | os.PathLike | None = None,
     save_seconds: float = 60.0,
+    max_memory: int | str | None = None,
 ) -> CorrelationStats:
     """Correlate the FFN features of pairs of layers, in one pass over calibration data (paper A, eq. 1).
 
@@ -53,6 +54,8 @@ def collect(
         device: where the sums are kept; by default where each stack's first FFN is.
         cache_dir: keep the running sums here, at most every `save_seconds`; a killed run goes on from there with the
             same `batches`.
+        max_memory: bytes, or text such as "8GiB", for the sums of each stack; beyond it features go to disk (TMPDIR)
+            and are multiplied pair by pair when a correlation is read. CPU only.
 
     Raises:
         FFMergeError: none or several of window, pairs, layers; unsupported or merged model; no data, fewer than two
@@ -67,7 +70,8 @@ def collect(
         raise FFMergeError(f"max_tokens: got {max_tokens}, wanted at least 2 (about 10,000 is usual)")
     wanted = _wanted_pairs(ffns, window, pairs, layers, anchor)
     devices = {s: device or model.get_submodule(by_stack(ffns)[s][0].down_path).weight.device for s in wanted}
-    stats = CorrelationStats.empty(ModelSummary.of(model), wanted, devices, features=features, max_tokens=max_tokens)
+    settings = {"features": features, "max_tokens": max_tokens}
+    stats = CorrelationStats.empty(ModelSummary.of(model), wanted, devices, max_memory, **settings)
     cache = _Cache(cache_dir, save_seconds)
     stats, done = cache.resume(stats, devices)
     if not done.get("complete"):

@@ -9,75 +9,58 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ffmerge_fast as ff
+from ffmerge_fast.ops._activations import FORWARD
 from ffmerge_fast.ops.correlation import op
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
+from tests.ops.correlation_data import correlate, features, state_of, tolerance, truth
 
 
-def features(tokens, width, seed, offset=0.0, mixed=8):
-    """Correlated features: common factors (equal for all seeds) mixed by weights of this seed, std about 1."""
-    factors = torch.randn(tokens, mixed, generator=torch.Generator().manual_seed(99))
-    g = torch.Generator().manual_seed(seed)
-    x = factors @ torch.randn(mixed, width, generator=g) / mixed**0.5 + 0.3 * torch.randn(tokens, width, generator=g)
-    return x + offset * torch.randn(width, generator=g).sign()
-
-
-def truth(a, b):
-    """Pearson correlation in float64, 0 without variance."""
-    a, b = (x.double() - x.double().mean(0) for x in (a, b))
-    scale = a.square().sum(0).sqrt()[:, None] * b.square().sum(0).sqrt()
-    return torch.where(scale > 0, a.T @ b / scale, 0)
-
-
-def state_of(x, pairs=((0, 1),), **options):
-    return ff.CorrelationState({key: value.shape[-1] for key, value in x.items()}, pairs, **options)
-
-
-def correlate(x, splits=(), mask=None, **options):
-    state = state_of(x, **options)
-    bounds = [0, *splits, len(x[0])]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        part = None if mask is None else mask[start:stop]
-        ff.ops.correlation_accumulate_(state, {key: value[start:stop] for key, value in x.items()}, part)
-    return state
+@pytest.fixture(scope="module", autouse=True)
+def backend(correlation_backend):
+    return correlation_backend
 
 
 @pytest.mark.parametrize("tokens, width_a, width_b", [(2, 1, 1), (63, 63, 100), (431, 100, 431), (512, 64, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [0, 1000])
-def test_matches_float64(tokens, width_a, width_b, dtype, offset):
+def test_matches_float64(backend, tokens, width_a, width_b, dtype, offset):
     x = {0: features(tokens, width_a, 1, offset).to(dtype), 1: features(tokens, width_b, 2, offset).to(dtype)}
     with nan_poisoned_empty():
         state = correlate(x, splits=(tokens // 2,))
         c = state.correlation(0, 1)
     assert c.dtype == torch.float32 and state.count(0) == tokens
-    torch.testing.assert_close(c.double(), truth(x[0], x[1]), rtol=0, atol=1e-6)
+    allowed = tolerance(backend, dtype, tokens)
+    torch.testing.assert_close(c.double(), truth(x[0], x[1]), rtol=0, atol=allowed)
     torch.testing.assert_close(state.mean(0), x[0].double().mean(0), rtol=1e-9, atol=1e-7)
     expected = x[1].double().var(0, correction=0)
     torch.testing.assert_close(state.variance(1), expected, rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(state.correlation(1, 0), c.T, rtol=0, atol=0)
 
 
-def test_large_offset_is_where_raw_moments_fail():
+def test_large_offset_is_where_raw_moments_fail(backend):
     x = {0: features(2000, 50, 1, 1000.0), 1: features(2000, 50, 2, 1000.0)}
     expected = truth(x[0], x[1])
     a, b = x[0], x[1]
     raw = (a.T @ b / 2000 - a.mean(0)[:, None] * b.mean(0)) / (a.std(0)[:, None] * b.std(0))
     c = correlate(x, splits=(1, 700)).correlation(0, 1)  # a pivot from one single token must do as well
     assert (raw - expected).abs().max() > 1e-3
-    assert (c - expected).abs().max() <= 1e-6
+    assert (c - expected).abs().max() <= 1.2 * tolerance(backend, torch.float32, 2000)
 
 
 def test_two_times_rule():
     x = {0: features(431, 63, 1), 1: features(431, 100, 2)}
     plain = torch.corrcoef(torch.cat([x[0], x[1]], 1).T)[:63, 63:]
-    assert_close_to_float64(correlate(x, splits=(100, 163)).correlation(0, 1), plain, truth(x[0], x[1]))
+    ours = correlate(x, splits=(100, 163), compute="fp32").correlation(0, 1)
+    assert_close_to_float64(ours, plain, truth(x[0], x[1]))
 
 
-@pytest.mark.parametrize("compute, tolerance", [("auto", 1e-6), ("bf16x3", 1e-6), ("fp32", 1e-6), ("bf16", 3e-3)])
-def test_compute_types(compute, tolerance):
+@pytest.mark.parametrize("compute", ["auto", "bf16x3", "fp32", "bf16"])
+def test_compute_types(backend, compute):
     x = {0: features(431, 63, 1, 100.0), 1: features(431, 63, 2, 100.0)}
     error = (correlate(x, splits=(100,), compute=compute).correlation(0, 1) - truth(x[0], x[1])).abs().max()
-    assert error <= tolerance
+    allowed = {"bf16": 3e-3, "fp32": 1e-6}.get(compute, tolerance(backend, torch.float32, 431))
+    assert error <= allowed
+    assert error > 1e-5 or compute != "bf16"
 
 
 def test_fp64_is_exact_to_float32_output():
@@ -86,26 +69,29 @@ def test_fp64_is_exact_to_float32_output():
     torch.testing.assert_close(state.correlation(0, 1), truth(x[0], x[1]).float(), rtol=1.2e-7, atol=0)
 
 
-def test_activation_is_applied_first():
-    x = {0: features(100, 63, 1), 1: features(100, 63, 2)}
-    for name, function in {"gelu": torch.nn.functional.gelu, "relu": torch.relu}.items():
-        expected = truth(function(x[0].double()), function(x[1].double()))
-        torch.testing.assert_close(
-            correlate(x, activation=name).correlation(0, 1).double(), expected, rtol=0, atol=1e-6
-        )
+@pytest.mark.parametrize("name", FORWARD)
+def test_activation_is_applied_first(backend, name):
+    x = {0: features(100, 63, 1), 1: 4 * features(100, 63, 2)}
+    function = FORWARD[name]
+    expected = truth(function(x[0].double()), function(x[1].double()))
+    state = correlate(x, activation=name)
+    allowed = 3 * tolerance(backend, torch.float32, 100)  # relu2 has a heavy tail
+    torch.testing.assert_close(state.correlation(0, 1).double(), expected, rtol=0, atol=allowed)
+    torch.testing.assert_close(state.mean(1), function(x[1].double()).mean(0), rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_constant_features_have_correlation_zero(dtype):
+def test_constant_features_have_correlation_zero(backend, dtype):
     x = {0: features(300, 40, 1).to(dtype), 1: features(300, 40, 2).to(dtype)}
     for column, value in enumerate((0.0, 1e4, -3.3, 1e-3, 1e30)):
         x[0][:, column] = value
     c = correlate(x, splits=(7, 100)).correlation(0, 1)
     assert torch.equal(c[:5], torch.zeros(5, 40))
-    torch.testing.assert_close(c.double(), truth(x[0], x[1]) * (torch.arange(40) >= 5)[:, None], rtol=0, atol=1e-6)
+    expected = truth(x[0], x[1]) * (torch.arange(40) >= 5)[:, None]
+    torch.testing.assert_close(c.double(), expected, rtol=0, atol=tolerance(backend, dtype, 300))
 
 
-def test_rounding_noise_of_a_constant_is_no_variance():
+def test_rounding_noise_of_a_constant_is_no_variance(backend):
     x = {0: features(300, 3, 1), 1: features(300, 3, 2)}
     x[0][:, 0] = 1e4
     x[0][::2, 0] = torch.nextafter(torch.tensor(1e4), torch.tensor(2e4))  # one unit in the last place
@@ -115,7 +101,7 @@ def test_rounding_noise_of_a_constant_is_no_variance():
     torch.testing.assert_close(state.correlation(0, 1)[1].double(), truth(x[0], x[1])[1], rtol=0, atol=1e-6)
 
 
-def test_mask_equals_leaving_tokens_out():
+def test_mask_equals_leaving_tokens_out(backend):
     x = {0: features(90, 20, 1, 50.0), 1: features(90, 30, 2, 50.0)}
     mask = torch.rand(90, generator=torch.Generator().manual_seed(3)) < 0.6
     mask[:20] = False  # a first batch without tokens must not set the pivot
@@ -124,44 +110,48 @@ def test_mask_equals_leaving_tokens_out():
         value[~mask] = torch.nan  # padding may hold anything
     state = correlate(x, splits=(20, 47), mask=mask)
     assert state.count(0) == state.count(1) == int(mask.sum())
-    torch.testing.assert_close(state.correlation(0, 1), kept, rtol=0, atol=1e-6)
+    allowed = 2 * tolerance(backend, torch.float32, int(mask.sum()))
+    torch.testing.assert_close(state.correlation(0, 1), kept, rtol=0, atol=allowed)
     batched = {key: value.reshape(6, 15, -1) for key, value in x.items()}
     again = ff.ops.correlation_accumulate_(state_of(x), batched, mask.reshape(6, 15).long())
-    torch.testing.assert_close(again.correlation(0, 1), kept, rtol=0, atol=1e-6)
+    torch.testing.assert_close(again.correlation(0, 1), kept, rtol=0, atol=allowed)
 
 
-def test_non_contiguous_and_zero_tokens():
+def test_non_contiguous_and_zero_tokens(backend):
     wide = features(63, 80, 1)
     x = {0: wide[:, ::2], 1: features(40, 63, 2).T}
     state = correlate(x)
     before = {name: tensor.clone() for name, tensor in state.state_dict().items()}
     ff.ops.correlation_accumulate_(state, {0: torch.empty(0, 40), 1: torch.empty(0, 40)})
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.state_dict().items())
-    torch.testing.assert_close(state.correlation(0, 1).double(), truth(x[0], x[1]), rtol=0, atol=1e-6)
+    allowed = tolerance(backend, torch.float32, 63)
+    torch.testing.assert_close(state.correlation(0, 1).double(), truth(x[0], x[1]), rtol=0, atol=allowed)
 
 
-def test_self_pair_and_covariance():
+def test_self_pair_and_covariance(backend):
     x = {0: features(200, 30, 1, 10.0), 1: features(200, 50, 2)}
     state = correlate(x, splits=(50,), pairs=[(0, 0), (0, 1), (1, 0)])
     assert len(state.pairs) == 2
-    torch.testing.assert_close(state.correlation(0, 0).diagonal(), torch.ones(30), rtol=0, atol=1e-6)
+    allowed = 3 * tolerance(backend, torch.float32, 200)  # variances are about 1, but not all correlations are 0
+    torch.testing.assert_close(state.correlation(0, 0).diagonal(), torch.ones(30), rtol=0, atol=allowed)
     joint = torch.cov(torch.cat([x[0], x[1]], 1).double().T, correction=0)
-    torch.testing.assert_close(state.covariance(0, 0).double(), joint[:30, :30], rtol=0, atol=1e-6)
-    torch.testing.assert_close(state.covariance(1, 0).double(), joint[30:, :30], rtol=0, atol=1e-6)
+    torch.testing.assert_close(state.covariance(0, 0).double(), joint[:30, :30], rtol=0, atol=allowed)
+    torch.testing.assert_close(state.covariance(1, 0).double(), joint[30:, :30], rtol=0, atol=allowed)
 
 
 def test_push_releases_features_after_the_last_partner():
     keys = list(range(6))
     band = [(a, b) for a in keys for b in keys if 0 < b - a < 3]
     state = ff.CorrelationState(dict.fromkeys(keys, 4), band)
-    x = {key: features(20, 4, key) for key in keys}
+    tokens = state._accumulators.tokens_per_product + 19  # enough to be multiplied at once
+    x = {key: features(tokens, 4, key) for key in keys}
     held = []
     for key in keys:
         state.push(key, x[key])
-        held.append(len(state._batch.features))
+        held.append(state._accumulators.held())
     assert held == [1, 2, 2, 2, 2, 0]
     state.end_batch()
-    torch.testing.assert_close(state.correlation(5, 3).double(), truth(x[5], x[3]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(state.correlation(5, 3).double(), truth(x[5], x[3]), rtol=0, atol=2e-6)
 
 
 def test_same_features_give_the_same_bits_under_autocast_and_grad():
@@ -175,26 +165,27 @@ def test_same_features_give_the_same_bits_under_autocast_and_grad():
 
 @settings(max_examples=25, deadline=None)
 @given(splits=st.lists(st.integers(0, 200), max_size=4).map(sorted), offset=st.sampled_from([0.0, 30.0, 1000.0]))
-def test_any_split_into_batches_or_states_agrees(splits, offset):
+def test_any_split_into_batches_or_states_agrees(backend, splits, offset):
     x = {0: features(200, 12, 1, offset), 1: features(200, 9, 2, offset)}
     expected = truth(x[0], x[1])
-    assert (correlate(x, splits=splits).correlation(0, 1) - expected).abs().max() <= 1e-6
+    allowed = 3 * tolerance(backend, torch.float32, 200)  # a pivot from one token costs some accuracy
+    assert (correlate(x, splits=splits).correlation(0, 1) - expected).abs().max() <= allowed
     merged = state_of(x)
     for start, stop in zip([0, *splits], [*splits, 200], strict=True):
         merged.merge_(correlate({key: value[start:stop] for key, value in x.items()}))
     assert merged.count(0) == 200
-    assert (merged.correlation(0, 1) - expected).abs().max() <= 1e-6
+    assert (merged.correlation(0, 1) - expected).abs().max() <= allowed
     merged.merge_(correlate(x))  # the same tokens again change nothing
-    assert (merged.correlation(0, 1) - expected).abs().max() <= 1e-6
+    assert (merged.correlation(0, 1) - expected).abs().max() <= allowed
 
 
-def test_merge_of_very_different_means():
+def test_merge_of_very_different_means(backend):
     x = {0: features(200, 12, 1), 1: features(200, 9, 2)}
     x[0][100:] += 500
     x[1][100:] -= 300
     halves = [correlate({key: value[part] for key, value in x.items()}) for part in (slice(0, 100), slice(100, 200))]
     merged = halves[0].merge_(halves[1])
-    assert (merged.correlation(0, 1) - truth(x[0], x[1])).abs().max() <= 1e-6
+    assert (merged.correlation(0, 1) - truth(x[0], x[1])).abs().max() <= tolerance(backend, torch.float32, 200)
     torch.testing.assert_close(merged.variance(0), x[0].double().var(0, correction=0), rtol=1e-9, atol=0)
 
 
@@ -233,7 +224,7 @@ def _reduce(rank, port, directory):
 
 
 @pytest.mark.dist
-def test_all_reduce_with_different_data_and_an_empty_rank(tmp_path):
+def test_all_reduce_with_different_data_and_an_empty_rank(backend, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -243,7 +234,7 @@ def test_all_reduce_with_different_data_and_an_empty_rank(tmp_path):
         for tensors in torch.load(tmp_path / f"{rank}.pt"):
             state = state_of(x).load_state_dict_(tensors)
             assert state.count(0) == state.count(1) == 200
-            assert (state.correlation(0, 1) - truth(x[0], x[1])).abs().max() <= 1e-6
+            assert (state.correlation(0, 1) - truth(x[0], x[1])).abs().max() <= tolerance(backend, torch.float32, 200)
             torch.testing.assert_close(state.variance(1), x[1].double().var(0, correction=0), rtol=1e-6, atol=0)
 
 

@@ -41,7 +41,7 @@ def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
         scores.stride(1),
         transposed,
         not maximize,
-        _backend.cpu_isa(),
+        _backend.native_isa(),
         torch.get_num_threads(),
         permutation.data_ptr(),
         objective.data_ptr(),
