@@ -15,6 +15,7 @@ OPS = ("correlation", "assignment", "shared_ffn", "projection")
 # A backend is a module with the op's functions and `can_run(tensor=None) -> None | reason`: without a tensor it answers
 # for this machine, with the main input of a call for that call.
 _MODULES = {op: {"reference": f"ops.{op}.reference"} for op in OPS}
+_MODULES["correlation"]["triton"] = "ops.correlation.triton_backend"
 _forced: str | None = None
 
 
