@@ -12,6 +12,7 @@ import torch
 
 CONFIGS = Path(__file__).parent / "configs"
 Config = dict[str, int]
+_SHARED = 64 * 1024  # bytes of one block where torch does not tell: what all current GPUs have
 
 
 def config(kernel: str, device: torch.device, closed_form: Callable[[int], Config]) -> Config:
@@ -23,10 +24,10 @@ def config(kernel: str, device: torch.device, closed_form: Callable[[int], Confi
         closed_form: shared memory of one block in bytes -> parameters, for GPUs without a file.
     """
     if device.type != "cuda":  # the interpreter
-        return closed_form(0)
+        return closed_form(_SHARED)
     properties = torch.cuda.get_device_properties(device)
     shipped = _shipped(properties.name).get(kernel)
-    return shipped or closed_form(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
+    return shipped or closed_form(getattr(properties, "shared_memory_per_block_optin", _SHARED))
 
 
 def file_name(gpu: str) -> str:

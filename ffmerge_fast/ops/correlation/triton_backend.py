@@ -216,13 +216,13 @@ def product_config(device: torch.device, narrow: bool) -> _tuning.Config:
 
 def closed_form(shared: int, wide: bool = False) -> _tuning.Config:
     """The largest tile and pipeline that fit into `shared` bytes of one block."""
-    for m, n, k, parts in ((128, 256, 64, 8), (128, 128, 64, 4), (64, 64, 64, 2), (32, 32, 32, 1)):
-        stages = min(4, (shared - 4096) // (2 * (m + n) * k))
-        if (n < 256 or (wide and stages == 4)) and (stages >= 2 or n == 32):
-            warps = 8 if m == 128 else 4
-            tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "STEPS": 1024 // k, "PARTS": parts}
-            return tile | {"num_warps": warps, "num_stages": max(stages, 1)}
-    raise AssertionError("the last tile always fits")
+    for m, n, warps, parts in ((128, 256, 8, 8), (128, 128, 8, 4), (64, 64, 4, 2)):
+        stages = min(4, (shared - 4096) // (2 * (m + n) * 64))
+        if stages == 4 if n == 256 else stages >= 2:
+            if wide or n < 256:
+                break
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "STEPS": 16, "PARTS": parts}
+    return tile | {"num_warps": warps, "num_stages": max(stages, 1)}
 
 
 @cache
@@ -276,7 +276,7 @@ def _accumulate_layer_(
         *(x, mask, pivot, out, flags, partial, counts, tokens, rows, _CHUNK, width, *x.stride(), pitch),
         ACTIVATION=activation or "none",
         SPLIT=flags is not None,
-        BLOCK_T=16,
+        BLOCK_T=8 if x.device.type == "cuda" else 64,  # the interpreter takes a while for each block
         BLOCK_D=_COLUMNS,
         INTERPRETED=_env.triton_interpreter(),
         num_warps=4,
@@ -313,7 +313,7 @@ def _addmm_adds_to_float32(accumulator: Tensor) -> bool:
 
 
 def _run(kernel: str, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
-    """Launch a kernel on `device`; its scratch memory (for tensor descriptors) comes from torch, as CUDA graphs want."""
+    """Launch a kernel on `device`; scratch memory (tensor descriptors) comes from torch, as CUDA graphs want it."""
     launch = getattr(_kernels(), kernel)[grid]
     if device.type != "cuda":
         launch(*arguments, **options)

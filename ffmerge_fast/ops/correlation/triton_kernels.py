@@ -1,8 +1,8 @@
 """Triton kernels of the `correlation` op. Imported on first use: it needs triton.
 
-Packed features of one layer are a bfloat16 matrix [1 + tokens, pitch], the tokens filled up with zero rows to a multiple
-of 64. A row holds the high half of each value and, with SPLIT, the low halves beside them: x ≈ high + low, good to
-2⁻¹⁷ |x|. Row 0 holds flags (SPLIT): 1 at column j where some low half of feature j is not 0.
+Packed features of one layer: bfloat16 [1 + tokens, pitch], the tokens filled up with zero rows to a multiple of 64. A
+row holds the high half of each value and, with SPLIT, the low halves beside them: x = high + low, but for 2⁻¹⁶ |x|.
+Row 0 is flags (SPLIT): 1 in column j where some low half of feature j is not 0.
 
 INTERPRETED marks what Triton's interpreter (3.9) gets wrong: it truncates to bfloat16, and multiplies bfloat16 wrongly.
 """
@@ -49,7 +49,7 @@ def _correlation_accumulate_layer_kernel(
     pivot,  # [width] float32, or None: 0
     out,  # first row to write, or None: sums only
     flags,  # [width] bfloat16, row 0 of the packed features (SPLIT only)
-    sums,  # [chunks, 2, width] float64: Σ and Σ² of what is written, per chunk of rows
+    sums,  # [chunks, 2, width] float64: Σ and Σ² per chunk of rows
     counts,  # [chunks] int64
     tokens,
     rows,  # tokens and the zero rows after them
@@ -64,7 +64,7 @@ def _correlation_accumulate_layer_kernel(
     BLOCK_D: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Activation, minus pivot, rounding, and the column sums of the rounded values, in one pass over the features."""
+    """Activation, minus pivot, rounding, and column sums, in one pass over the features."""
     part = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < width
@@ -86,23 +86,22 @@ def _correlation_accumulate_layer_kernel(
         d = columns.to(tl.int64)[None, :]
         value = tl.load(x + t * stride_t + d * stride_d, mask=counting, other=0.0).to(tl.float32)
         value = tl.where(counting, _activate(value, ACTIVATION) - shift[None, :], 0.0)
-        if out is None:
-            kept = value.to(tl.float64)
-        else:
+        if out is not None:
             writing = (t < rows) & inside[None, :]
             high = value
             if out.dtype.element_ty == tl.bfloat16:
                 high = _to_bfloat16(value, INTERPRETED)
             tl.store(out + t * pitch + d, high, mask=writing)
-            kept = high.to(tl.float32).to(tl.float64)
             if SPLIT:
                 low = _to_bfloat16(value - high.to(tl.float32), INTERPRETED)
                 nonzero = low.to(tl.float32) != 0
                 rest = rest | nonzero.to(tl.int32)
                 tl.store(out + t * pitch + pitch // 2 + d, low, mask=writing)
-                kept += low.to(tl.float32).to(tl.float64)
-        total += kept
-        squares += kept * kept
+            else:  # variances must agree with products of rounded values; halves are closer than that
+                value = high.to(tl.float32)
+        exact = value.to(tl.float64)
+        total += exact
+        squares += exact * exact
     sums += part.to(tl.int64) * 2 * width
     tl.store(sums + columns, tl.sum(total, 0), mask=inside)
     tl.store(sums + width + columns, tl.sum(squares, 0), mask=inside)
