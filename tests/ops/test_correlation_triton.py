@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +29,11 @@ CONFIGS = [
 
 
 @needs_triton
+@pytest.mark.slow
 def test_in_the_interpreter():
+    installed = tuple(int(n) for n in version("triton").split(".")[:2])
+    if installed < (3, 9):  # 3.6 fails at range loops with NumPy 2.4 and newer
+        pytest.skip(f"triton {version('triton')}: the interpreter is known to work from 3.9 on")
     folder = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     run = subprocess.run(

@@ -216,13 +216,15 @@ def product_config(device: torch.device, narrow: bool) -> _tuning.Config:
 
 def closed_form(shared: int, wide: bool = False) -> _tuning.Config:
     """The largest tile and pipeline that fit into `shared` bytes of one block."""
-    for m, n, warps, parts in ((128, 256, 8, 8), (128, 128, 8, 4), (64, 64, 4, 2)):
-        stages = min(4, (shared - 4096) // (2 * (m + n) * 64))
-        if stages == 4 if n == 256 else stages >= 2:
-            if wide or n < 256:
-                break
+    stages = {block: min(4, (shared - 4096) // (2 * sum(block) * 64)) for block in ((128, 256), (128, 128), (64, 64))}
+    if wide and stages[128, 256] == 4:
+        (m, n), warps, parts = (128, 256), 8, 8
+    elif stages[128, 128] >= 2:
+        (m, n), warps, parts = (128, 128), 8, 4
+    else:
+        (m, n), warps, parts = (64, 64), 4, 2
     tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "STEPS": 16, "PARTS": parts}
-    return tile | {"num_warps": warps, "num_stages": max(stages, 1)}
+    return tile | {"num_warps": warps, "num_stages": stages[m, n]}
 
 
 @cache

@@ -119,7 +119,7 @@ def _correlation_layer_sums_kernel(sums, counts, count, total, squares, chunks, 
     inside = columns < width
     new_total = tl.load(total + columns, mask=inside, other=0.0)
     new_squares = tl.load(squares + columns, mask=inside, other=0.0)
-    tokens = tl.load(counts) * 0
+    tokens = tl.zeros((), tl.int64)
     for part in range(chunks):
         row = sums + tl.cast(part, tl.int64) * 2 * width + columns
         new_total += tl.load(row, mask=inside, other=0.0)
