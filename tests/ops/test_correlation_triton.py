@@ -14,6 +14,8 @@ import torch
 
 from ffmerge_fast import _tuning
 from ffmerge_fast.ops.correlation import triton_backend
+from ffmerge_fast.ops.correlation.layout import Packed, Product
+from ffmerge_fast.ops.correlation.sums import LayerSums
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install 'ffmerge_fast[gpu]'"
@@ -139,6 +141,37 @@ def test_sums_kernel_compiles_for_hopper():
     kernel = kernels._correlation_layer_sums_kernel
     shared, _, registers, stack = compile_for_hopper(kernel, arguments, {"BLOCK_D": 128}, num_warps=4)
     assert shared <= SHARED_BYTES and stack == 0 and registers <= 128
+
+
+@needs_triton
+@pytest.mark.parametrize("compute", ["bf16", "auto"])
+def test_launches_bind_and_other_token_counts_compile_nothing(compute, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from ffmerge_fast.ops.correlation import triton_kernels as kernels
+
+    class Hopper:  # what a launch asks of a driver up to the compiled kernel
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    compiled = set()
+
+    def compile_only(kernel, grid, device, *arguments, **options):
+        compiled.add(id(getattr(kernels, kernel).warmup(*arguments, grid=grid, **options)))
+
+    monkeypatch.setattr(triton_backend, "_run", compile_only)
+    monkeypatch.setattr(driver, "_active", Hopper())  # set_active has no way back on a machine without a driver
+    variants = []
+    for tokens in (2100, 4096, 1, 2049):
+        layout = triton_backend.TensorCoreLayout({0: 300}, [(0, 0)], torch.device("cpu"), compute, "gelu")
+        packed, sums = Packed(), LayerSums.empty(300, torch.float32, torch.device("cpu"))
+        for mask in (None, torch.ones(tokens, dtype=torch.bool)):
+            layout.pack_(0, torch.randn(tokens, 300), mask, sums, packed)
+        layout.multiply_([Product((0, 0), layout.zeros((0, 0)), packed, packed)])
+        variants.append(len(compiled))
+    assert variants == variants[:1] * 4
 
 
 @pytest.mark.parametrize("shared", [48, 64, 99, 163, 227])  # KiB: the least, AMD, Ada, Ampere, Hopper
