@@ -157,6 +157,18 @@ ROUNDED = {  # to bf16: good to about 1e-2
     "bf16 mm": correlation_bf16,
     "bf16 mm, transposed": correlation_bf16_transposed,
 }
+
+
+def cuda_peers() -> dict[str, Callable]:
+    """cuBLAS on bfloat16 features with float32 results, as far as this torch has it: the strongest peers on a GPU."""
+    adds = {}
+    if hasattr(torch.ops.aten.mm, "dtype"):
+        adds["mm(fp32) + add_"] = lambda p, x, y: p.add_(torch.mm(x.T, y, out_dtype=torch.float32))
+    if hasattr(torch.ops.aten.addmm, "dtype_out"):
+        adds["addmm(fp32)"] = lambda p, x, y: torch.addmm(p, x.T, y, out_dtype=torch.float32, out=p)
+    return {name: partial(_streaming, dtype=torch.bfloat16, multiply=add) for name, add in adds.items()}
+
+
 PAIRS = {
     "chain": lambda layers: [(i, i + 1) for i in range(layers - 1)],
     "window": lambda layers: [(0, i) for i in range(1, layers)],
@@ -184,7 +196,8 @@ def correlation_case(
         def error(result: dict) -> float:
             return max((result[p] - truth[p]).abs().max().item() for p in wanted)
 
-        candidates = {name: partial(run, data, wanted, activation) for name, run in peers.items()}
+        rivals = peers | cuda_peers() if device == "cuda" and peers is ROUNDED else peers
+        candidates = {name: partial(run, data, wanted, activation) for name, run in rivals.items()}
         dense = error(correlation_dense(data, wanted, activation))
         return Job(candidates, error, limit=2e-2 if peers is ROUNDED else 2 * dense + 2e-6)
 
@@ -295,6 +308,11 @@ CASES = [
     correlation_case("full", layers=6, batches=1, tokens=2048, width=3072, dtype=BF16, pairs="window"),
     correlation_case("full", layers=2, batches=1, tokens=2048, width=5120, dtype=BF16),
     correlation_case("full", layers=2, batches=1, tokens=2048, width=14336, dtype=BF16),
+    *(
+        correlation_case("large", layers=6, batches=2, tokens=tokens, width=width, dtype=BF16, peers=ROUNDED)
+        for width, tokens in ((3072, 8192), (3072, 2048), (5120, 8192))
+    ),
+    correlation_case("large", layers=2, batches=2, tokens=4096, width=14336, dtype=BF16, peers=ROUNDED),
     *(assignment_case("small", kind, 512) for kind in ("noise", "related", "dead")),
     *(assignment_case("full", kind, 3072) for kind in ("noise", "related", "dead", "ffn", "dead ffn")),
 ]

@@ -27,6 +27,11 @@ def online() -> bool:
     return os.environ.get("FFMERGE_ONLINE", "").lower() in _TRUE
 
 
+def triton_interpreter() -> bool:
+    """`TRITON_INTERPRET`, Triton's own: kernels run in Python on CPU tensors; to be set before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
+
+
 def allow_network() -> None:
     """Turn `FFMERGE_ONLINE` on for this process (the command line's `--online`)."""
     os.environ["FFMERGE_ONLINE"] = "1"

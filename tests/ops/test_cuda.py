@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
+from ffmerge_fast.testing import nan_poisoned_empty
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,6 +31,115 @@ def test_correlation(dtype, masked):
     assert state.merge_(back).count(0) == 2 * len(kept[0])
     with pytest.raises(ff.FFMergeError, match="but the state is on cuda:0"):
         state.push(0, x[0].cpu())
+
+
+def correlated(tokens, widths, mean=0.0, dtype=torch.float32):
+    """{layer: [tokens, width]} on the GPU; layers share directions."""
+    common = random(tokens, 16, seed=99)
+    x = {}
+    for key, width in enumerate(widths):
+        shift = mean * random(width, seed=3 * key).sign()
+        x[key] = (
+            common @ random(16, width, seed=3 * key + 1) / 4 + 0.5 * random(tokens, width, seed=3 * key + 2) + shift
+        )
+    return {key: value.to(dtype) for key, value in x.items()}
+
+
+def accumulated(x, pairs, splits=(), **options):
+    state = ff.CorrelationState({key: value.shape[1] for key, value in x.items()}, pairs, device="cuda", **options)
+    bounds = [0, *splits, len(x[0])]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        ff.ops.correlation_accumulate_(state, {key: value[start:stop] for key, value in x.items()})
+    return state
+
+
+def correlation_errors(state, x):
+    centred = {key: value.double() - value.double().mean(0) for key, value in x.items()}
+    units = {key: value / value.norm(dim=0) for key, value in centred.items()}
+    return [(state.correlation(a, b) - units[a].T @ units[b]).abs().max().item() for a, b in state.pairs]
+
+
+def require_triton():
+    reason = ff.backends()["correlation"]["triton"]
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("widths", [(1, 63, 100), (300, 257, 520), (3072, 768, 3072)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compute, tolerance", [("auto", 5e-6), ("bf16x3", 5e-6), ("bf16", 3e-3), ("fp32", 1e-6)])
+def test_correlation_by_triton(widths, dtype, compute, tolerance):
+    require_triton()
+    x = correlated(3000, widths, mean=20.0, dtype=dtype)
+    pairs = [(0, 1), (0, 2), (1, 2), (1, 1), (2, 2)]
+    with ff.use_backend("triton"), nan_poisoned_empty():
+        state = accumulated(x, pairs, splits=(1000, 1063), compute=compute)
+        errors = correlation_errors(state, x)
+        again = accumulated(x, pairs, splits=(1000, 1063), compute=compute)
+    assert max(errors) <= tolerance
+    assert all(torch.equal(state.correlation(*pair), again.correlation(*pair)) for pair in pairs)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"])
+def test_correlation_activations_by_triton(activation):
+    require_triton()
+    x = correlated(2500, (300, 200), dtype=torch.bfloat16)
+    states = []
+    for backend in ("triton", "reference"):
+        with ff.use_backend(backend):
+            states.append(accumulated(x, [(0, 1)], splits=(70,), activation=activation))
+    ours, theirs = (state.correlation(0, 1) for state in states)
+    assert (ours - theirs).abs().max() <= 5e-6
+
+
+def test_float32_correlation_stays_float32_where_tf32_is_allowed():
+    require_triton()
+    x = correlated(1000, (200, 300))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert max(correlation_errors(accumulated(x, [(0, 1)], compute="fp32"), x)) <= 1e-6
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_one_large_pair_may_go_to_cublas():
+    require_triton()
+    x = correlated(600, (14336, 14336), dtype=torch.bfloat16)
+    state = accumulated(x, [(0, 1)], compute="bf16")
+    some = torch.arange(0, 14336, 97, device="cuda")
+    a, b = (value.double() - value.double().mean(0) for value in (x[0][:, some], x[1][:, some]))
+    expected = (a / a.norm(dim=0)).T @ (b / b.norm(dim=0))
+    assert (state.correlation(0, 1)[some][:, some] - expected).abs().max() <= 3e-3
+
+
+def test_correlation_in_a_cuda_graph():
+    require_triton()
+    x = correlated(4096, (300, 520), dtype=torch.bfloat16)
+    half = {key: value[:2048].clone() for key, value in x.items()}
+    state = accumulated(half, [(0, 1)])  # compiles, sets the pivot, makes the schedule
+    graph = torch.cuda.CUDAGraph()
+    batch = {key: value.clone() for key, value in half.items()}
+    with torch.cuda.graph(graph):
+        for key, value in batch.items():
+            state.push(key, value)
+    for key, value in batch.items():
+        value.copy_(x[key][2048:])
+    graph.replay()
+    state.end_batch()
+    assert state.count(0) == 4096
+    assert max(correlation_errors(state, x)) <= 5e-6
+
+
+def test_correlation_on_the_second_gpu():
+    require_triton()
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = {key: value.to("cuda:1") for key, value in correlated(2100, (64, 100)).items()}
+    state = ff.CorrelationState({0: 64, 1: 100}, [(0, 1)], device="cuda:1")
+    ff.ops.correlation_accumulate_(state, x)
+    assert state.correlation(0, 1).device == torch.device("cuda:1")
+    assert max(correlation_errors(state, x)) <= 5e-6
 
 
 def test_assignment():

@@ -1,0 +1,225 @@
+"""The Triton backend of the correlation op without a GPU: in the interpreter, and compiled for sm_90."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffmerge_fast import _tuning
+from ffmerge_fast.ops.correlation import triton_backend
+from ffmerge_fast.ops.correlation.layout import Packed, Product
+from ffmerge_fast.ops.correlation.sums import LayerSums
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed: pip install 'ffmerge_fast[gpu]'"
+)
+SHARED_BYTES = 227 * 1024  # of one block on sm_90
+PAIRS, PAIRS_NARROW = "correlation_accumulate_pairs", "correlation_accumulate_pairs_narrow"
+CONFIGS = [
+    pytest.param(config, id=f"{path.stem}-{kernel}")
+    for path in sorted(_tuning.CONFIGS.glob("*.json"))
+    for kernel, config in json.loads(path.read_text(encoding="utf-8")).items()
+    if kernel.startswith("correlation")
+]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_in_the_interpreter():
+    installed = tuple(int(n) for n in version("triton").split(".")[:2])
+    if installed < (3, 9):  # 3.6 fails at range loops with NumPy 2.4 and newer
+        pytest.skip(f"triton {version('triton')}: the interpreter is known to work from 3.9 on")
+    folder = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    run = subprocess.run(
+        [*command, str(Path(__file__).with_name("interpreted_correlation.py"))],
+        cwd=folder,
+        env=os.environ | {"TRITON_INTERPRET": "1", "FFMERGE_BACKEND": "triton"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+def compile_for_hopper(kernel, arguments, constants, num_warps, num_stages=3):
+    """(shared bytes, PTX, registers, stack bytes) of a kernel for sm_90; a stack means spilled registers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    names = list(signature)
+    divisible = [["tt.divisibility", 16]]
+    attrs = {}
+    for name, kind in arguments.items():
+        if isinstance(kind, tuple):
+            attrs |= {(names.index(name), i): divisible for i in range(len(kind))}
+        elif kind.startswith("*"):
+            attrs[names.index(name),] = divisible
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=attrs),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    return compiled.metadata.shared, compiled.asm["ptx"], *_registers(triton, compiled.asm["cubin"])
+
+
+def _registers(triton, cubin):
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip(f"no {tool.name} in this triton: registers cannot be read")
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"ffmerge-{os.getpid()}.cubin"
+    path.write_bytes(cubin)
+    try:
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    finally:
+        path.unlink()
+    return (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True], ids=["bf16", "bf16x3"])
+@pytest.mark.parametrize("vector", [1, 4])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_products_compile_for_hopper(config, split, vector):
+    from ffmerge_fast.ops.correlation import triton_kernels as kernels
+
+    config = dict(config)
+    options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
+    sides = {"a": ("*bf16",) * kernels.PAIRS, "b": ("*bf16",) * kernels.PAIRS, "c": ("*fp32",) * kernels.PAIRS}
+    arguments = sides | {"problems": "*i32", "tiles": "*i32", "pairs": "i32", "tokens": "i32"}
+    constants = {"SPLIT": split, "VECTOR": vector, "INTERPRETED": False, **config}
+    kernel = kernels._correlation_accumulate_pairs_kernel
+    shared, ptx, registers, stack = compile_for_hopper(kernel, arguments, constants, **options)
+    print(f"shared {shared}, registers {registers}, stack {stack}")
+    assert shared <= SHARED_BYTES and stack == 0 and registers <= 255
+    assert f"wgmma.mma_async.sync.aligned.m64n{config['BLOCK_N']}k16.f32.bf16.bf16" in ptx
+    assert "cp.async.bulk.tensor" in ptx and "atom" not in ptx and "red.global" not in ptx
+    assert ("ld.global.v4" in ptx) == (vector == 4)
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize(
+    "dtype, out, split", [("bf16", "bf16", True), ("fp32", "bf16", False), ("fp16", "fp32", False)]
+)
+def test_layer_kernel_compiles_for_hopper(activation, dtype, out, split):
+    from ffmerge_fast.ops.correlation import triton_kernels as kernels
+
+    arguments = {"x": f"*{dtype}", "mask": "*u8", "pivot": "*fp32", "out": f"*{out}"}
+    arguments |= {"flags": "*bf16"} if split else {}
+    arguments |= {"sums": "*fp64", "counts": "*i64"}
+    arguments |= dict.fromkeys(["tokens", "rows", "chunk", "width", "stride_t"], "i32")
+    constants = {} if split else {"flags": None}
+    constants |= {"stride_d": 1, "ACTIVATION": activation, "SPLIT": split, "INTERPRETED": False}
+    constants |= {"BLOCK_T": 8, "BLOCK_D": 128}
+    arguments |= {"pitch": "i32"}
+    names = kernels._correlation_accumulate_layer_kernel.arg_names
+    both = arguments | dict.fromkeys(constants, "constexpr")
+    ordered = {name: both[name] for name in names}
+    shared, _, registers, stack = compile_for_hopper(
+        kernels._correlation_accumulate_layer_kernel, ordered, constants, num_warps=4
+    )
+    print(f"shared {shared}, registers {registers}, stack {stack}")
+    assert shared <= SHARED_BYTES and stack == 0 and registers <= 128
+
+
+@needs_triton
+def test_sums_kernel_compiles_for_hopper():
+    from ffmerge_fast.ops.correlation import triton_kernels as kernels
+
+    kinds = ["*fp64", "*i64", "*i64", "*fp64", "*fp64", "i32", "i32"]
+    arguments = dict(zip(["sums", "counts", "count", "total", "squares", "chunks", "width"], kinds, strict=True))
+    kernel = kernels._correlation_layer_sums_kernel
+    shared, _, registers, stack = compile_for_hopper(kernel, arguments, {"BLOCK_D": 128}, num_warps=4)
+    assert shared <= SHARED_BYTES and stack == 0 and registers <= 128
+
+
+@needs_triton
+@pytest.mark.parametrize("compute", ["bf16", "auto"])
+def test_launches_bind_and_other_token_counts_compile_nothing(compute, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from ffmerge_fast.ops.correlation import triton_kernels as kernels
+
+    class Hopper:  # what a launch asks of a driver up to the compiled kernel
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    compiled = set()
+
+    def compile_only(kernel, grid, device, *arguments, **options):
+        compiled.add(id(getattr(kernels, kernel).warmup(*arguments, grid=grid, **options)))
+
+    monkeypatch.setattr(triton_backend, "_run", compile_only)
+    monkeypatch.setattr(driver, "_active", Hopper())  # set_active has no way back on a machine without a driver
+    variants = []
+    for tokens in (2100, 4096, 1, 2049):
+        layout = triton_backend.TensorCoreLayout({0: 300}, [(0, 0)], torch.device("cpu"), compute, "gelu")
+        packed, sums = Packed(), LayerSums.empty(300, torch.float32, torch.device("cpu"))
+        for mask in (None, torch.ones(tokens, dtype=torch.bool)):
+            layout.pack_(0, torch.randn(tokens, 300), mask, sums, packed)
+        layout.multiply_([Product((0, 0), layout.zeros((0, 0)), packed, packed)])
+        variants.append(len(compiled))
+    assert variants == variants[:1] * 4
+
+
+@pytest.mark.parametrize("shared", [48, 64, 99, 163, 227])  # KiB: the least, AMD, Ada, Ampere, Hopper
+@pytest.mark.parametrize("wide", [False, True])
+def test_closed_form_fits(shared, wide):
+    config = triton_backend.closed_form(shared * 1024, wide)
+    stage = 2 * (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"]
+    assert 2 * stage <= config["num_stages"] * stage <= shared * 1024
+    assert (config["BLOCK_N"] == 256) == (wide and shared == 227)
+
+
+def test_shipped_configs_are_complete():
+    assert _tuning.file_name("NVIDIA H100 80GB HBM3") == "NVIDIA_H100_80GB_HBM3.json"
+    files = sorted(_tuning.CONFIGS.glob("*.json"))
+    assert {"NVIDIA_H200.json", "NVIDIA_H100_80GB_HBM3.json"} <= {path.name for path in files}
+    for path in files:
+        shipped = json.loads(path.read_text(encoding="utf-8"))
+        for key in (PAIRS, PAIRS_NARROW):
+            assert shipped[key].keys() == triton_backend.closed_form(64 * 1024).keys()
+
+
+def test_reasons_why_it_cannot_run(monkeypatch):
+    assert "want a GPU" in triton_backend.can_run(torch.empty(0))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    triton_backend._why_no_triton.cache_clear()
+    try:
+        assert "pip install 'ffmerge_fast[gpu]'" in triton_backend.can_run()
+    finally:
+        triton_backend._why_no_triton.cache_clear()
+
+
+@pytest.mark.parametrize("switch", ["legacy", "new"])
+def test_float32_products_never_use_tf32(switch):
+    matmul = torch.backends.cuda.matmul
+    if switch == "new" and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the legacy switch only")
+    read = (lambda: matmul.fp32_precision) if switch == "new" else torch.get_float32_matmul_precision
+    try:
+        if switch == "new":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        before = read()
+        with triton_backend._no_tf32():
+            assert not matmul.allow_tf32
+        assert read() == before
+    finally:
+        if switch == "new":
+            matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
