@@ -446,3 +446,27 @@ def test_on_real_models_refit_is_not_worse_than_plain_averaging_on_held_out_data
     report = ff.refit_(model, teacher, batches, max_tokens=4000)
     assert task.score(model, "test", limit=examples) < averaged
     assert report.groups[0].after < 0.7 * report.groups[0].before
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+def _refit_on_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, teacher, batches = pair("gpt2")
+    scores = iter([(0.0, 1.0), (3.0, 1.0)][rank])  # alone, the first rank would undo the refit
+    report = ff.refit_(model, teacher, batches[:4] if rank == 0 else batches[4:], evaluate=lambda m: next(scores))
+    torch.save((weights_of(model, ff.find_ffns(model)[0])[0], report.to_dict()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_two_processes_fit_the_data_of_both(tmp_path):
+    torch.multiprocessing.spawn(_refit_on_rank, (str(tmp_path),), nprocs=2)
+    (a, first), (b, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(a, b) and first == second and (first["scores"], first["best"]) == ([1.5, 1.0], 1)
+    model, teacher, batches = pair("gpt2")
+    report = ff.refit_(model, teacher, batches)
+    torch.testing.assert_close(a, weights_of(model, ff.find_ffns(model)[0])[0], atol=1e-5, rtol=0)
+    assert first["groups"][0]["after"] == pytest.approx(report.groups[0].after, rel=1e-5)
