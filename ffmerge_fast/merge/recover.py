@@ -90,9 +90,9 @@ def refit_(
 
     with the merged W_up, and the inputs x_i and outputs y_i of the *original* FFN of each layer; λ is `ridge` times the
     mean diagonal of Σ w hᵀh (centred if there is a b). One forward pass of the teacher, no gradients; all groups are
-    fitted in it. Memory per group: d_ff² + d_ff · d_model sums, and the same in float64 while solving. In a
-    `torch.distributed` job each rank gives its own batches, counts its share of `max_tokens`, and all ranks get the
-    same weights.
+    fitted in it. Memory per group: sums of d_ff² + d_ff · d_model; two float64 matrices of d_ff² more to solve it.
+    In a `torch.distributed` job each rank gives its own batches, counts its share of `max_tokens`, and all ranks get
+    the same weights.
 
     Args:
         model: the merged model. All other weights, the tie, modes and dtypes stay.
