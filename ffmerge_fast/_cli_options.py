@@ -86,7 +86,7 @@ def recover_options(parser) -> None:
     group = parser.add_argument_group("recovery without training")
     group.add_argument("--recover", default="none", choices=("none", "refit"), help="refit: W_down by least squares")
     group.add_argument("--ridge", type=float, default=1e-2, help="larger keeps W_down closer to the merged one")
-    help_rounds = "refits after the first, on the merged model's own stream; the best on validation data is kept"
+    help_rounds = "refits after the first, on the merged model's own stream; the best by held-out loss is kept"
     group.add_argument("--recover-rounds", type=int, default=0, metavar="N", help=help_rounds)
 
 

@@ -211,7 +211,7 @@ def _merge(args) -> Result:
 
 
 def _refit(args, model: Any, teacher: Any) -> Any:
-    """Refit W_down on the calibration data; rounds are judged by the task's metric on the validation data."""
+    """Refit W_down on the calibration data."""
     from .merge.recover import refit_
 
     task = _task(args, model, train=args.data, validation=args.eval_data)
@@ -222,8 +222,6 @@ def _refit(args, model: Any, teacher: Any) -> Any:
         ridge=args.ridge,
         rounds=args.recover_rounds,
         max_tokens=args.tokens,
-        evaluate=(lambda m: task.score(m, limit=args.eval_limit)) if args.recover_rounds else None,
-        higher_is_better=task.higher_is_better,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -90,14 +90,14 @@ def refit_(
 
     with the merged W_up, and the inputs x_i and outputs y_i of the *original* FFN of each layer; λ is `ridge` times the
     mean diagonal of Σ w hᵀh (centred if there is a b). One forward pass of the teacher, no gradients; all groups are
-    fitted in it. Memory per group: d_ff² + d_ff · d_model sums, and the same in float64 while solving. In a
-    `torch.distributed` job each rank gives its own batches, counts its share of `max_tokens`, and all ranks get the
-    same weights.
+    fitted in it. Memory per group: sums of d_ff² + d_ff · d_model; two float64 matrices of d_ff² more to solve it.
+    In a `torch.distributed` job each rank gives its own batches, counts its share of `max_tokens`, and all ranks get
+    the same weights.
 
     Args:
         model: the merged model. All other weights, the tie, modes and dtypes stay.
         teacher: the original model, unmerged: a copy made before `merge_`, or loaded again.
-        batches: calibration data, as for `collect`; padding does not count. With `rounds`, they are kept in a list.
+        batches: calibration data, as for `collect`; padding does not count. Those that are used are held in memory.
         ridge: 0 is plain least squares; larger keeps W closer to the merged one.
         inputs: whose stream the first fit sees: "original" as above, or "merged", see `rounds`.
         rounds: fits after the first, on the merged model's own stream: x_i is what reaches the merged layer, y_i what
@@ -107,7 +107,7 @@ def refit_(
             error of y_i is added to; "output", 1 / var(y_i); "equal". The first was never far behind the best of the
             three; the second fails where a layer writes much more than the others, as first layers do.
         evaluate: maps the model to a score on held-out data; the model gets the best weights of: as merged, first
-            fit, each round. By default with `rounds`: the loss on the last tenth of the batches, which is not fitted.
+            fit, each round. By default with `rounds`: the loss on every tenth batch, which is left out of the fits.
             Without rounds nothing is scored by default.
         higher_is_better: of the score.
 
@@ -118,24 +118,25 @@ def refit_(
     """
     _check_arguments(ridge, inputs, rounds, max_tokens, weights)
     groups = _groups(model, teacher)
-    if rounds:
-        batches = list(batches)
-        if evaluate is None:
-            batches, evaluate, higher_is_better = *_hold_out(batches), False
-    fit = _Fit(groups, model, teacher, share_of_rank(max_tokens))
-    batches = fit.measure(batches, weights)
+    data = _Replay(batches, hold_out=bool(rounds) and evaluate is None)
+    if data.hold_out:
+        evaluate, higher_is_better = data.loss, False
+    fit = _Fit(groups, model, teacher, data, share_of_rank(max_tokens))
     best = _Best(model, groups, evaluate, higher_is_better)
-    best.note()
-    report = RefitReport(fit.once(batches, inputs == "merged", ridge, 1.0))
+    fit.set_weights(weights)
+    first = solutions = fit.solve(inputs == "merged", ridge)
     best.note()
     try:
+        fit.move_(solutions, 1.0)
+        best.note()
         for _ in range(rounds):
-            fit.once(batches, True, ridge, _STEP)
+            solutions = fit.solve(True, ridge)
+            fit.move_(solutions, _STEP)
             best.note()
     finally:
         best.restore()
-    report.scores, report.best = best.scores, best.index
-    return report
+    missed = [RefitGroup(g.first.stack, g.layers, s.before, s.after) for g, s in zip(groups, first, strict=True)]
+    return RefitReport(missed, best.scores, best.index)
 
 
 # ------------------------------------------------------------------------------------------------- what is to be fitted
@@ -286,14 +287,17 @@ def _groups(model: nn.Module, teacher: nn.Module) -> list[_Group]:
 class _Fit:
     """Passes over the calibration data that end in new weights for all groups."""
 
-    def __init__(self, groups: Sequence[_Group], model: nn.Module, teacher: nn.Module, max_tokens: int):
-        self.groups, self.model, self.teacher, self.max_tokens = groups, model, teacher, max_tokens
+    def __init__(
+        self, groups: Sequence[_Group], model: nn.Module, teacher: nn.Module, batches: _Replay, max_tokens: int
+    ):
+        self.groups, self.model, self.teacher = groups, model, teacher
+        self.batches, self.max_tokens = batches, max_tokens
         self._ffns = [ffn for group in groups for ffn in group.ffns]
         self._group = {ffn.key: group for group in groups for ffn in group.ffns}
         self._pre_norm: dict[str, bool] = {}
 
-    def measure(self, batches: Iterable[Any], weights: str) -> Iterable[Any]:
-        """Set each layer's weight by the first tokens; returns all batches, those ones included."""
+    def set_weights(self, weights: str) -> None:
+        """Set each layer's weight by the first tokens."""
         states = {
             id(group): CorrelationState(dict.fromkeys(group.layers, group.first.d_model), [], group.down.weight.device)
             for group in self.groups
@@ -303,47 +307,43 @@ class _Fit:
             state = states[id(self._group[ffn.key])]
             state.push(ffn.index, (flow.y if weights == "output" else flow.out).to(state.device), mask)
 
-        rest, head = iter(batches), []
         tokens = min(self.max_tokens, share_of_rank(_SCALE_TOKENS))
         with BlockPasses(self.teacher, self._ffns, tokens, receive) as passes:
-            for _, batch in passes.over(rest, "refit"):
-                head.append(batch)
+            for _ in passes.over(self.batches, "refit"):
                 for state in states.values():
                     state.end_batch()
         for group in self.groups:
-            group.scales = _scales(states[id(group)], weights)
-        self._head = head
-        return batches if isinstance(batches, list) else itertools.chain(head, rest)
+            state = states[id(group)]
+            group.scales = _scales(state.all_reduce_() if world_size() > 1 else state, weights)
 
-    def once(self, batches: Iterable[Any], merged: bool, ridge: float, size: float) -> list[RefitGroup]:
-        """One fit, on the stream of the original or of the merged model."""
+    def solve(self, merged: bool, ridge: float) -> list[_Solution]:
+        """The fit of each group, on the stream of the original or of the merged model; changes no weights."""
         for group in self.groups:
             group.clear()
-        (self._see_merged if merged else self._see_original)(batches)
+        self._see_merged() if merged else self._see_original()
         if world_size() > 1:
             for group in self.groups:
                 group.state.all_reduce_()
-        solutions = [group.solve(ridge) for group in self.groups]
+        return [group.solve(ridge) for group in self.groups]
+
+    def move_(self, solutions: Sequence[_Solution], size: float) -> None:
+        """Go `size` of the way to the solutions."""
         for group, solution in zip(self.groups, solutions, strict=True):
             group.move_(solution, size)
-        return [
-            RefitGroup(group.first.stack, group.layers, solution.before, solution.after)
-            for group, solution in zip(self.groups, solutions, strict=True)
-        ]
 
-    def _see_original(self, batches: Iterable[Any]) -> None:
+    def _see_original(self) -> None:
         def receive(ffn: FFNSublayer, flow: Flow, mask: Tensor) -> None:
             group = self._group[ffn.key]
             group.add(ffn, group.hidden(flow.x), flow.y, mask)
 
         with BlockPasses(self.teacher, self._ffns, self.max_tokens, receive) as passes:
-            for _ in passes.over(batches, "refit"):
+            for _ in passes.over(self.batches, "refit"):
                 pass
 
-    def _see_merged(self, batches: Iterable[Any]) -> None:
+    def _see_merged(self) -> None:
         for ffn in self._ffns:
-            if self._head and ffn.stack not in self._pre_norm:
-                self._pre_norm[ffn.stack] = is_pre_norm(self.teacher, ffn, self._head[0])
+            if self.batches.kept and ffn.stack not in self._pre_norm:
+                self._pre_norm[ffn.stack] = is_pre_norm(self.teacher, ffn, self.batches.kept[0])
         goals: dict[str, Tensor] = {}  # of this batch: the original stream after each FFN
 
         def keep(ffn: FFNSublayer, flow: Flow, mask: Tensor) -> None:
@@ -356,7 +356,7 @@ class _Fit:
         original = BlockPasses(self.teacher, self._ffns, self.max_tokens, keep)
         own = BlockPasses(self.model, self._ffns, self.max_tokens, receive)
         with original, own:
-            for number, batch in original.over(batches, "refit"):
+            for number, batch in original.over(self.batches, "refit"):
                 own.take(batch, number)
 
 
@@ -408,15 +408,40 @@ class _Best:
         return sum(scores) / len(scores)
 
 
-def _hold_out(batches: list[Any]) -> tuple[list[Any], Callable[[nn.Module], float]]:
-    """(the batches without their last tenth, the label loss on that tenth)."""
-    held = max(1, len(batches) // 10)
-    if len(batches) < 2:
-        raise FFMergeError(
-            f"refit: rounds are judged on batches that are not fitted: got {len(batches)} batches, wanted at least 2, "
-            "or evaluate="
-        )
-    return batches[:-held], lambda model: _label_loss(model, batches[-held:])
+class _Replay:
+    """Batches that can be gone over again: those taken so far are kept, and no more are taken than are wanted.
+
+    Args:
+        batches: any iterable.
+        hold_out: put every tenth batch (the second, the twelfth, ...) aside, for `loss`.
+    """
+
+    def __init__(self, batches: Iterable[Any], hold_out: bool):
+        self._source, self._taken = iter(batches), 0
+        self.hold_out = hold_out
+        self.kept: list[Any] = []
+        self._held: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for position in itertools.count():
+            while position >= len(self.kept):
+                try:
+                    batch = next(self._source)
+                except StopIteration:
+                    return
+                aside = self.hold_out and self._taken % 10 == 1
+                (self._held if aside else self.kept).append(batch)
+                self._taken += 1
+            yield self.kept[position]
+
+    def loss(self, model: nn.Module) -> float:
+        """The model's label loss on the batches put aside."""
+        if not self._held:
+            raise FFMergeError(
+                f"refit: rounds are judged on batches that are not fitted: got {self._taken} batches, wanted at least "
+                "2 (use smaller ones), or evaluate="
+            )
+        return _label_loss(model, self._held)
 
 
 def _label_loss(model: nn.Module, batches: Sequence[Any]) -> float:

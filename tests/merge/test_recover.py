@@ -331,16 +331,19 @@ def test_a_refit_that_scores_worse_is_undone():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-def test_rounds_are_judged_on_the_last_tenth_of_the_batches():
+def test_rounds_are_judged_on_every_tenth_batch():
     model, teacher, _ = pair("gpt2")
-    batches = data_for(teacher, count=11)
-    report = ff.refit_(model, teacher, iter(batches), rounds=2)
+    batches = data_for(teacher, count=11, padded=False, batch=3)
+    taken = []
+    report = ff.refit_(model, teacher, (taken.append(b) or b for b in batches * 9), rounds=2, max_tokens=360)
+    assert len(taken) == 11  # no more than the budget needs: 10 batches fitted, 1 put aside
     assert len(report.scores) == 4 and report.scores[report.best] == min(report.scores)
-    batch = batches[-1]
+    batch = batches[1]
     with torch.no_grad():
         assert model(**batch).loss.item() == pytest.approx(report.scores[report.best], rel=1e-6)
     fitted = ff.merge(teacher, ff.plan(layers="0-2", method="average", model=teacher))
-    first = ff.refit_(fitted, teacher, batches[:-1], evaluate=lambda m: m(**batch).loss.item())
+    others = [b for b in batches if b is not batch]
+    first = ff.refit_(fitted, teacher, others, max_tokens=360, evaluate=lambda m: m(**batch).loss.item())
     assert first.scores == pytest.approx(report.scores[:2], rel=1e-6)
 
 
@@ -386,7 +389,7 @@ def test_models_that_do_not_fit_are_refused():
         with pytest.raises(ff.FFMergeError, match=message) as error:
             ff.refit_(*arguments)
         assert "\n" not in str(error.value)
-    with pytest.raises(ff.FFMergeError, match="got 1 batches, wanted at least 2, or evaluate="):
+    with pytest.raises(ff.FFMergeError, match="got 1 batches, wanted at least 2"):
         ff.refit_(model, teacher, batches[:1], rounds=1)
     unlabelled = [{"input_ids": b["input_ids"]} for b in batches]
     with pytest.raises(ff.FFMergeError, match="no labels"):
@@ -443,3 +446,27 @@ def test_on_real_models_refit_is_not_worse_than_plain_averaging_on_held_out_data
     report = ff.refit_(model, teacher, batches, max_tokens=4000)
     assert task.score(model, "test", limit=examples) < averaged
     assert report.groups[0].after < 0.7 * report.groups[0].before
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+def _refit_on_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, teacher, batches = pair("gpt2")
+    scores = iter([(0.0, 1.0), (3.0, 1.0)][rank])  # alone, the first rank would undo the refit
+    report = ff.refit_(model, teacher, batches[:4] if rank == 0 else batches[4:], evaluate=lambda m: next(scores))
+    torch.save((weights_of(model, ff.find_ffns(model)[0])[0], report.to_dict()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_two_processes_fit_the_data_of_both(tmp_path):
+    torch.multiprocessing.spawn(_refit_on_rank, (str(tmp_path),), nprocs=2)
+    (a, first), (b, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(a, b) and first == second and (first["scores"], first["best"]) == ([1.5, 1.0], 1)
+    model, teacher, batches = pair("gpt2")
+    report = ff.refit_(model, teacher, batches)
+    torch.testing.assert_close(a, weights_of(model, ff.find_ffns(model)[0])[0], atol=1e-5, rtol=0)
+    assert first["groups"][0]["after"] == pytest.approx(report.groups[0].after, rel=1e-5)
