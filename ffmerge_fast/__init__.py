@@ -5,6 +5,7 @@ from importlib import metadata as _metadata
 from . import nn, ops
 from ._backend import backends, use_backend
 from ._errors import FFMergeError
+from .baselines import hard_prune
 from .checkpoint import from_pretrained, save_pretrained, verify
 from .driver.finetune import finetune
 from .integrations.transformers import register_when_imported as _register_when_imported
@@ -15,6 +16,8 @@ from .merge.select import search, sweep
 from .merge.statistics import CorrelationStats
 from .models import FFNSpec, FFNSublayer, find_ffns, register_family, supported_families
 from .ops.correlation import CorrelationState
+from .project.importance import Importance, importance
+from .project.projector import Projector, project
 
 __all__ = [
     "CorrelationState",
@@ -22,14 +25,18 @@ __all__ = [
     "FFMergeError",
     "FFNSpec",
     "FFNSublayer",
+    "Importance",
     "MergeGroup",
     "MergePlan",
+    "Projector",
     "backends",
     "collect",
     "expand_",
     "find_ffns",
     "finetune",
     "from_pretrained",
+    "hard_prune",
+    "importance",
     "is_merged",
     "merge",
     "merge_",
@@ -37,6 +44,7 @@ __all__ = [
     "ops",
     "plan",
     "print_parameters",
+    "project",
     "register_family",
     "save_pretrained",
     "search",

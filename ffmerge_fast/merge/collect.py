@@ -138,7 +138,7 @@ class _FeatureTaker:
         """Run one batch, up to the last FFN that is wanted."""
         self._masks, self._seen = {}, set()
         batch = to_device(batch, self.model)
-        self._valid = _token_masks(batch, self.model, list(self.stats.states))
+        self._valid = token_masks(batch, self.model, list(self.stats.states))
         with contextlib.suppress(_AllSeen):
             run(self.model, batch)
         for stack, state in self.stats.states.items():
@@ -268,7 +268,7 @@ def _parse_pairs(pairs: Sequence[tuple], ffns: Sequence[FFNSublayer]) -> dict[st
     return wanted
 
 
-def _token_masks(batch: Any, model: nn.Module, stacks: Sequence[str]) -> dict[str, Tensor]:
+def token_masks(batch: Any, model: nn.Module, stacks: Sequence[str]) -> dict[str, Tensor]:
     """Per stack, which tokens are not padding, as far as the batch says."""
     if not isinstance(batch, Mapping):
         return {}
