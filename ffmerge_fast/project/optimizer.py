@@ -42,6 +42,9 @@ class ProjectionOptimizer(torch.optim.Optimizer):
     Its parameter groups hold the student's parameters, so schedulers, GradScaler and trainers treat it as any other
     optimiser. `state[parameter]` holds, in float32 or better: p_out, p_in (Δ), residual (R), master (plain parameters
     in half precision), and for each trained tensor its exp_avg, exp_avg_sq and step.
+
+    Attributes:
+        settings: what a resumed run must have in common with this one, as JSON values.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class ProjectionOptimizer(torch.optim.Optimizer):
             raise FFMergeError(f"betas: got {betas}, wanted two numbers from 0 to below 1")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise FFMergeError(f"max_grad_norm: got {max_grad_norm}, wanted a number above 0, or None")
-        self._units, self._plain, self._settings, self._residual = units, plain, settings, residual
+        self._units, self._plain, self._residual = units, plain, residual
         self._max_grad_norm = max_grad_norm
+        self.settings = {f"{_SETTINGS}.{name}": value for name, value in settings.items()}
         self._named = plain | {m.name: m.parameter for u in units for m in u.matrices}
         for name, parameter in self._named.items():
             if hasattr(parameter, "placements"):
@@ -203,7 +207,7 @@ class ProjectionOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimiser, and the projector's settings under "projector"."""
-        return super().state_dict() | {_SETTINGS: dict(self._settings)}
+        return super().state_dict() | {_SETTINGS: dict(self.settings)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, and set the student's weights to what it says.
@@ -214,7 +218,7 @@ class ProjectionOptimizer(torch.optim.Optimizer):
         saved = state_dict.get(_SETTINGS)
         if saved is None:
             raise FFMergeError("load_state_dict: this is no state of a projection optimizer (it has no 'projector')")
-        for name, value in self._settings.items():
+        for name, value in self.settings.items():
             if saved.get(name) != value:
                 raise FFMergeError(
                     f"load_state_dict: {name} was {saved.get(name)!r} and is {value!r} now; project with the same "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import FFMergeError
+from ..merge.combine import shared_groups
 from .layout import Axis, Layout, resized
 from .selection import Selection, Sizes
 
@@ -26,6 +27,11 @@ def build_student(model: nn.Module, layout: Layout, sizes: Sizes, selection: Sel
         config.tie_word_embeddings = False
     with torch.random.fork_rng(devices=[]):
         student = type(model)(config)
+    if shared_groups(student) != shared_groups(model):
+        raise FFMergeError(
+            f"project: layers of this {type(model).__name__} share FFNs, which its config does not say; tie them with "
+            "merge_, or call expand_ first"
+        )
     constants = constant_names(student)
     student.to(device=next(model.parameters()).device, dtype=model.dtype)
     student.requires_grad_(True)

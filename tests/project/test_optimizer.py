@@ -161,10 +161,10 @@ def test_loading_copies():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(d_ff=16), "d_ff was {'decoder': 12} and is {'decoder': 16} now"),
-        (dict(residual=False), "residual was True and is False now"),
-        (dict(share="qkv"), "share was None and is 'qkv' now"),
-        (dict(model=None, seed=1), "base was 'gpt2 .*' and is 'gpt2 .*' now"),
+        (dict(d_ff=16), "projector.d_ff was {'decoder': 12} and is {'decoder': 16} now"),
+        (dict(residual=False), "projector.residual was True and is False now"),
+        (dict(share="qkv"), "projector.share was None and is 'qkv' now"),
+        (dict(model=None, seed=1), "projector.base was 'gpt2 .*' and is 'gpt2 .*' now"),
     ],
 )
 def test_resume_with_changed_settings(changed, message):

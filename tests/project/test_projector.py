@@ -238,6 +238,13 @@ def test_importance_of_another_model():
         ff.project(tiny_model("gpt2"), keep=0.5, importance=scores(tiny_model("gpt2", seed=1)))
 
 
+def test_ffns_tied_by_hand():
+    model = tiny_model("gpt2")
+    model.transformer.h[2].mlp = model.transformer.h[1].mlp
+    with pytest.raises(ff.FFMergeError, match="share FFNs, which its config does not say"):
+        ff.project(model, keep=0.5)
+
+
 def test_a_merged_model_of_another_version():
     merged = tied_layers(tiny_model("gpt2", layers=4))
     merged.config.ffmerge["version"] = 99
