@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .project.importance import Importance
-from .project.projector import prepare
+from .project.projector import chosen, resolve
 from .project.student import build_student
 
 
@@ -27,5 +27,5 @@ def hard_prune(
     Raises:
         FFMergeError: as `project`.
     """
-    layout, sizes, selection, untie = prepare(model, keep, d_model, d_ff, importance, attention, untie_embeddings)
-    return build_student(model, layout, sizes, selection, untie)
+    layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
+    return build_student(model, layout, sizes, chosen(model, layout, sizes, importance), untie)

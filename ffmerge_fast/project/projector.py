@@ -130,9 +130,10 @@ def project(
         FFMergeError: widths beyond the base's or that the architecture cannot have; an importance of another model; a
             family that is not known; a merged model of another version.
     """
-    layout, sizes, selection, untie = prepare(model, keep, d_model, d_ff, importance, attention, untie_embeddings)
     if share not in SHARES:
         raise FFMergeError(f"share: got {share!r}, wanted None, 'qkv' or 'residual_stream'")
+    layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
+    selection = chosen(model, layout, sizes, importance)
     student = build_student(model, layout, sizes, selection, untie)
     matrices, plain = _Builder(model, student, layout, selection, share).build()
     if not matrices:
@@ -150,16 +151,15 @@ def project(
     return Projector(student, settings, _units(matrices), plain, residual, _shape_settings(student.config))
 
 
-def prepare(
+def resolve(
     model: nn.Module,
-    keep: float | None,
-    d_model: int | None,
-    d_ff: int | Mapping[str, int] | None,
-    scores: Importance | None,
-    attention: str,
-    untie_embeddings: bool | None,
-) -> tuple[Layout, Sizes, Selection, bool]:
-    """What `project` and `hard_prune` have in common: layout, widths, kept dimensions, whether the head is untied."""
+    keep: float | None = None,
+    d_model: int | None = None,
+    d_ff: int | Mapping[str, int] | None = None,
+    attention: str = "heads",
+    untie_embeddings: bool | None = None,
+) -> tuple[Layout, Sizes, bool]:
+    """Layout, the student's widths and whether its head is untied: all of `project` that can go wrong without data."""
     version = (getattr(getattr(model, "config", None), "ffmerge", None) or {}).get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise FFMergeError(
@@ -167,9 +167,6 @@ def prepare(
             "the original again"
         )
     layout = read_layout(model)
-    if scores is None:
-        scores = importance(model, method="magnitude")
-    scores.check(model)
     tied = untied_names(model)
     shrinks = keep is not None or (d_model is not None and d_model != layout.d_model)
     untie = len(tied) == 1 and shrinks if untie_embeddings is None else untie_embeddings and bool(tied)
@@ -178,8 +175,14 @@ def prepare(
             f"untie_embeddings: {type(model).__name__} ties {len(tied) + 1} tables, and its config can only untie them "
             "all; leave them tied"
         )
-    sizes = resolve_sizes(model, layout, keep, d_model, d_ff, attention, untie)
-    return layout, sizes, select(model, layout, sizes, scores), untie
+    return layout, resolve_sizes(model, layout, keep, d_model, d_ff, attention, untie), untie
+
+
+def chosen(model: nn.Module, layout: Layout, sizes: Sizes, scores: Importance | None) -> Selection:
+    """The dimensions to keep, by default those of the largest weights; raises FFMergeError for another model's."""
+    scores = importance(model, method="magnitude") if scores is None else scores
+    scores.check(model)
+    return select(model, layout, sizes, scores)
 
 
 def _shape_settings(config: Any) -> dict[str, Any]:
