@@ -217,7 +217,7 @@ class _BatchSums:
         self._masks, self._sums, self._tokens = masks, {}, {}
 
     def take(self, name: str, stack: str, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2).double()
+        x = x.detach().flatten(0, -2)
         mask = self._masks.get(stack)
         if mask is not None:
             if mask.numel() != len(x):
@@ -227,7 +227,7 @@ class _BatchSums:
                 )
             x = x[mask.reshape(-1).bool().to(x.device)]
         self._tokens.setdefault(stack, len(x))
-        added = (x.square() if self._squared else x.abs()).sum(0)
+        added = (x.float().square() if self._squared else x.abs()).sum(0, dtype=torch.float64)
         self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def add_to_(self, made: Importance, number: int) -> None:

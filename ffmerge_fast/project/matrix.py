@@ -98,14 +98,23 @@ class ProjectedMatrix:
         """W [out, in] on the parameter's device."""
         return self.as_matrix(self.weight).to(self.parameter.device, non_blocking=True)
 
-    def project_(self, deltas: dict[Projection, Tensor], residual: Tensor | None) -> None:
-        """Set the parameter to W_C: products in the dtype of W, their sum in at least float32, rounded once."""
-        target = self.as_matrix(self.parameter.detach())
-        target.copy_(_forward(self.base(), self.rows, self.columns, deltas, residual))
+    def project_(self, deltas: dict[Projection, Tensor], residual: Tensor | None) -> Tensor | None:
+        """Set the parameter to W_C: products in the dtype of W, their sum in at least float32, rounded once.
 
-    def gradients(self, deltas: dict[Projection, Tensor], grad: Tensor) -> list[tuple[Projection, Tensor]]:
-        """The gradient of each projection's Δ from that of W_C; the residual's is `grad` itself."""
-        return _backward(self.base(), self.rows, self.columns, deltas, grad)
+        Returns the inner product (W · P_in or P_out · W, whichever is cheaper) for `gradients`, None with one P only.
+        """
+        projected, inner = _forward(self.base(), self.rows, self.columns, deltas, residual)
+        self.as_matrix(self.parameter.detach()).copy_(projected)
+        return inner
+
+    def gradients(
+        self, deltas: dict[Projection, Tensor], grad: Tensor, inner: Tensor | None = None
+    ) -> list[tuple[Projection, Tensor]]:
+        """The gradient of each projection's Δ from that of W_C; the residual's is `grad` itself.
+
+        `inner` is what `project_` returned for the same deltas; without it, it is computed again.
+        """
+        return _backward(self.base(), self.rows, self.columns, deltas, grad, inner)
 
 
 def _rows_first(weight: Tensor, rows: Projection, columns: Projection) -> bool:
@@ -116,30 +125,32 @@ def _rows_first(weight: Tensor, rows: Projection, columns: Projection) -> bool:
     return rows_first < columns_first
 
 
-def _forward(weight, rows, columns, deltas, residual) -> Tensor:
+def _forward(weight, rows, columns, deltas, residual) -> tuple[Tensor, Tensor | None]:
     if rows is None or (columns is not None and _rows_first(weight, rows, columns)):
         turned = None if residual is None else residual.T
-        return _forward(weight.T, columns, rows, deltas, turned).T
-    kept = weight
+        projected, inner = _forward(weight.T, columns, rows, deltas, turned)
+        return projected.T, inner
+    kept, parts = weight, [residual]
+    inner = None
     if columns is not None:
         kept = columns.kept(weight.T).T
         change = columns.learned(deltas[columns], weight.T).T
         inner = kept + change  # W P_in
-    else:
-        change, inner = None, weight
+        parts.append(rows.kept(change))
+    parts.append(rows.learned(deltas[rows], weight if inner is None else inner))
     total = rows.kept(kept).to(torch.promote_types(weight.dtype, torch.float32))
-    for part in (None if change is None else rows.kept(change), rows.learned(deltas[rows], inner), residual):
-        if part is not None:
-            total = total + part
-    return total
+    for part in parts:
+        total = total if part is None else total + part
+    return total, inner
 
 
-def _backward(weight, rows, columns, deltas, grad) -> list[tuple[Projection, Tensor]]:
+def _backward(weight, rows, columns, deltas, grad, inner) -> list[tuple[Projection, Tensor]]:
     if rows is None or (columns is not None and _rows_first(weight, rows, columns)):
-        return _backward(weight.T, columns, rows, deltas, grad.T)
+        return _backward(weight.T, columns, rows, deltas, grad.T, inner)
     if columns is None:
         return [(rows, rows.gradient(deltas[rows], grad, weight))]
-    inner = (columns.kept(weight.T) + columns.learned(deltas[columns], weight.T)).T
+    if inner is None:
+        inner = (columns.kept(weight.T) + columns.learned(deltas[columns], weight.T)).T
     of_inner = rows.transposed(deltas[rows], grad.to(weight.dtype), len(weight))
     return [
         (rows, rows.gradient(deltas[rows], grad, inner)),

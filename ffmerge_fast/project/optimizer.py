@@ -8,7 +8,6 @@ the model, the loop, gradient accumulation, mixed precision and data parallelism
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +69,7 @@ class ProjectionOptimizer(torch.optim.Optimizer):
             raise FFMergeError(f"max_grad_norm: got {max_grad_norm}, wanted a number above 0, or None")
         self._units, self._plain, self._residual = units, plain, residual
         self._max_grad_norm = max_grad_norm
+        self._inner: dict[str, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # name: product, of which deltas
         self.settings = {f"{_SETTINGS}.{name}": value for name, value in settings.items()}
         self._named = plain | {m.name: m.parameter for u in units for m in u.matrices}
         for name, parameter in self._named.items():
@@ -123,7 +123,7 @@ class ProjectionOptimizer(torch.optim.Optimizer):
             if matrix.parameter.grad is None:
                 continue
             grad = matrix.as_matrix(matrix.parameter.grad)
-            for projection, gradient in matrix.gradients(deltas, grad):
+            for projection, gradient in matrix.gradients(deltas, grad, self._inner_product(matrix, deltas)):
                 key = (projection.owner, projection.entry)
                 found[key] = found[key] + gradient if key in found else gradient
             if self._residual:
@@ -157,7 +157,15 @@ class ProjectionOptimizer(torch.optim.Optimizer):
         deltas = self._deltas(unit)
         for matrix in unit.matrices:
             residual = self.state[matrix.parameter].get("residual")
-            matrix.project_(deltas, None if residual is None else matrix.as_matrix(residual))
+            inner = matrix.project_(deltas, None if residual is None else matrix.as_matrix(residual))
+            if inner is not None:
+                self._inner[matrix.name] = inner, [(deltas[p], deltas[p]._version) for p in matrix.projections]
+
+    def _inner_product(self, matrix: ProjectedMatrix, deltas: dict[Projection, Tensor]) -> Tensor | None:
+        """The product that projecting left for the chain rule, if its deltas are still the same."""
+        inner, made_of = self._inner.get(matrix.name, (None, []))
+        same = all(deltas[p] is d and d._version == v for p, (d, v) in zip(matrix.projections, made_of, strict=False))
+        return inner if same else None
 
     def _deltas(self, unit: Unit) -> dict[Projection, Tensor]:
         return {p: self.state[self._named[p.owner]][p.entry] for p in unit.projections}
@@ -176,11 +184,12 @@ class ProjectionOptimizer(torch.optim.Optimizer):
         """What all gradients are multiplied by, so that their norm is at most max_grad_norm."""
         if self._max_grad_norm is None:
             return None
-        square = 0.0
-        for unit in self._units:
-            square += sum(float(g.double().square().sum()) for g in self._unit_gradients(unit).values())
-        square += sum(float(g.double().square().sum()) for _, g in self._plain_gradients())
-        return min(1.0, self._max_grad_norm / (math.sqrt(square) + 1e-6))
+        norms = [g.norm() for unit in self._units for g in self._unit_gradients(unit).values()]
+        norms += [gradient.norm() for _, gradient in self._plain_gradients()]
+        if not norms:
+            return None
+        total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+        return min(1.0, self._max_grad_norm / (float(total) + 1e-6))
 
     # ------------------------------------------------------------------------------------------------------ state
 
@@ -231,8 +240,9 @@ class ProjectionOptimizer(torch.optim.Optimizer):
             now, loaded = self.state[parameter], state_dict["state"].get(index, {})
             if {k: v.shape for k, v in now.items()} != {k: v.shape for k, v in loaded.items()}:
                 raise FFMergeError(f"load_state_dict: the state of parameter {index} has other tensors or shapes")
-            for key, value in loaded.items():
-                now[key].copy_(value)
+            for key, value in loaded.items():  # moved along if the student was
+                device = parameter.device if value.ndim else "cpu"
+                now[key] = value.detach().to(device, now[key].dtype, copy=True)
         with torch.no_grad():
             for unit in self._units:
                 self._project_(unit)

@@ -69,12 +69,13 @@ def test_value_and_gradients(case, dtype):
     wanted = formula(matrix, deltas, residual)
     wanted.backward(grad)
     masters = {p: d.detach().to(dtype) for p, d in deltas.items()}
-    matrix.project_(masters, residual.detach().to(dtype))
+    inner = matrix.project_(masters, residual.detach().to(dtype))
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(matrix.parameter.double(), wanted.detach(), **tolerance)
     found = matrix.gradients(masters, grad.to(dtype))
-    assert {p for p, _ in found} == set(deltas)
-    for projection, gradient in found:
+    assert {p for p, _ in found} == set(deltas) and (inner is not None) == (len(deltas) == 2)
+    for (projection, gradient), (_, again) in zip(found, matrix.gradients(masters, grad.to(dtype), inner), strict=True):
+        assert torch.equal(gradient, again)
         assert gradient.dtype == dtype and gradient.shape == projection.shape
         torch.testing.assert_close(gradient.double(), deltas[projection].grad, **tolerance)
     assert torch.equal(residual.grad, grad)
