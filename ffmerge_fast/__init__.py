@@ -1,4 +1,4 @@
-"""Make trained Transformers smaller by merging feed-forward sublayers."""
+"""Make trained Transformers smaller: merge feed-forward sublayers, project whole models."""
 
 from importlib import metadata as _metadata
 
