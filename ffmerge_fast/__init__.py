@@ -1,11 +1,11 @@
-"""Make trained Transformers smaller by merging feed-forward sublayers."""
+"""Make trained Transformers smaller: merge feed-forward sublayers, project whole models."""
 
 from importlib import metadata as _metadata
 
 from . import nn, ops
 from ._backend import backends, use_backend
 from ._errors import FFMergeError
-from .baselines import tie_without_average
+from .baselines import hard_prune, tie_without_average
 from .checkpoint import from_pretrained, save_pretrained, verify
 from .driver.finetune import finetune
 from .integrations.transformers import register_when_imported as _register_when_imported
@@ -17,6 +17,8 @@ from .merge.select import search, sweep
 from .merge.statistics import CorrelationStats
 from .models import FFNSpec, FFNSublayer, find_ffns, register_family, supported_families
 from .ops.correlation import CorrelationState
+from .project.importance import Importance, importance
+from .project.projector import Projector, project
 
 __all__ = [
     "CorrelationState",
@@ -24,8 +26,10 @@ __all__ = [
     "FFMergeError",
     "FFNSpec",
     "FFNSublayer",
+    "Importance",
     "MergeGroup",
     "MergePlan",
+    "Projector",
     "RefitGroup",
     "RefitReport",
     "backends",
@@ -34,6 +38,8 @@ __all__ = [
     "find_ffns",
     "finetune",
     "from_pretrained",
+    "hard_prune",
+    "importance",
     "is_merged",
     "merge",
     "merge_",
@@ -41,6 +47,7 @@ __all__ = [
     "ops",
     "plan",
     "print_parameters",
+    "project",
     "refit_",
     "register_family",
     "save_pretrained",

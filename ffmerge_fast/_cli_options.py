@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 
 from .merge.align import METHODS
+from .project.importance import METHODS as METHODS_OF_IMPORTANCE
+from .project.selection import ATTENTION_MODES
 
 
 def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:
@@ -88,6 +90,22 @@ def recover_options(parser) -> None:
     group.add_argument("--ridge", type=float, default=1e-2, help="larger keeps W_down closer to the merged one")
     help_rounds = "refits after the first, on the merged model's own stream; the best by held-out loss is kept"
     group.add_argument("--recover-rounds", type=int, default=0, metavar="N", help=help_rounds)
+
+
+def project_options(parser) -> None:
+    group = parser.add_argument_group("projection")
+    group.add_argument("--keep", type=float, metavar="SHARE", help="of the parameters, such as 0.5; or the widths:")
+    group.add_argument("--d-model", type=int)
+    group.add_argument("--d-ff", type=int)
+    group.add_argument("--attention", default="heads", choices=ATTENTION_MODES, help="what gets fewer with d_model")
+    group.add_argument("--share", choices=("qkv", "residual_stream"), help="projections in common (default: none)")
+    group.add_argument("--no-residual", action="store_true", help="W_C = P W P without R")
+    group.add_argument("--tied", action="store_true", help="keep the head tied to the embeddings")
+    group.add_argument("--importance", metavar="FILE", help="scores saved by importance(...).save")
+    group.add_argument("--method", default="activation", choices=METHODS_OF_IMPORTANCE, help="or measure them so")
+    group.add_argument("--calibration", type=int, default=32, metavar="N", help="batches to measure them on")
+    group.add_argument("--weight-decay-on-projections", type=float, default=0.0)
+    group.add_argument("--distill", action="store_true", help="from the base model itself, by --alpha")
 
 
 def finetune_options(parser) -> None:

@@ -1,4 +1,4 @@
-"""What merging is compared with."""
+"""What the two methods are compared with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import nn
 from .merge.align import plan
 from .merge.combine import merge_
 from .models import find_ffns
+from .project.importance import Importance
+from .project.projector import chosen, resolve
+from .project.student import build_student
 
 
 def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anchor: str = "first") -> nn.Module:
@@ -31,3 +34,23 @@ def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anch
             for path, source in zip(ffns[group.stack, i].shared, sources, strict=True):
                 tied.get_submodule(path).load_state_dict(tied.get_submodule(source).state_dict())
     return merge_(tied, plan(layers=layers, anchor=anchor, method="average", model=tied))
+
+
+def hard_prune(
+    model: nn.Module,
+    keep: float | None = None,
+    d_model: int | None = None,
+    d_ff: int | Mapping[str, int] | None = None,
+    importance: Importance | None = None,
+    attention: str = "heads",
+    untie_embeddings: bool | None = None,
+) -> nn.Module:
+    """A smaller model of the same class that keeps the most important dimensions' weights and drops the rest.
+
+    It is the student `project` starts from, with the same arguments; retrained plainly it is the baseline of paper B.
+
+    Raises:
+        FFMergeError: as `project`.
+    """
+    layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
+    return build_student(model, layout, sizes, chosen(model, layout, sizes, importance), untie)

@@ -29,6 +29,7 @@ from ._cli_options import (
     method_option,
     model_options,
     out_options,
+    project_options,
     recover_options,
     sizes,
     validation_option,
@@ -239,30 +240,85 @@ def _finetune(args) -> Result:
         task,
         args.steps,
         args.lr,
-        batch_size=args.batch_size,
-        schedule=args.schedule,
-        warmup=args.warmup,
-        lr_end=args.lr_end,
-        decay_steps=args.decay_steps,
         weight_decay=args.weight_decay,
-        accumulate=args.accumulate,
-        max_grad_norm=args.max_grad_norm,
-        autocast=args.autocast,
         teacher=from_pretrained(args.teacher).to(args.device) if args.teacher else None,
-        alpha=args.alpha,
-        evaluate=lambda m: task.score(m, limit=args.eval_limit),
-        eval_every=args.eval_every or args.steps,
-        higher_is_better=task.higher_is_better,
-        restore_best=True,
         output_dir=work,
-        save_every=args.save_every,
-        parallel=args.parallel,
-        seed=args.seed,
+        **_training(args, task),
     )
     if args.parallel == "fsdp2" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         model = copy_whole_(model, _model(args))
     if _is_first_rank():
         save_pretrained(model, args.out, load_processor(args.model), args.overwrite, args.max_shard_size)
+    return _trained(args, task, result, work)
+
+
+def _project(args) -> Result:
+    from .checkpoint import check_new_folder, from_pretrained, load_processor, save_pretrained
+    from .driver.projecting import project_and_train
+
+    check_new_folder(args.out, args.overwrite)
+    if args.distill and args.teacher:
+        raise FFMergeError("--distill, --teacher: give one of them; --distill takes the base model as the teacher")
+    model = _model(args).requires_grad_(False)
+    task = _task(args, model, train=args.data, validation=args.eval_data)
+    work = Path(args.work_dir or f"{args.out}.project")
+    proj, result = project_and_train(
+        model,
+        task,
+        work,
+        args.steps,
+        args.lr,
+        options={
+            "keep": args.keep,
+            "d_model": args.d_model,
+            "d_ff": args.d_ff,
+            "attention": args.attention,
+            "residual": not args.no_residual,
+            "share": args.share,
+            "untie_embeddings": False if args.tied else None,
+        },
+        scores=args.importance,
+        method=args.method,
+        calibration=args.calibration,
+        optimizer={
+            "weight_decay": args.weight_decay,
+            "weight_decay_on_projections": args.weight_decay_on_projections,
+        },
+        teacher=model if args.distill else from_pretrained(args.teacher).to(args.device) if args.teacher else None,
+        **_training(args, task),
+    )
+    if _is_first_rank():
+        save_pretrained(proj.fold(), args.out, load_processor(args.model), args.overwrite, args.max_shard_size)
+    values, text = _trained(args, task, result, work)
+    sizes = {"parameters": sum(p.numel() for p in model.parameters()), "parameters_after": proj.parameters()["student"]}
+    share = sizes["parameters_after"] / sizes["parameters"]
+    return values | sizes, f"{text}; {sizes['parameters_after']:,} parameters, {share:.1%} of the base's"
+
+
+def _fold(args) -> Result:
+    from .checkpoint import check_new_folder, load_processor, save_pretrained
+    from .driver.projecting import fold_run
+
+    check_new_folder(args.out, args.overwrite)
+    folded = fold_run(_model(args), Path(args.work_dir))
+    save_pretrained(folded, args.out, load_processor(args.model), args.overwrite, args.max_shard_size)
+    count = sum(p.numel() for p in folded.parameters())
+    return {"folder": str(args.out), "parameters": count}, f"{args.out}: {type(folded).__name__}, {count:,} parameters"
+
+
+def _training(args, task: Any) -> dict[str, Any]:
+    """What `finetune` is told alike by `ffmerge finetune` and `project`."""
+    same = ("batch_size", "schedule", "warmup", "lr_end", "decay_steps", "accumulate", "max_grad_norm", "autocast",
+            "alpha", "save_every", "parallel", "seed")  # fmt: skip
+    return {name: getattr(args, name) for name in same} | {
+        "evaluate": lambda m: task.score(m, limit=args.eval_limit),
+        "eval_every": args.eval_every or args.steps,
+        "higher_is_better": task.higher_is_better,
+        "restore_best": True,
+    }
+
+
+def _trained(args, task: Any, result: Any, work: Path) -> Result:
     values = {
         "folder": str(args.out),
         "metric": task.metric,
@@ -457,7 +513,7 @@ def _write_csv(path: str, rows: list[dict]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "ffmerge", description="Make trained Transformers smaller by merging feed-forward sublayers."
+        "ffmerge", description="Make trained Transformers smaller: merge feed-forward sublayers, project whole models."
     )
     from . import __version__
 
@@ -501,6 +557,12 @@ _COMMANDS = [
     )),
     ("finetune", _finetune, "fine-tune a (merged) model", (
         model_options, out_options, data_options, validation_option, finetune_options,
+    )),
+    ("project", _project, "train a smaller model whose weights are projections of the model's, and write it", (
+        model_options, out_options, project_options, data_options, validation_option, finetune_options,
+    )),
+    ("fold", _fold, "write the small model of a run of `project` that was stopped", (
+        model_options, argument("work_dir", help="its work folder (OUT.project)"), out_options,
     )),
     ("eval", _eval, "perplexity, accuracy or BLEU of a model", (model_options, data_options)),
     ("export", _export, "write a model again, with --expand as a stock checkpoint of full size", (

@@ -168,6 +168,60 @@ def test_finetune_keeps_the_tie(capsys, folder, text, tmp_path):
     assert run(capsys, "verify", tmp_path / "tuned")["logit_difference"] == 0.0
 
 
+_PROJECT = ("--lr", 1e-2, "--batch-size", 4, "--eval-limit", 8, "--attention", "head_dim", "--calibration", 2)
+
+
+def test_project_writes_a_stock_folder(capsys, folder, text, tmp_path):
+    options = (*_data(text), *_PROJECT, "--keep", 0.5, "--distill", "--share", "qkv")
+    values = run(capsys, "project", folder, tmp_path / "small", *options, "--steps", 6, "--eval-every", 3)
+    assert values["steps"] == 6 and values["metric"] == "perplexity"
+    assert 0.3 < values["parameters_after"] / values["parameters"] < 0.7
+    small = ff.from_pretrained(tmp_path / "small")
+    assert type(small).__name__ == "GPT2LMHeadModel" and small.config.n_embd < 16
+    assert sum(p.numel() for p in small.parameters()) == values["parameters_after"]
+    assert run(capsys, "verify", tmp_path / "small")["logit_difference"] == 0.0
+    assert run(capsys, "eval", tmp_path / "small", *_data(text), "--eval-limit", 8)["perplexity"] > 1
+
+
+def test_project_goes_on_and_folds(capsys, folder, text, tmp_path):
+    options = (*_data(text), *_PROJECT, "--d-model", 8, "--d-ff", 12, "--schedule", "constant", "--eval-every", 2)
+    whole = run(capsys, "project", folder, tmp_path / "whole", *options, "--steps", 4)
+    run(capsys, "project", folder, tmp_path / "half", *options, "--steps", 2, "--work-dir", tmp_path / "work")
+    kept = (tmp_path / "work" / "importance.safetensors").stat().st_mtime_ns
+    work = ("--work-dir", tmp_path / "work")
+    resumed = run(capsys, "project", folder, tmp_path / "resumed", *options, "--steps", 4, *work)
+    assert (tmp_path / "work" / "importance.safetensors").stat().st_mtime_ns == kept
+    assert resumed["best"] == whole["best"]
+    run(capsys, "fold", folder, tmp_path / "work", tmp_path / "folded")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed", "folded")]
+    for name, tensor in files[0].items():
+        assert torch.equal(tensor, files[1][name]) and torch.equal(tensor, files[2][name]), name
+    changed = (*options, "--steps", 4, "--no-residual", *work)
+    assert "residual was True" in refuse(capsys, "project", folder, tmp_path / "x", *changed)
+    assert "projection.json" in refuse(capsys, "fold", folder, tmp_path, tmp_path / "y")
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give either keep="),
+        (("--d-model", 32), "d_model: got 32"),
+        (("--keep", 0.5, "--distill", "--teacher", "x"), "--distill, --teacher: give one"),
+        (("--keep", 0.5, "--importance", "missing"), "importance: missing is not a file"),
+        (("--keep", 0.5, "--parallel", "tensor"), None),
+    ],
+)
+def test_bad_projections(capsys, folder, text, tmp_path, options, message):
+    argv = ("project", folder, tmp_path / "out", *_data(text), "--steps", 2, *options)
+    if message is None:
+        with pytest.raises(SystemExit):
+            cli.main([str(a) for a in argv])
+    else:
+        assert message in refuse(capsys, *argv)
+    assert not list(tmp_path.iterdir())
+
+
 def test_env(capsys):
     assert "torch" in json.dumps(run(capsys, "env"))
 

@@ -103,7 +103,7 @@ def test_readme_command_lines_parse():
 
     lines = [line.partition("  #")[0] for line in README.splitlines() if line.startswith("ffmerge ")]
     commands = [shlex.split(line)[1:] for line in lines]
-    assert [command[0] for command in commands] == ["search", "merge", "finetune", "eval"]
+    assert [command[0] for command in commands] == ["search", "merge", "finetune", "eval", "project"]
     for command in commands:
         assert callable(cli._parser().parse_args(command).run)
 

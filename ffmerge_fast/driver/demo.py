@@ -1,6 +1,7 @@
-"""`ffmerge demo`: train, merge and tune two small models on data every machine has, without a download.
+"""`ffmerge demo`: train two small models on data every machine has, and make them smaller in both ways.
 
-A ViT on scikit-learn's handwritten digits and a GPT-2 on the Python standard library's source; a third of the FFNs go.
+A ViT on scikit-learn's handwritten digits and a GPT-2 on the Python standard library's source. Merging takes a third
+of their FFNs; projecting takes half of all parameters, beside hard pruning to the same size with as many steps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .._env import require
 from .._table import format_bytes, format_table
+from ..baselines import hard_prune
 from ..checkpoint import new_folder, save_pretrained, verify
 from ..merge.align import MergePlan, plan
 from ..merge.collect import collect
@@ -26,12 +28,15 @@ from ..merge.combine import merge
 from ..merge.recover import refit_
 from ..merge.select import search
 from ..merge.statistics import CorrelationStats
+from ..project.importance import importance
+from ..project.projector import project
 from . import evaluate
 from .data import Task, TextTask
 from .finetune import finetune
 from .report import plot_alignment
 
 LAYERS, WINDOW = 6, 3  # of 6 FFNs 3 become one: 2, a third, are removed
+KEEP = 0.5  # of the parameters, in the projected and the pruned models
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def demo(out: Path, seed: int = 0, overwrite: bool = False) -> tuple[dict[str, A
 
 
 def _run(case: _Case, folder: Path, seed: int) -> tuple[list[Row], CorrelationStats, MergePlan]:
-    """Train, merge as the paper does, tune; each variant saved to measure its bytes, the tuned one kept."""
+    """Train, merge and project as the papers do, tune; each variant is saved, to measure its bytes and to keep."""
     rows = []
 
     def record(model: nn.Module, variant: str) -> None:
@@ -120,12 +125,19 @@ def _run(case: _Case, folder: Path, seed: int) -> tuple[list[Row], CorrelationSt
     for merged, variant in ((averaged, "averaged + tuned"), (permuted, "permuted + refit + tuned")):
         _train(merged, case, case.steps // 5, case.lr / 4, seed)
         record(merged, variant)
+    scores = importance(model, case.task.batches("train", 32, shuffle=True, seed=seed, limit=512))
+    pruned, projector = hard_prune(model, KEEP, importance=scores), project(model, KEEP, importance=scores)
+    record(pruned, "pruned")
+    _train(pruned, case, case.steps // 3, case.lr, seed)
+    record(pruned, "pruned + tuned")
+    _train(projector.student, case, case.steps // 3, case.lr / 2, seed, projector.optimizer())
+    record(projector.fold(), "projected + tuned")
     return rows, stats, best
 
 
-def _train(model: nn.Module, case: _Case, steps: int, lr: float, seed: int) -> None:
-    warmup = min(20, steps // 5)
-    finetune(model, case.task, steps, lr, batch_size=case.batch_size, schedule="linear", warmup=warmup, seed=seed)
+def _train(model: nn.Module, case: _Case, steps: int, lr: float, seed: int, optimizer=None) -> None:
+    settings = dict(batch_size=case.batch_size, schedule="linear", warmup=min(20, steps // 5), seed=seed)
+    finetune(model, case.task, steps, lr, optimizer=optimizer, **settings)
 
 
 # --------------------------------------------------------------------------------------------------------- two models

@@ -91,7 +91,8 @@ def load_optimizer_(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         entries = [key for key in saved if key.partition("/")[2] == names[parameter]]
-        optimizer.state[parameter] = {key.partition("/")[0]: _like(saved[key], parameter) for key in entries}
+        # copies: in the file's buffer tensors lie at any address, and products of such round otherwise
+        optimizer.state[parameter] = {key.partition("/")[0]: _like(saved[key], parameter).clone() for key in entries}
 
 
 def seed_all(seed: int) -> None:

@@ -99,7 +99,7 @@ class FFNPasses:
         """Run one batch, up to the last FFN that is wanted."""
         self._masks, self._seen = {}, set()
         batch = to_device(batch, self.model)
-        self._valid = _token_masks(batch, self.model, list(self.counts))
+        self._valid = token_masks(batch, self.model, list(self.counts))
         with contextlib.suppress(_AllSeen):
             run(self.model, batch)
         for stack in self.counts:
@@ -146,7 +146,7 @@ def _may_stop(model: nn.Module) -> bool:
 # -------------------------------------------------------------------------------------------------------------- padding
 
 
-def _token_masks(batch: Any, model: nn.Module, stacks: Sequence[str]) -> dict[str, Tensor]:
+def token_masks(batch: Any, model: nn.Module, stacks: Sequence[str]) -> dict[str, Tensor]:
     """Per stack, which tokens are not padding, as far as the batch says."""
     if not isinstance(batch, Mapping):
         return {}

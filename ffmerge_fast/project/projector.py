@@ -1,0 +1,288 @@
+"""`project`: a smaller student of a frozen model, whose matrices are projections of the model's own (paper B)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._errors import FFMergeError
+from ..merge.combine import CONFIG_VERSION
+from ..models import base_model_type, fingerprint, get, is_conv1d
+from .fold import fold
+from .importance import Importance, importance
+from .layout import MODEL, Axis, Layout, read_layout
+from .matrix import ProjectedMatrix, Projection
+from .optimizer import ProjectionOptimizer, Unit
+from .selection import Selection, Sizes, resolve_sizes, select, untied_names
+from .student import build_student
+
+SHARES = (None, "qkv", "residual_stream")
+
+
+@dataclass
+class Projector:
+    """A student and what its weights are made of; made by `project`.
+
+    Attributes:
+        student: a plain, smaller model of the base's class. Train it with any loop, but with `optimizer(...)`; move it
+            to another device or dtype before that. The base's weights stay where they are, on the CPU for example, and
+            are read from there in every step; they must not change.
+        settings: everything a resumed run must have in common with this one, as JSON values.
+        units: matrices that share projections; the optimiser goes through them one by one.
+        plain: {name: parameter} of the student that are trained as they are: norms, vectors, and what keeps its shape.
+        residual: whether every matrix has an R.
+    """
+
+    student: nn.Module
+    settings: dict[str, Any]
+    units: list[Unit] = field(repr=False)
+    plain: dict[str, nn.Parameter] = field(repr=False)
+    residual: bool
+    _config: dict[str, Any] = field(repr=False)
+
+    def optimizer(
+        self,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        weight_decay_on_projections: float = 0.0,
+        max_grad_norm: float | None = None,
+    ) -> ProjectionOptimizer:
+        """AdamW on P and R (and on the plain parameters), driven by the gradients of the student's weights.
+
+        Args:
+            weight_decay: on residuals and on plain matrices; not on norms and biases.
+            weight_decay_on_projections: on Δ of P = S + Δ, which pulls P to the selection it began with.
+            max_grad_norm: clip by the norm of all gradients of P, R and plain parameters, which takes the chain rule
+                twice. (Trainers that clip the student's gradients clip those of W_C; that costs nothing.)
+
+        Raises:
+            FFMergeError: a bad value; the student's config was edited; its parameters are sharded.
+        """
+        self.check_student()
+        return ProjectionOptimizer(
+            self.units, self.plain, self.settings, self.residual, lr, betas, eps, weight_decay,
+            weight_decay_on_projections, max_grad_norm,
+        )  # fmt: skip
+
+    def fold(self) -> nn.Module:
+        """The student as it is, on its own: a plain transformers model in evaluation mode, without gradients."""
+        self.check_student()
+        return fold(self.student)
+
+    def check_student(self) -> None:
+        """Raise FFMergeError if the student's config no longer is the one it was built with."""
+        now = _shape_settings(self.student.config)
+        if now != self._config:
+            names = sorted(k for k in now.keys() | self._config.keys() if now.get(k) != self._config.get(k))
+            raise FFMergeError(
+                f"student: its config was edited ({', '.join(names)}); its weights still have the old widths: undo that"
+            )
+
+    def parameters(self) -> dict[str, int]:
+        """Numbers of trained values: {"projections", "residuals", "plain"}, and "student", what remains in the end."""
+        matrices = [m for unit in self.units for m in unit.matrices]
+        return {
+            "projections": sum(p.numel for unit in self.units for p in unit.projections),
+            "residuals": sum(m.parameter.numel() for m in matrices) if self.residual else 0,
+            "plain": sum(p.numel() for p in self.plain.values()),
+            "student": sum(p.numel() for p in self.student.parameters()),
+        }
+
+
+def project(
+    model: nn.Module,
+    keep: float | None = None,
+    d_model: int | None = None,
+    d_ff: int | Mapping[str, int] | None = None,
+    importance: Importance | None = None,
+    attention: str = "heads",
+    residual: bool = True,
+    share: str | None = None,
+    untie_embeddings: bool | None = None,
+) -> Projector:
+    """Make a smaller student of `model` whose matrices are W_C = P_out · W · P_in + R (paper B).
+
+    It starts as the hard-pruned model: P selects the most important dimensions and R is zero. Its optimiser trains P
+    and R; afterwards the student is all that is kept. A merged model's shared FFNs stay shared in the student, and are
+    projected once.
+
+    Args:
+        model: a transformers model, left as it is; it must stay unchanged while the student is trained.
+        keep: share of the base's parameters to keep, d_model and d_ff shrinking alike; or
+        d_model, d_ff: the widths. One that is not given stays. d_ff may differ by stack: {"encoder": …, "decoder": …}.
+        importance: which dimensions to start from; by default the magnitude of the weights.
+        attention: where heads · head_dim is d_model by the config (GPT-2, OPT, BERT, ViT, Marian), what gets fewer:
+            whole "heads", or "head_dim", the channels of each. Elsewhere attention keeps its width, as in the paper.
+        residual: train R. Biases: b_C = P_out · b + r, r likewise.
+        share: projections in common: None, every matrix has its own (paper); "qkv", query, key and value share P_in;
+            "residual_stream", every matrix shares one P of d_model.
+        untie_embeddings: give embedding and head projections of their own, as in the paper; False keeps them tied.
+            Default: untied where just those two are tied.
+
+    Raises:
+        FFMergeError: widths beyond the base's or that the architecture cannot have; an importance of another model; a
+            family that is not known; a merged model of another version.
+    """
+    if share not in SHARES:
+        raise FFMergeError(f"share: got {share!r}, wanted None, 'qkv' or 'residual_stream'")
+    layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
+    selection = chosen(model, layout, sizes, importance)
+    student = build_student(model, layout, sizes, selection, untie)
+    matrices, plain = _Builder(model, student, layout, selection, share).build()
+    if not matrices:
+        raise FFMergeError("project: nothing gets smaller; give widths below the base model's")
+    settings = {
+        "base": f"{base_model_type(model)} {fingerprint(model)}",
+        "d_model": sizes.d_model,
+        "d_ff": sizes.d_ff,
+        "attention": sizes.attention if layout.attention else None,
+        "residual": residual,
+        "share": share,
+        "untied": untie,
+        "selection": hashlib.sha256(json.dumps(selection.state()).encode()).hexdigest()[:16],
+    }
+    return Projector(student, settings, _units(matrices), plain, residual, _shape_settings(student.config))
+
+
+def resolve(
+    model: nn.Module,
+    keep: float | None = None,
+    d_model: int | None = None,
+    d_ff: int | Mapping[str, int] | None = None,
+    attention: str = "heads",
+    untie_embeddings: bool | None = None,
+) -> tuple[Layout, Sizes, bool]:
+    """Layout, the student's widths and whether its head is untied: all of `project` that can go wrong without data."""
+    version = (getattr(getattr(model, "config", None), "ffmerge", None) or {}).get("version", CONFIG_VERSION)
+    if version != CONFIG_VERSION:
+        raise FFMergeError(
+            f"project: the model was merged by another version ({version}, this one writes {CONFIG_VERSION}); merge "
+            "the original again"
+        )
+    layout = read_layout(model)
+    tied = untied_names(model)
+    shrinks = keep is not None or (d_model is not None and d_model != layout.d_model)
+    untie = len(tied) == 1 and shrinks if untie_embeddings is None else untie_embeddings and bool(tied)
+    if untie and len(tied) > 1:
+        raise FFMergeError(
+            f"untie_embeddings: {type(model).__name__} ties {len(tied) + 1} tables, and its config can only untie them "
+            "all; leave them tied"
+        )
+    return layout, resolve_sizes(model, layout, keep, d_model, d_ff, attention, untie), untie
+
+
+def chosen(model: nn.Module, layout: Layout, sizes: Sizes, scores: Importance | None) -> Selection:
+    """The dimensions to keep, by default those of the largest weights; raises FFMergeError for another model's."""
+    scores = importance(model, method="magnitude") if scores is None else scores
+    scores.check(model)
+    return select(model, layout, sizes, scores)
+
+
+def _shape_settings(config: Any) -> dict[str, Any]:
+    """The config's numbers and flags that widths depend on."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    names = ("hidden_size", "n_embd", "d_model", "d_ff", "n_inner", "intermediate_size", "ffn_dim", "head_dim", "d_kv",
+             "tie_word_embeddings", "word_embed_proj_dim", "vocab_size")  # fmt: skip
+    return {k: v for k, v in values.items() if k in names or k.endswith(("_ffn_dim", "head", "heads"))}
+
+
+class _Builder:
+    """Sorts the student's parameters into projected matrices and plain ones."""
+
+    def __init__(self, model: nn.Module, student: nn.Module, layout: Layout, selection: Selection, share: str | None):
+        self.student, self.layout, self.selection, self.share = student, layout, selection, share
+        self.base = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+        self.shared: dict[str, Projection] = {}
+        self.matrices: dict[str, ProjectedMatrix] = {}
+
+    def build(self) -> tuple[list[ProjectedMatrix], dict[str, nn.Parameter]]:
+        trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            if parameter.ndim >= 2:
+                self._add_matrix(name, parameter)
+        for name, parameter in trained.items():  # after all weights
+            weight = self.matrices.get(f"{name.removesuffix('bias')}weight")
+            if name.endswith("bias") and weight is not None and weight.rows is not None:
+                self._add(name, parameter, _as_column, weight.rows, None)
+        plain = {name: p for name, p in trained.items() if name not in self.matrices}
+        return list(self.matrices.values()), plain
+
+    def _add_matrix(self, name: str, parameter: nn.Parameter) -> None:
+        axes = [None if a is None or self._whole(a) else a for a in self.layout.axes[name]]
+        module = get(self.student, name.rpartition(".")[0])
+        as_matrix: Callable[[Tensor], Tensor] = _as_it_is
+        rows, columns = axes[0], axes[-1]
+        if module is not None and is_conv1d(module):
+            as_matrix, rows, columns = _turned, axes[1], axes[0]
+        elif parameter.ndim > 2 and columns is None:
+            as_matrix = _rows_of
+        elif parameter.ndim > 2 and rows is None:
+            as_matrix = _columns_of
+        if parameter.ndim > 2 and (any(axes[1:-1]) or (rows is not None and columns is not None)):
+            raise FFMergeError(
+                f"project: {name} {list(parameter.shape)} follows d_model on several axes: not supported"
+            )
+        alone = as_matrix(parameter.detach()).shape[0] == 1  # a class token is a vector
+        if (rows is not None or columns is not None) and not alone:
+            self._add(name, parameter, as_matrix, self._projection(name, rows, "out"),
+                      self._projection(name, columns, "in"))  # fmt: skip
+
+    def _add(self, name, parameter, as_matrix, rows, columns) -> None:
+        self.matrices[name] = ProjectedMatrix(name, parameter, self.base[name], as_matrix, rows, columns)
+
+    def _whole(self, axis: Axis) -> bool:
+        """Whether nothing is left out along an axis."""
+        choice = self.selection.choice(axis)
+        return len(choice) == len(axis.parts) * self._base_width(axis)
+
+    def _base_width(self, axis: Axis) -> int:
+        return self.layout.width(axis, self.layout.d_model, self.layout.stacks()) // len(axis.parts)
+
+    def _projection(self, name: str, axis: Axis | None, side: str) -> Projection | None:
+        if axis is None:
+            return None
+        attention = self.layout.readers.get(name.removesuffix(".weight"))
+        key, entry = f"{name} {side}", f"p_{side}"
+        if axis.role == MODEL and self.share == "residual_stream":
+            key = entry = "p_model"
+        elif axis.role == MODEL and self.share == "qkv" and side == "in" and attention is not None:
+            key = f"{attention} in"
+        if key not in self.shared:
+            self.shared[key] = Projection(name, entry, self.selection.choice(axis))
+        return self.shared[key]
+
+
+def _units(matrices: list[ProjectedMatrix]) -> list[Unit]:
+    """Group matrices that share a projection, directly or through others."""
+    units: list[list[ProjectedMatrix]] = []
+    for matrix in matrices:
+        touching = [u for u in units if any(p in m.projections for m in u for p in matrix.projections)]
+        units = [u for u in units if u not in touching] + [[m for u in touching for m in u] + [matrix]]
+    return [Unit(members) for members in units]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    return tensor.T
+
+
+def _as_column(tensor: Tensor) -> Tensor:
+    return tensor[:, None]
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1)
+
+
+def _columns_of(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, -2)

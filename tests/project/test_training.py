@@ -1,0 +1,158 @@
+"""Projectors in `finetune` (resume, distillation, DDP) and in transformers.Trainer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ffmerge_fast as ff
+from tests.project.helpers import batches, equal, projector, scores, train, weights
+from tests.project.worker import data
+from tests.project.worker import train as train_alone
+from tests.tiny import logits, tiny_inputs, tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+# ----------------------------------------------------------------------------------------------------------- finetune
+
+
+def test_finetune_is_the_plain_loop():
+    model, proj = projector("llama", layers=1)
+    _, other = projector(model=model)
+    data = batches(model, 3)
+    ff.finetune(proj.student, data, 3, lr=1e-3, schedule="constant", max_grad_norm=None, optimizer=proj.optimizer())
+    other.student.train()
+    train(other.student, other.optimizer(lr=1e-3), data)
+    for name, value in weights(other.student).items():
+        torch.testing.assert_close(weights(proj.student)[name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, dtype):
+    model = tiny_model("gpt2", layers=1).to(dtype)  # with dropout
+    data = batches(model, 4)
+
+    def run(steps, **options):
+        _, proj = projector(model=model)
+        settings = dict(lr=1e-2, schedule="linear", warmup=1, decay_steps=4, accumulate=2) | options
+        ff.finetune(proj.student, data, steps, optimizer=proj.optimizer(max_grad_norm=1.0), **settings)
+        return proj
+
+    whole = run(4)
+    run(2, output_dir=tmp_path)
+    resumed = run(4, output_dir=tmp_path)
+    assert equal(weights(resumed.student), weights(whole.student))
+    with pytest.raises(
+        ff.FFMergeError, match="resume: projector.d_ff was {'decoder': 12} .* and is {'decoder': 16} now"
+    ):
+        _, proj = projector(model=model, d_ff=16)
+        ff.finetune(
+            proj.student, data, 4, lr=1e-2, schedule="linear", warmup=1, decay_steps=4, accumulate=2,
+            optimizer=proj.optimizer(max_grad_norm=1.0), output_dir=tmp_path,
+        )  # fmt: skip
+
+
+def test_the_frozen_base_is_the_teacher():
+    """Distillation alone brings the student's outputs nearer to the base's, without a second copy of it."""
+    model, proj = projector("gpt2", layers=1)
+    inputs = tiny_inputs(model, batch=4)
+
+    def distance():
+        wanted, found = (torch.log_softmax(logits(m, inputs), -1) for m in (model, proj.student.eval()))
+        return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean").item()
+
+    before, base = distance(), weights(model)
+    ff.finetune(proj.student, [inputs], 15, lr=1e-2, optimizer=proj.optimizer(), teacher=model, alpha=1.0)
+    assert distance() < 0.5 * before and equal(weights(model), base)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    model, proj = projector("vit", layers=1)
+    good, bad = batches(model, 1)[0], batches(model, 1)[0]
+    bad["pixel_values"] = bad["pixel_values"] * torch.inf
+    options = dict(schedule="constant", save_every=1, output_dir=tmp_path, optimizer=proj.optimizer())
+    with pytest.raises(ff.FFMergeError, match="step 3: the loss is nan; the last good state is .*checkpoint-2"):
+        ff.finetune(proj.student, [good, good, bad], 3, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ trainer
+
+
+def trainer(proj, folder, model, **options):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    batch = tiny_inputs(model, batch=24, seed=3)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=100, seed=5, max_steps=4,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=2, **options,
+    )  # fmt: skip
+    optimizer = proj.optimizer(lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return transformers.Trainer(
+        model=proj.student, args=arguments, optimizers=(optimizer, schedule),
+        train_dataset=[{key: values[i] for key, values in batch.items()} for i in range(24)],
+    )  # fmt: skip
+
+
+def test_hugging_face_trainer(tmp_path):
+    model, whole = projector("gpt2", layers=1)
+    before = weights(whole.student)
+    trainer(whole, tmp_path / "whole", model).train()
+    assert not any(torch.equal(w, before[name]) for name, w in weights(whole.student).items() if "h.0" in name)
+    _, resumed = projector(model=model)
+    trainer(resumed, tmp_path / "whole", model).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert equal(weights(resumed.student), weights(whole.student))
+    stock = type(model).from_pretrained(tmp_path / "whole" / "checkpoint-4").eval()
+    inputs = tiny_inputs(model)
+    assert torch.equal(logits(stock, inputs), logits(whole.fold(), inputs))
+
+
+# -------------------------------------------------------------------------------------------------------- distributed
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Folder with what both ranks ended with."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.project.worker"]
+    started = [
+        subprocess.Popen([*command, str(rank), str(folder)], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=150)[1].decode() for rank in started]
+    finally:
+        for rank in started:
+            rank.kill()
+    assert [rank.returncode for rank in started] == [0, 0], "\n".join(errors)[-3000:]
+    return folder
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("share", [None, "residual_stream"])
+def test_two_ranks_train_as_one_process_on_all_the_data(ranks, share):
+    """dW_C is what is exchanged: both ranks then make the same step, that of one process with both batches."""
+    alone = weights(train_alone(share, accumulate=2).student)
+    half = weights(projector("gpt2", layers=1, share=share)[1].student)
+    found = [load_file(ranks / f"{share}-{rank}.safetensors") for rank in range(2)]
+    assert equal(*found)
+    for name, value in alone.items():
+        torch.testing.assert_close(found[0][name], value, atol=1e-5, rtol=1e-5)
+    assert max((alone[name] - half[name]).abs().max() for name in alone) > 1e-2
+
+
+@pytest.mark.dist
+def test_importance_of_two_ranks(ranks):
+    model = tiny_model("gpt2", layers=1)
+    alone = ff.importance(model, data(model))
+    for rank in range(2):
+        found = load_file(ranks / f"scores-{rank}.safetensors")
+        assert found.keys() == alone.scores.keys() == scores(model).scores.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, alone.scores[name], rtol=1e-6, atol=1e-9)
