@@ -73,7 +73,7 @@ def collect(
     settings = {"features": features, "max_tokens": max_tokens}
     stats = CorrelationStats.empty(ModelSummary.of(model), wanted, devices, max_memory, **settings)
     cache = _Cache(cache_dir, save_seconds)
-    stats, done = cache.resume(stats, devices)
+    done = cache.resume(stats, max_memory)
     if not done.get("complete"):
         taker = _FeatureTaker(model, stats, share_of_rank(max_tokens))
         _run(taker, batches, done.get("batches", 0), cache)
@@ -133,17 +133,18 @@ class _Cache:
         self._path = Path(folder) / f"statistics{rank}.safetensors" if folder else None
         self._save_seconds, self._saved = save_seconds, time.monotonic()
 
-    def resume(self, stats: CorrelationStats, devices) -> tuple[CorrelationStats, dict[str, Any]]:
+    def resume(self, stats: CorrelationStats, max_memory: int | str | None) -> dict[str, Any]:
+        """Fill `stats` with what was kept; returns its progress."""
         if self._path is None or not self._path.exists():
-            return stats, {}
-        found, done = CorrelationStats.load_with_progress(self._path)
+            return {}
+        found, done = CorrelationStats.load_with_progress(self._path, max_memory=max_memory)
         found.model.check_same(stats.model.model_type, stats.model.fingerprint, f"cache_dir: {self._path}")
         if found.settings != stats.settings:
             differ = sorted(k for k in stats.settings if found.settings.get(k) != stats.settings[k])
             raise FFMergeError(f"cache_dir: {self._path} was begun with other {', '.join(differ)}; use another folder")
         for stack, state in stats.states.items():
             state.load_state_dict_(found.states[stack].state_dict())
-        return stats, done
+        return done
 
     def save(self, stats: CorrelationStats, **done) -> None:
         if self._path is not None:
