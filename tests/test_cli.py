@@ -234,10 +234,12 @@ def test_max_memory_spools_and_changes_nothing(capsys, folder, text, statistics,
     assert not spooled
     run(capsys, *arguments(tmp_path / "tight"), "--max-memory", f"{2 * one_pair / 1024}KiB")
     assert spooled
-    free, tight = (
-        path / "model.safetensors" if command == "merge" else path for path in (tmp_path / "free", tmp_path / "tight")
-    )
-    assert free.read_bytes() == tight.read_bytes()
+    free, tight = (tmp_path / name for name in ("free", "tight"))
+    if command in ("plan", "search"):
+        assert free.read_text() == tight.read_text()
+    else:
+        a, b = (load_file(path / "model.safetensors" if command == "merge" else path) for path in (free, tight))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("value, message", [("much", "got 'much', want a number of bytes"), ("7", "one pair take")])
