@@ -92,13 +92,22 @@ def test_run_reports_red_and_fails(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pipeline_compares_two_ways_to_the_same_merge(capsys):
+def test_pipeline_compares_two_ways_to_the_same_merge(capsys, tmp_path):
     pytest.importorskip("transformers")
     arguments = "--layers 4 --width 64 --window 3 --tokens 300 --batch 2 --length 32".split()
-    assert pipeline.main(arguments) == 0
+    path = tmp_path / "pipeline.csv"
+    assert pipeline.main([*arguments, "--output", str(path)]) == 0
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = {row["stage"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [*pipeline.STAGES, "total", "of it forward", "total without forward"]
+    for side in ("ffmerge s", "published s"):
+        stages, total, forward, rest = (
+            [float(rows[name][side]) for name in names]
+            for names in (pipeline.STAGES, ["total"], ["of it forward"], ["total without forward"])
+        )
+        assert sum(stages) == pytest.approx(total[0], abs=0.03)
+        assert total[0] - forward[0] == pytest.approx(rest[0], abs=0.03) and forward[0] > 0
     lines = capsys.readouterr().out.splitlines()
-    stages = [line.split()[0] for line in lines if line.split()[0] in (*pipeline.STAGES, "total")]
-    assert stages == ["collect", "assign", "merge", "total"]
     (shares,) = (line for line in lines if line.startswith("# share"))
     assert float(shares.split()[-1]) > 0.2
 
