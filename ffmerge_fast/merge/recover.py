@@ -108,7 +108,9 @@ def refit_(
             three; the second fails where a layer writes much more than the others, as first layers do.
         evaluate: maps the model to a score on held-out data; the model gets the best weights of: as merged, first
             fit, each round. By default with `rounds`: the loss on every tenth batch, which is left out of the fits.
-            Without rounds nothing is scored by default.
+            That is a small sample: on 200 images, rounds whose losses differ by less than about 0.05 are chosen by
+            chance, and a lower loss need not be a higher accuracy. Where rounds gain little (a small ViT), give
+            `evaluate` on more data, or of the metric that counts. Without rounds nothing is scored by default.
         higher_is_better: of the score.
 
     Raises:
