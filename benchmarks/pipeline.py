@@ -1,8 +1,8 @@
 """Collect, assign and merge on a model of GPT-2 Large's shape, beside the published algorithm, in one process.
 
 `python -m benchmarks.pipeline` builds 36 layers (d_model 1280, d_ff 5120, random weights) and merges a window of 12.
---layers, --width, --window and --tokens cut it down. Both sides see the same model and the same tokens, and the
-permutations are compared before any ratio is printed.
+--layers, --width, --window and --tokens cut it down. Both sides see the same model and the same tokens, and what their
+permutations match is compared before any ratio is printed. The table goes to results/pipeline_<machine>.csv.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -26,16 +27,18 @@ import ffmerge_fast as ff
 from ffmerge_fast._table import format_table
 
 from . import measure
+from .run import RESULTS, write
 
 STAGES = ("collect", "assign", "merge")
 
 
 @dataclass
 class Stages:
-    """Seconds and peak memory above the start (MiB) of each stage."""
+    """Seconds and peak memory above the start (MiB) of each stage; `forward`: seconds of the bare forward passes."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak: dict[str, float] = field(default_factory=dict)
+    forward: float = 0.0
 
     @contextmanager
     def stage(self, name: str, base: int) -> Iterator[None]:
@@ -80,19 +83,21 @@ def release_memory() -> None:
 
 
 def clock() -> float:
-    """CPU time of the main thread with one torch thread (others on the machine do not count), else wall time."""
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    """CPU time of this process with one torch thread (others on the machine do not count), else wall time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print seconds and peak memory per stage, and both sides' totals. Exit 1 if the results differ."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    print("\n".join(f"# {key}: {value}" for key, value in measure.machine().items()))
-    print(
-        f"# layers {args.layers}, d_model {args.width}, d_ff {4 * args.width}, window {args.window} from layer "
+    header = measure.machine()
+    print("\n".join(f"# {key}: {value}" for key, value in header.items()))
+    case = (
+        f"{args.layers} layers, d_model {args.width}, d_ff {4 * args.width}, window {args.window} from layer "
         f"{args.start}, {args.tokens} tokens in batches of {args.batch} x {args.length}"
     )
+    print(f"# {case}")
     layers = list(range(args.start, args.start + args.window))
     results = {}
     for name, run in {"ffmerge": run_ffmerge, "published": run_published}.items():
@@ -101,12 +106,17 @@ def main(argv: list[str] | None = None) -> int:
         del model
         release_memory()
     (ours, our_scores), (theirs, their_scores) = results["ffmerge"], results["published"]
-    print(table(ours, theirs))
+    ours.forward, theirs.forward = forward_seconds(args, layers[-1]), forward_seconds(args)
+    rows = compare(ours, theirs)
+    print(format_table(list(rows[0]), [list(row.values()) for row in rows]))
     print(f"# share of the correlation matched: ffmerge {our_scores:.6f}, published {their_scores:.6f}")
     print(f"# peak of the whole process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if not abs(our_scores - their_scores) <= 1e-4 * abs(their_scores):
         print("RED: the two sides match different correlations", file=sys.stderr)
         return 1
+    path = args.output or RESULTS / f"pipeline_{measure.slug(header['machine'])}.csv"
+    write(path, header, [{"op": "pipeline", "case": case, **row} for row in rows])
+    print(f"# written: {path}")
     return 0
 
 
@@ -120,6 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="CSV file; default benchmarks/results/pipeline_<machine>.csv")
     args = parser.parse_args(argv)
     if args.start is None:
         args.start = (args.layers - args.window) // 2
@@ -155,6 +166,27 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, list[dict]]:
         {"input_ids": torch.randint(1000, (args.batch, args.length), generator=generator)}
         for _ in range(-(-args.tokens // tokens))
     ]
+
+
+def forward_seconds(args: argparse.Namespace, last: int | None = None) -> float:
+    """Seconds of the forward passes alone: up to the features of layer `last`, or to the end."""
+    model, batches = build(args)
+    if last is not None:
+        model.transformer.h[last].mlp.c_fc.register_forward_hook(stop)
+    start = clock()
+    with torch.no_grad():
+        for batch in batches:
+            with suppress(Stop):
+                model(**batch)
+    return clock() - start
+
+
+class Stop(Exception):
+    """Ends a forward pass."""
+
+
+def stop(*_) -> None:
+    raise Stop
 
 
 def run_ffmerge(model: nn.Module, batches: list[dict], layers: list[int], tokens: int) -> tuple[Stages, float]:
@@ -200,7 +232,10 @@ def published_correlations(model, blocks, batches, tokens) -> list[torch.Tensor]
     count, sums, own, cross = 0, {}, {}, {}
 
     def add(store: dict, key: int, value: torch.Tensor) -> None:
-        store[key] = store[key] + value if key in store else value
+        if key in store:
+            store[key] += value
+        else:
+            store[key] = value
 
     for batch in batches:
         model(**batch)
@@ -238,31 +273,36 @@ def published_merge(blocks: list[nn.Module], columns: list) -> None:
             parameter.copy_(total / len(blocks))
 
 
-def table(ours: Stages, theirs: Stages) -> str:
-    """Seconds and peak memory per stage, and ratios: above 1, ours is faster; below 1, ours is smaller."""
+def compare(ours: Stages, theirs: Stages) -> list[dict[str, str]]:
+    """A row per stage: above 1 "times faster", ours is faster; below 1 "memory ratio", ours is smaller.
+
+    "total without forward" leaves out each side's own forward passes: ours end at the window's last FFN.
+    """
     rows = [
-        [
-            name,
-            f"{ours.seconds[name]:.2f}",
-            f"{theirs.seconds[name]:.2f}",
-            f"{theirs.seconds[name] / ours.seconds[name]:.2f}",
-            f"{ours.peak[name]:.0f}",
-            f"{theirs.peak[name]:.0f}",
-            f"{ours.peak[name] / max(theirs.peak[name], 1):.2f}",
-        ]
+        compare_stage(name, ours.seconds[name], theirs.seconds[name], ours.peak[name], theirs.peak[name])
         for name in STAGES
     ]
-    seconds = [sum(s.seconds.values()) for s in (ours, theirs)]
-    peaks = [max(s.peak.values()) for s in (ours, theirs)]
-    rows.append(
-        ["total"]
-        + [f"{s:.2f}" for s in seconds]
-        + [f"{seconds[1] / seconds[0]:.2f}"]
-        + [f"{p:.0f}" for p in peaks]
-        + [f"{peaks[0] / peaks[1]:.2f}"]
-    )
-    headers = ["stage", "ffmerge s", "published s", "times faster", "ffmerge MiB", "published MiB", "memory ratio"]
-    return format_table(headers, rows)
+    seconds = [sum(side.seconds.values()) for side in (ours, theirs)]
+    peaks = [max(side.peak.values()) for side in (ours, theirs)]
+    rest = [total - side.forward for total, side in zip(seconds, (ours, theirs), strict=True)]
+    return [
+        *rows,
+        compare_stage("total", *seconds, *peaks),
+        compare_stage("of it forward", ours.forward, theirs.forward),
+        compare_stage("total without forward", *rest),
+    ]
+
+
+def compare_stage(name: str, ours: float, theirs: float, our_peak: float = 0, their_peak: float = 0) -> dict[str, str]:
+    return {
+        "stage": name,
+        "ffmerge s": f"{ours:.2f}",
+        "published s": f"{theirs:.2f}",
+        "times faster": f"{theirs / ours:.2f}",
+        "ffmerge MiB": f"{our_peak:.0f}" if our_peak else "",
+        "published MiB": f"{their_peak:.0f}" if their_peak else "",
+        "memory ratio": f"{our_peak / their_peak:.2f}" if their_peak else "",
+    }
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Merged are 1/3, 1/2 and all FFNs of each stack: of all windows of a size the one that `ffmerge_fast.search` finds best
 on validation data (method permute, un-tuned), or what --layers says. Methods: average, permute, and copy (the anchor's
 FFN in place of all). All scores are of test data that neither the search nor the fits have seen. Rounds are judged by
-the loss on a tenth of the calibration data.
+the loss on a tenth of the calibration data. With --tune the original model and every merged one are also trained for a
+short time, all on the same batches. Rows that the CSV already has, with the same settings, are not made again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +32,9 @@ from ffmerge_fast.models import by_stack
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("average", "permute", "copy")
 SHARES = (1 / 3, 1 / 2, 1)
-COLUMNS = ("model", "layers", "merged", "method", "recover", "tuned_steps", "metric", "score", "before", "seconds")
+SETTINGS = ("tokens", "ridge", "weights")
+KEY = ("model", "layers", "merged", "method", "recover", "tuned_steps", *SETTINGS)
+COLUMNS = (*KEY, "metric", "score", "before", "seconds")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Case:
     validation: int
     test: int
     batch_size: int
+    tuning_batch: int
     lr: float
 
 
@@ -74,43 +79,93 @@ def _translation(shared: Path, model: nn.Module) -> Task:
 
 
 CASES = {  # calibration enough for --tokens and the batches put aside
-    "vit-cifar10": Case(_images, "accuracy", 1400, 500, 2000, 100, 1e-4),
-    "gpt2-pystdlib": Case(_source_code, "loss", 192, 40, 240, 16, 1e-4),
-    "marian-en-de": Case(_translation, "loss", 1500, 300, 1000, 50, 1e-4),
+    "vit-cifar10": Case(_images, "accuracy", 1400, 500, 2000, 100, 32, 1e-4),
+    "gpt2-pystdlib": Case(_source_code, "loss", 192, 40, 240, 16, 8, 1e-4),
+    "marian-en-de": Case(_translation, "loss", 1500, 300, 1000, 50, 32, 1e-4),
 }
 
 
-def rows_of(name: str, args: argparse.Namespace) -> Iterator[dict]:
-    """One row per window, method and recovery, each also after tuning if --tune asks for it."""
-    case = CASES[name]
-    model = ff.from_pretrained(str(args.shared / "models" / name))
-    task = case.build(args.shared, model)
-    batches = list(task.batches("train", case.batch_size, shuffle=True, limit=case.calibration))
+class Run:
+    """One model's rows.
 
-    def score(m: nn.Module) -> float:
-        return task.score(m, "test", limit=case.test)
+    Args:
+        done: {values of KEY: row} of an earlier run.
+    """
 
-    def validate(m: nn.Module) -> float:
-        return task.score(m, "validation", limit=case.validation)
+    def __init__(self, name: str, args: argparse.Namespace, done: dict[tuple, dict]):
+        self.args, self.done, self.case = args, done, CASES[name]
+        self.model = ff.from_pretrained(str(args.shared / "models" / name))
+        self.task = self.case.build(args.shared, self.model)
+        limit = self.case.calibration
+        self.batches = list(self.task.batches("train", self.case.batch_size, shuffle=True, limit=limit))
+        self.common = {"model": name, "metric": self.case.metric, "before": self.score(self.model)}
+        self.common |= {name: getattr(args, name) for name in SETTINGS}
+        if any(row["before"] != self.common["before"] for row in done.values()):
+            raise SystemExit(f"{args.out}: the rows of {name} are of another model or other data; delete them")
 
-    sizes = windows_of(model)
-    stats = ff.collect(model, batches, window=max(sizes), max_tokens=args.tokens)
-    if args.layers:
-        plans = [ff.plan(stats, layers) for layers in args.layers]
-    else:
-        plans = [ff.search(model, stats, size, validate, higher_is_better=task.higher_is_better) for size in sizes]
-    common = {"model": name, "metric": case.metric, "before": score(model)}
-    for plan in plans:
-        share = f"{len(plan.groups[0].layers)}/{len(by_stack(ff.find_ffns(model))[plan.groups[0].stack])}"
-        for method in METHODS:
-            for recover, made, seconds in recovered(model, plan, stats, method, batches, args):
-                row = common | {"layers": plan.layers, "merged": share, "method": method, "recover": recover}
-                yield row | {"tuned_steps": 0, "score": score(made), "seconds": round(seconds, 1)}
-                if args.tune:
-                    started = time.monotonic()
-                    tune(made, task, case, args)
-                    seconds = time.monotonic() - started
-                    yield row | {"tuned_steps": args.tune, "score": score(made), "seconds": round(seconds, 1)}
+    def rows(self) -> Iterator[dict]:
+        """One row per window, method and recovery, each also after tuning if --tune asks for it."""
+        layers = len(next(iter(by_stack(ff.find_ffns(self.model)).values())))
+        if self.args.tune:
+            none = {"layers": "", "merged": f"0/{layers}", "method": "none", "recover": "none"}
+            yield from self.variant(none, lambda: copy.deepcopy(self.model))
+        stats = ff.collect(self.model, self.batches, window=max(windows_of(self.model)), max_tokens=self.args.tokens)
+        for plan in self.plans(stats):
+            merged = f"{len(plan.groups[0].layers)}/{layers}"
+            for method in METHODS:
+                row = {"layers": plan.layers, "merged": merged, "method": method}
+                merge = partial(self.merge, stats, plan, method)
+                yield from self.variant(row | {"recover": "none"}, merge)
+                yield from self.variant(row | {"recover": "refit"}, merge, self.refit)
+                if rounds := self.args.rounds:
+                    refit = partial(self.refit, rounds=rounds)
+                    yield from self.variant(row | {"recover": f"refit, {rounds} rounds"}, merge, refit)
+
+    def plans(self, stats: ff.CorrelationStats) -> list[ff.MergePlan]:
+        if self.args.layers:
+            return [ff.plan(stats, layers) for layers in self.args.layers]
+        higher = self.task.higher_is_better
+        return [ff.search(self.model, stats, k, self.validate, higher_is_better=higher) for k in windows_of(self.model)]
+
+    def variant(self, values: dict, make: Callable[[], nn.Module], recover: Callable | None = None) -> Iterator[dict]:
+        """The rows of one model, before and after tuning; `seconds` are those of the recovery and of the tuning."""
+        rows = [self.common | values | {"tuned_steps": steps} for steps in sorted({0, self.args.tune})]
+        known = [self.done.get(tuple(row[name] for name in KEY)) for row in rows]
+        if all(known):
+            return (yield from known)
+        made, started = make(), time.monotonic()
+        for row, found in zip(rows, known, strict=True):
+            if row["tuned_steps"]:
+                started = time.monotonic()
+                self.tune(made)
+            elif recover:
+                recover(made)
+            seconds = round(time.monotonic() - started, 1)
+            yield found or row | {"score": self.score(made), "seconds": seconds}
+
+    def merge(self, stats: ff.CorrelationStats, plan: ff.MergePlan, method: str) -> nn.Module:
+        if method == "copy":
+            return ff.tie_without_average(self.model, plan.layers)
+        return ff.merge(self.model, ff.plan(stats, plan.layers, method=method))
+
+    def refit(self, merged: nn.Module, rounds: int = 0) -> None:
+        args = self.args
+        options = dict(rounds=rounds, weights=args.weights, max_tokens=args.tokens)
+        ff.refit_(merged, self.model, self.batches, args.ridge, **options)
+
+    def tune(self, model: nn.Module) -> None:
+        """The same short training for every variant."""
+        from ffmerge_fast.driver.finetune import finetune
+
+        train = self.task.batches("train", self.case.tuning_batch, shuffle=True, seed=1, epochs=None)
+        steps = self.args.tune
+        finetune(model, train, steps=steps, lr=self.case.lr, schedule="linear", warmup=steps // 10)
+
+    def score(self, model: nn.Module) -> float:
+        return self.task.score(model, "test", limit=self.case.test)
+
+    def validate(self, model: nn.Module) -> float:
+        return self.task.score(model, "validation", limit=self.case.validation)
 
 
 def windows_of(model: nn.Module) -> list[int]:
@@ -119,41 +174,21 @@ def windows_of(model: nn.Module) -> list[int]:
     return sorted({max(2, round(share * layers)) for share in SHARES})
 
 
-def recovered(model, plan, stats, method, batches, args) -> Iterator[tuple[str, nn.Module, float]]:
-    """(recovery, merged model, seconds the recovery took)."""
-    if method == "copy":
-        merged = ff.tie_without_average(model, plan.layers)
-    else:
-        merged = ff.merge(model, ff.plan(stats, plan.layers, method=method))
-    yield "none", copy.deepcopy(merged), 0.0
-    started = time.monotonic()
-    refit = copy.deepcopy(merged)
-    ff.refit_(refit, model, batches, ridge=args.ridge, weights=args.weights, max_tokens=args.tokens)
-    yield "refit", refit, time.monotonic() - started
-    if args.rounds:
-        started = time.monotonic()
-        ff.refit_(merged, model, batches, args.ridge, rounds=args.rounds, weights=args.weights, max_tokens=args.tokens)
-        yield f"refit, {args.rounds} rounds", merged, time.monotonic() - started
-
-
-def tune(model: nn.Module, task: Task, case: Case, args: argparse.Namespace) -> None:
-    """The same short training for every variant."""
-    from ffmerge_fast.driver.finetune import finetune
-
-    train = task.batches("train", 32, shuffle=True, seed=1, epochs=None)
-    finetune(model, train, steps=args.tune, lr=case.lr, schedule="linear", warmup=args.tune // 10)
-
-
 def table(rows: list[dict]) -> str:
     """Markdown: a line per window and recovery, a column per method."""
     first = rows[0]
+    tuned = [
+        f", {row['score']:.4g} after {row['tuned_steps']} tuning steps without merging"
+        for row in rows
+        if row["method"] == "none" and row["tuned_steps"]
+    ]
     lines = [
-        f"{first['model']}: {first['metric']}, {first['before']:.4g} before merging\n",
+        f"{first['model']}: {first['metric']}, {first['before']:.4g} before merging{''.join(tuned)}\n",
         f"| merged | layers | recovery | tuning steps | {' | '.join(METHODS)} |",
         "|---" * (4 + len(METHODS)) + "|",
     ]
     cells = {}
-    for row in rows:
+    for row in (row for row in rows if row["method"] in METHODS):
         key = (row["merged"], row["layers"], row["recover"], row["tuned_steps"])
         cells.setdefault(key, {})[row["method"]] = f"{row['score']:.4g}"
     for key, scores in sorted(cells.items(), key=lambda item: (_order(item[0]), item[0][3])):
@@ -164,6 +199,24 @@ def table(rows: list[dict]) -> str:
 def _order(key: tuple) -> tuple:
     merged, of = map(int, key[0].split("/"))
     return merged / of, key[1]
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of an earlier run, with the types of a new one."""
+    if not path.exists():
+        return []
+    types = dict.fromkeys(("score", "before", "seconds", "ridge"), float) | {"tuned_steps": int, "tokens": int}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: types.get(name, str)(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
 
 
 def main() -> None:
@@ -181,14 +234,13 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.models:
+        path = args.out / f"quality_{name}.csv"
+        done = {tuple(row[column] for column in KEY): row for row in read(path)}
         rows = []
-        with open(args.out / f"quality_{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for row in rows_of(name, args):
-                rows.append(row)
-                writer.writerow(row)
-                file.flush()
+        for row in Run(name, args, dict(done)).rows():
+            rows.append(row)
+            done[tuple(row[column] for column in KEY)] = row
+            write(path, list(done.values()))
         print(f"{table(rows)}\n", flush=True)
     print(machine())
 

@@ -62,6 +62,12 @@ def collect_options(parser) -> None:
     group.add_argument("--tokens", type=int, default=10_000, help="calibration tokens (default 10000)")
     group.add_argument("--features", default="pre", choices=("pre", "post"), help="before or after the activation")
     group.add_argument("--cache-dir", help="keep running sums here, so that a killed run goes on")
+    memory_option(group)
+
+
+def memory_option(parser) -> None:
+    help_memory = "for the sums of each stack; beyond it they are kept on disk (TMPDIR); CPU only"
+    parser.add_argument("--max-memory", metavar="8GiB", help=help_memory)
 
 
 def choice_options(parser) -> None:

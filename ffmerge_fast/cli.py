@@ -26,6 +26,7 @@ from ._cli_options import (
     data_options,
     finetune_options,
     layout_options,
+    memory_option,
     method_option,
     model_options,
     out_options,
@@ -143,7 +144,7 @@ def _plan(args) -> Result:
     from .merge.select import sweep
     from .merge.statistics import CorrelationStats
 
-    stats = CorrelationStats.load(args.statistics)
+    stats = CorrelationStats.load(args.statistics, max_memory=args.max_memory)
     if args.sweep:
         rows = sweep(stats, args.sweep, args.anchor)
         if args.csv:
@@ -441,7 +442,9 @@ def _calibration_batches(args, task: Any) -> Any:
 def _statistics(args, model: Any, seconds: dict[str, float]) -> Any:
     from .merge.statistics import CorrelationStats
 
-    return CorrelationStats.load(args.statistics) if args.statistics else _collect_statistics(args, model, seconds)
+    if args.statistics:
+        return CorrelationStats.load(args.statistics, max_memory=args.max_memory)
+    return _collect_statistics(args, model, seconds)
 
 
 def _collect_statistics(args, model: Any, seconds: dict[str, float]) -> Any:
@@ -459,6 +462,7 @@ def _collect_statistics(args, model: Any, seconds: dict[str, float]) -> Any:
             features=args.features,
             max_tokens=args.tokens,
             cache_dir=args.cache_dir,
+            max_memory=args.max_memory,
         )
 
 
@@ -541,7 +545,7 @@ _COMMANDS = [
     ("plan", _plan, "choose and align layers from statistics", (
         argument("statistics", help="file written by `ffmerge collect`"),
         argument("--model", help="the model's folder, for --method weights"), layout_options,
-        choice_options, method_option, argument("--out", help="plan file to write"),
+        choice_options, method_option, memory_option, argument("--out", help="plan file to write"),
         argument("--sweep", type=sizes, metavar="2,3,4", help="rank all windows of these sizes"),
         argument("--csv", help="write the sweep here"),
     )),

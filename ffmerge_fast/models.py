@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -384,20 +384,28 @@ def by_stack(ffns: Iterable[FFNSublayer]) -> dict[str, list[FFNSublayer]]:
     return stacks
 
 
-def projections(model: nn.Module, ffn: FFNSublayer) -> Iterator[tuple[str, nn.Module]]:
-    """(role, module) of one FFN: "gate" (if any), "up", "down"."""
-    for role, path in (("gate", ffn.gate_path), ("up", ffn.up_path), ("down", ffn.down_path)):
-        if path:
-            yield role, model.get_submodule(path)
-
-
 def fingerprint(model: nn.Module) -> str:
-    """Short hash of the model's FFN layout and of a sample of every FFN weight, equal for fp32 and bf16 copies."""
+    """Short hash of the FFN layout and of every weight of the layers around the FFNs, equal for fp32 and bf16 copies.
+
+    Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
+    where it is, well below a forward pass.
+    """
     digest = hashlib.sha256()
     for ffn in find_ffns(model):
         digest.update(repr((ffn.key, ffn.signature)).encode())
-        for _, module in projections(model, ffn):
-            flat = module.weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-            digest.update(sample.view(torch.int16).numpy().tobytes())
+        for name, weight in model.get_submodule(ffn.path).named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(_checksums(weight.detach()).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _checksums(weight: Tensor) -> Tensor:
+    """Sums over the rows and over the columns of a weight's bits, as bfloat16, in a table of int64 words [n, 256].
+
+    Integers wrap, so the sums are exact on every device. One changed value changes two of them, and a permutation
+    their order.
+    """
+    values = weight.new_zeros(-(-weight.numel() // 1024) * 1024, dtype=torch.bfloat16)
+    values[: weight.numel()] = weight.reshape(-1)
+    words = values.view(torch.int64).view(-1, 256)
+    return torch.cat([words.sum(0), words.sum(1)]).cpu()

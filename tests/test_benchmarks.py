@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 
 import pytest
 import torch
 
-from benchmarks import measure, pipeline, registry, run
+from benchmarks import measure, pipeline, quality, registry, run
 
 
 def test_wrong_result_is_never_timed():
@@ -92,13 +93,22 @@ def test_run_reports_red_and_fails(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pipeline_compares_two_ways_to_the_same_merge(capsys):
+def test_pipeline_compares_two_ways_to_the_same_merge(capsys, tmp_path):
     pytest.importorskip("transformers")
     arguments = "--layers 4 --width 64 --window 3 --tokens 300 --batch 2 --length 32".split()
-    assert pipeline.main(arguments) == 0
+    path = tmp_path / "pipeline.csv"
+    assert pipeline.main([*arguments, "--output", str(path)]) == 0
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = {row["stage"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [*pipeline.STAGES, "total", "of it forward", "total without forward"]
+    for side in ("ffmerge s", "published s"):
+        stages, total, forward, rest = (
+            [float(rows[name][side]) for name in names]
+            for names in (pipeline.STAGES, ["total"], ["of it forward"], ["total without forward"])
+        )
+        assert sum(stages) == pytest.approx(total[0], abs=0.03)
+        assert total[0] - forward[0] == pytest.approx(rest[0], abs=0.03) and forward[0] > 0
     lines = capsys.readouterr().out.splitlines()
-    stages = [line.split()[0] for line in lines if line.split()[0] in (*pipeline.STAGES, "total")]
-    assert stages == ["collect", "assign", "merge", "total"]
     (shares,) = (line for line in lines if line.startswith("# share"))
     assert float(shares.split()[-1]) > 0.2
 
@@ -113,3 +123,41 @@ def test_pipeline_sides_leave_the_same_weights():
         weights.append([model.transformer.h[i].mlp.c_fc.weight for i in range(4)])
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+class _Rows(quality.Run):
+    """One variant of a model that is a list of what was done to it."""
+
+    def __init__(self, done=()):
+        self.args = argparse.Namespace(tune=3)
+        self.done = {tuple(row[name] for name in quality.KEY): row for row in done}
+        self.common = {"model": "m", "metric": "loss", "before": 0.1 + 0.2, "tokens": 10, "ridge": 0.01}
+        self.common |= {"weights": "stream"}
+        self.scored = []
+
+    def tune(self, model):
+        model.append("tuned")
+
+    def score(self, model):
+        self.scored.append(list(model))
+        return len(model) / 3
+
+    def all(self):
+        values = {"layers": "0-1", "merged": "2/4", "method": "copy", "recover": "refit"}
+        return list(self.variant(values, lambda: ["made"], lambda model: model.append("refit")))
+
+
+def test_quality_makes_only_the_rows_that_the_file_lacks(tmp_path):
+    first, path = _Rows(), tmp_path / "quality.csv"
+    rows = first.all()
+    assert first.scored == [["made", "refit"], ["made", "refit", "tuned"]]
+    assert [(row["tuned_steps"], row["score"]) for row in rows] == [(0, 2 / 3), (3, 1.0)]
+    quality.write(path, rows)
+    again = _Rows(quality.read(path))
+    assert again.all() == rows and again.scored == []
+    quality.write(path, rows[:1])
+    rest = _Rows(quality.read(path))
+    assert [row["score"] for row in rest.all()] == [2 / 3, 1.0] and rest.scored == [["made", "refit", "tuned"]]
+    other = _Rows([rows[0] | {"ridge": 0.1}, rows[1] | {"tuned_steps": 4}])
+    other.all()
+    assert other.scored == first.scored

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import ffmerge_fast as ff
 from ffmerge_fast import cli
+from ffmerge_fast.ops.correlation import state
 
 from .tiny import tiny_model
 
@@ -269,6 +270,46 @@ def test_bad_data(capsys, folder, statistics, tmp_path):
     assert "exactly one" in refuse(capsys, "plan", statistics)
     assert "statistics" in refuse(capsys, "plan", tmp_path / "missing")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("command", ["collect", "merge", "search", "plan"])
+def test_max_memory_spools_and_changes_nothing(capsys, folder, text, statistics, tmp_path, monkeypatch, command):
+    spooled, spool = [], state.SpooledAccumulators
+    monkeypatch.setattr(state, "SpooledAccumulators", lambda layout: spooled.append(layout) or spool(layout))
+    data = ("--window", 3, *_data(text), "--tokens", 500)
+    arguments = {
+        "collect": lambda out: ("collect", folder, out, *data),
+        "merge": lambda out: ("merge", folder, out, *data),
+        "search": lambda out: ("search", folder, "--out", out, "--eval-limit", 4, *data),
+        "plan": lambda out: ("plan", statistics, "--window", 3, "--out", out),
+    }[command]
+    one_pair = 4 * ff.CorrelationStats.load(statistics).model.ffns[0].d_ff ** 2
+    run(capsys, *arguments(tmp_path / "free"))
+    assert not spooled
+    run(capsys, *arguments(tmp_path / "tight"), "--max-memory", f"{2 * one_pair / 1024}KiB")
+    assert spooled
+    free, tight = (tmp_path / name for name in ("free", "tight"))
+    if command in ("plan", "search"):
+        assert free.read_text() == tight.read_text()
+    else:
+        a, b = (load_file(path / "model.safetensors" if command == "merge" else path) for path in (free, tight))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("value, message", [("much", "got 'much', want a number of bytes"), ("7", "one pair take")])
+def test_bad_max_memory(capsys, folder, text, tmp_path, value, message):
+    collect = ("collect", folder, tmp_path / "s", "--window", 3, *_data(text), "--max-memory", value)
+    line = refuse(capsys, *collect)
+    assert line.startswith("error: max_memory: ") and message in line
+    assert not (tmp_path / "s").exists()
+
+
+def test_too_little_memory_names_bytes_and_the_option(capsys, folder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "free_memory", lambda device: 100)
+    line = refuse(capsys, "collect", folder, tmp_path / "s", "--window", 3, *_data(text))
+    needed = int(re.search(r"[(](\d+) bytes[)]", line)[1])
+    d_ff = ff.find_ffns(tiny_model("gpt2", layers=5))[0].d_ff
+    assert needed >= 7 * 4 * d_ff**2 and re.search(r"--max-memory \d+MiB", line)
 
 
 def test_statistics_of_another_model(capsys, statistics, tmp_path):

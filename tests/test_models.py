@@ -169,9 +169,31 @@ def test_fingerprint_knows_the_model_and_not_its_dtype():
     assert mark == fingerprint(tiny_model("gpt2")) == fingerprint(tiny_model("gpt2").bfloat16())
     assert mark != fingerprint(tiny_model("gpt2", seed=1))
     assert mark != fingerprint(tiny_model("gpt2", layers=3))
+    assert mark == fingerprint(model.transformer)
+    model.transformer.wte.weight.data += 1
+    assert mark == fingerprint(model)
+
+
+def test_fingerprint_sees_every_value_and_the_order_of_neurons():
+    model = tiny_model("gpt2")
+    mlp, attention = (getattr(model.transformer.h[2], name) for name in ("mlp", "attn"))
+    marks, changes = {fingerprint(model)}, 0
     with torch.no_grad():
-        model.transformer.h[2].mlp.c_proj.weight[0, 0] += 1
-    assert mark != fingerprint(model)
+        for weight in (mlp.c_fc.weight, mlp.c_proj.weight, mlp.c_fc.bias, attention.c_attn.weight):
+            flat = weight.view(-1)
+            for position in {*range(0, flat.numel(), 1 + flat.numel() // 40), flat.numel() - 1}:
+                kept = flat[position].clone()
+                flat[position] += 0.01 * kept.abs() + 1e-6
+                marks.add(fingerprint(model))
+                changes += 1
+                flat[position] = kept
+        for weight, dim in ((mlp.c_fc.weight, 1), (mlp.c_proj.weight, 0)):
+            kept = weight.clone()
+            weight.copy_(weight.roll(1, dim))
+            marks.add(fingerprint(model))
+            changes += 1
+            weight.copy_(kept)
+    assert len(marks) == changes + 1
 
 
 def test_base_model_type_is_the_stock_one_also_after_merging():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._errors import FFMergeError
 from ..models import FFNSublayer, by_stack, find_ffns
 from .layers import anchor_of, parse_layers, windows
-from .passes import FFNPasses, share_of_rank, world_size
+from .passes import FFNPasses, on_all_ranks, share_of_rank, world_size
 from .statistics import CorrelationStats, ModelSummary, Pair, layer_pairs
 
 
@@ -38,7 +38,7 @@ def collect(
 
     Features are taken by hooks and added up layer by layer: memory is the accumulators and a band of one batch.
     The forward pass stops after the last FFN. In a `torch.distributed` job each rank gives its own batches, counts
-    its share of `max_tokens`, and all ranks return the sum.
+    its share of `max_tokens`, and all ranks return the sum; an error on one makes all of them raise.
 
     Args:
         model: any supported model; its mode, device and dtype stay as they are.
@@ -61,6 +61,21 @@ def collect(
         FFMergeError: none or several of window, pairs, layers; unsupported or merged model; no data, fewer than two
             tokens; NaN or Inf features (names layer and batch); a mask that does not fit; a cache of another run.
     """
+    with on_all_ranks("collect"):
+        ffns = _check(model, features, max_tokens)
+        wanted = _wanted_pairs(ffns, window, pairs, layers, anchor)
+        devices = {s: device or model.get_submodule(by_stack(ffns)[s][0].down_path).weight.device for s in wanted}
+        settings = {"features": features, "max_tokens": max_tokens}
+        stats = CorrelationStats.empty(ModelSummary.of(model), wanted, devices, max_memory, **settings)
+        _collect_here(model, stats, batches, _Cache(cache_dir, save_seconds), max_memory)
+    if world_size() > 1:
+        stats.all_reduce()
+    _check_tokens(stats)
+    return stats
+
+
+def _check(model: nn.Module, features: str, max_tokens: int) -> list[FFNSublayer]:
+    """The FFNs of a model that features can be collected of."""
     ffns = find_ffns(model)
     if len({id(model.get_submodule(f.down_path)) for f in ffns}) < len(ffns):
         raise FFMergeError("collect: this model's FFNs are merged already; give the original model")
@@ -68,28 +83,23 @@ def collect(
         raise FFMergeError(f"features: got {features!r}, wanted 'pre' (before the activation) or 'post'")
     if max_tokens < 2:
         raise FFMergeError(f"max_tokens: got {max_tokens}, wanted at least 2 (about 10,000 is usual)")
-    wanted = _wanted_pairs(ffns, window, pairs, layers, anchor)
-    devices = {s: device or model.get_submodule(by_stack(ffns)[s][0].down_path).weight.device for s in wanted}
-    settings = {"features": features, "max_tokens": max_tokens}
-    stats = CorrelationStats.empty(ModelSummary.of(model), wanted, devices, max_memory, **settings)
-    cache = _Cache(cache_dir, save_seconds)
-    stats, done = cache.resume(stats, devices)
-    if not done.get("complete"):
-        taker = _FeatureTaker(model, stats, share_of_rank(max_tokens))
-        _run(taker, batches, done.get("batches", 0), cache)
-        cache.save(stats, complete=True)
-    if world_size() > 1:
-        stats.all_reduce()
-    _check_tokens(stats)
-    return stats
+    return ffns
 
 
-def _run(taker: _FeatureTaker, batches: Iterable[Any], skip: int, cache: _Cache) -> None:
+def _collect_here(
+    model: nn.Module, stats: CorrelationStats, batches: Iterable[Any], cache: _Cache, max_memory: int | str | None
+) -> None:
+    """Count this process's tokens, from where the cache left off."""
+    done = cache.resume(stats, max_memory)
+    if done.get("complete"):
+        return
+    taker = _FeatureTaker(model, stats, share_of_rank(stats.settings["max_tokens"]))
     with taker.passes:
         taker.hook()
-        for number, _ in taker.passes.over(batches, "collect", skip):
+        for number, _ in taker.passes.over(batches, "collect", done.get("batches", 0)):
             taker.end_batch(number)
-            cache.save_if_due(taker.stats, batches=number + 1)
+            cache.save_if_due(stats, batches=number + 1)
+    cache.save(stats, complete=True)
 
 
 class _FeatureTaker:
@@ -133,17 +143,18 @@ class _Cache:
         self._path = Path(folder) / f"statistics{rank}.safetensors" if folder else None
         self._save_seconds, self._saved = save_seconds, time.monotonic()
 
-    def resume(self, stats: CorrelationStats, devices) -> tuple[CorrelationStats, dict[str, Any]]:
+    def resume(self, stats: CorrelationStats, max_memory: int | str | None) -> dict[str, Any]:
+        """Fill `stats` with what was kept; returns its progress."""
         if self._path is None or not self._path.exists():
-            return stats, {}
-        found, done = CorrelationStats.load_with_progress(self._path)
+            return {}
+        found, done = CorrelationStats.load_with_progress(self._path, max_memory=max_memory)
         found.model.check_same(stats.model.model_type, stats.model.fingerprint, f"cache_dir: {self._path}")
         if found.settings != stats.settings:
             differ = sorted(k for k in stats.settings if found.settings.get(k) != stats.settings[k])
             raise FFMergeError(f"cache_dir: {self._path} was begun with other {', '.join(differ)}; use another folder")
         for stack, state in stats.states.items():
             state.load_state_dict_(found.states[stack].state_dict())
-        return stats, done
+        return done
 
     def save(self, stats: CorrelationStats, **done) -> None:
         if self._path is not None:

@@ -191,6 +191,40 @@ def share_of_rank(max_tokens: int) -> int:
     return max_tokens // world + (torch.distributed.get_rank() < max_tokens % world)
 
 
+@contextlib.contextmanager
+def on_all_ranks(name: str) -> Iterator[None]:
+    """Work that every rank does before they meet: collective, all ranks enter it as often.
+
+    An error of the block leaves it as it is, and makes all other ranks raise instead of waiting for this one.
+
+    Args:
+        name: of the work, for the other ranks' error.
+
+    Raises:
+        FFMergeError: the block failed on another rank (names the first one, and its error).
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if world_size() > 1:
+        _raise_for_others(name, error)
+    if error is not None:
+        raise error
+
+
+def _raise_for_others(name: str, error: Exception | None) -> None:
+    """Tell every rank about this one's error; raise if this one has none, but another has."""
+    kind = "" if isinstance(error, FFMergeError) else f"{type(error).__name__}: "
+    message = None if error is None else kind + " ".join(str(error).split())
+    messages: list[str | None] = [None] * world_size()
+    torch.distributed.all_gather_object(messages, message)
+    failed = [rank for rank, found in enumerate(messages) if found is not None]
+    if failed and error is None:
+        raise FFMergeError(f"{name}: rank {failed[0]} failed: {messages[failed[0]]}")
+
+
 # ---------------------------------------------------------------------------------------------------------- run a model
 
 

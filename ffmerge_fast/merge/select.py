@@ -16,7 +16,7 @@ from .._progress import progress
 from .align import MergePlan, plan, rank_windows
 from .combine import merged
 from .layers import Group, format_layers, windows
-from .passes import evaluating
+from .passes import evaluating, on_all_ranks, world_size
 from .statistics import CorrelationStats
 
 
@@ -34,7 +34,8 @@ def search(
     """Merge each of the N - window + 1 windows, evaluate without tuning, undo, and keep the best.
 
     The model is never reloaded and has exactly its own weights and modes afterwards. Encoder and decoder move in step.
-    In a `torch.distributed` job the windows are shared out over the ranks, and every rank returns the same plan.
+    In a `torch.distributed` job the windows are shared out over the ranks, and every rank returns the same plan; the
+    ranks meet after each window, so that an error on one makes all of them raise.
 
     Args:
         model: the model the statistics are of.
@@ -51,13 +52,13 @@ def search(
     Raises:
         FFMergeError: window too large, statistics of another model, every score NaN, `resume` of another search.
     """
-    if not callable(evaluate):
-        raise FFMergeError(f"evaluate: got {evaluate!r}, wanted a function of the model that returns a number")
-    stats.model.check(model, "stats")
-    candidates = windows(stats.model.ffns, window)
-    plans = {format_layers(g, stats.model.stacks): g for g in candidates}
-    settings = {"model": stats.model.fingerprint, "window": window, "anchor": anchor, "method": method, "seed": seed}
-    scores = _Scores(resume, settings)
+    with on_all_ranks("search"):
+        if not callable(evaluate):
+            raise FFMergeError(f"evaluate: got {evaluate!r}, wanted a function of the model that returns a number")
+        stats.model.check(model, "stats")
+        plans = {format_layers(g, stats.model.stacks): g for g in windows(stats.model.ffns, window)}
+        settings = {"window": window, "anchor": anchor, "method": method, "seed": seed}
+        scores = _Scores(resume, {"model": stats.model.fingerprint, **settings})
 
     def planned(groups: Sequence[Group]) -> MergePlan:
         layers: dict[str, list] = {}
@@ -65,10 +66,12 @@ def search(
             layers.setdefault(stack, []).append(list(indices))
         return plan(stats, layers=layers, anchor=anchor, method=method, model=model, seed=seed)
 
-    todo = [name for name in _share_of_rank(list(plans)) if name not in scores.values]
-    for name in progress(todo, total=len(todo), desc=f"search window {window}", unit="window"):
-        with evaluating(model), merged(model, planned(plans[name])):
-            scores.add(name, float(evaluate(model)))
+    turns = _turns_of_rank(list(plans))
+    for name in progress(turns, total=len(turns), desc=f"search window {window}", unit="window"):
+        with on_all_ranks("search"):
+            if name is not None and name not in scores.values:
+                with evaluating(model), merged(model, planned(plans[name])):
+                    scores.add(name, float(evaluate(model)))
     values = _gather(scores.values)
     ranked = [(name, values[name]) for name in plans]
     usable = [(name, value) for name, value in ranked if not math.isnan(value)]
@@ -100,8 +103,8 @@ class _Scores:
     """Scores by window, mirrored in a JSON file after each one."""
 
     def __init__(self, path: str | os.PathLike | None, settings: dict):
-        world, rank = _world()
-        self._path = Path(f"{path}.rank{rank}" if world > 1 else path) if path else None
+        rank = f".rank{torch.distributed.get_rank()}" if world_size() > 1 else ""
+        self._path = Path(f"{path}{rank}") if path else None
         self._settings, self.values = settings, {}
         if self._path is not None and self._path.exists():
             try:
@@ -127,22 +130,18 @@ class _Scores:
             os.replace(beside, self._path)
 
 
-def _world() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size(), distributed.get_rank()
-    return 1, 0
-
-
-def _share_of_rank(names: list[str]) -> list[str]:
-    world, rank = _world()
-    return names[rank::world]
+def _turns_of_rank(names: list[str]) -> list[str | None]:
+    """This rank's share of the windows; every rank has as many turns, the last may be None."""
+    world = world_size()
+    if world == 1:
+        return names
+    turns = names[torch.distributed.get_rank() :: world]
+    return turns + [None] * (-(-len(names) // world) - len(turns))
 
 
 def _gather(values: dict[str, float]) -> dict[str, float]:
-    world, _ = _world()
-    if world == 1:
+    if world_size() == 1:
         return values
-    parts: list = [None] * world
+    parts: list = [None] * world_size()
     torch.distributed.all_gather_object(parts, values)
     return {name: score for part in parts for name, score in part.items()}

@@ -190,16 +190,23 @@ class CorrelationStats:
             beside.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> CorrelationStats:
+    def load(
+        cls, path: str | os.PathLike, device: torch.device | str = "cpu", max_memory: int | str | None = None
+    ) -> CorrelationStats:
         """Read what `save` wrote.
 
+        Args:
+            device, max_memory: where the sums are kept, and what they may take, as in `collect`.
+
         Raises:
-            FFMergeError: no such file, damaged, or not a file of statistics.
+            FFMergeError: no such file, damaged, not a file of statistics, or more than fits into memory.
         """
-        return cls.load_with_progress(path, device)[0]
+        return cls.load_with_progress(path, device, max_memory)[0]
 
     @classmethod
-    def load_with_progress(cls, path: str | os.PathLike, device="cpu") -> tuple[CorrelationStats, dict[str, Any]]:
+    def load_with_progress(
+        cls, path: str | os.PathLike, device="cpu", max_memory=None
+    ) -> tuple[CorrelationStats, dict[str, Any]]:
         """(statistics, what `save` was told of the progress of collecting them)."""
         from safetensors import SafetensorError, safe_open
 
@@ -223,7 +230,8 @@ class CorrelationStats:
             raise FFMergeError(f"statistics: {path} is damaged ({damaged[0]} has changed); collect again")
         settings = header["settings"]
         pairs = {stack: [tuple(p) for p in wanted] for stack, wanted in settings.pop("pairs").items()}
-        stats = cls.empty(ModelSummary.from_dict(header["model"]), pairs, dict.fromkeys(pairs, device), **settings)
+        devices = dict.fromkeys(pairs, device)
+        stats = cls.empty(ModelSummary.from_dict(header["model"]), pairs, devices, max_memory, **settings)
         for stack, state in stats.states.items():
             prefix = f"{stack}/"
             state.load_state_dict_({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

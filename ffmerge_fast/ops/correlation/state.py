@@ -237,7 +237,7 @@ class CorrelationState:
         if len({str(key) for key in self.widths}) < len(self.widths):
             raise FFMergeError(f"widths: keys {list(self.widths)} are not different as strings; rename them")
         if self.max_memory is not None and self.device.type != "cpu":
-            raise FFMergeError(f"max_memory: the state is on {self.device}; features are spooled on the CPU only")
+            raise FFMergeError(f"max_memory: the state is on {self.device}, wanted device='cpu' to spool features")
 
     def _add_pair(self, a: Key, b: Key) -> None:
         unknown = [key for key in (a, b) if key not in self.widths]
@@ -264,8 +264,8 @@ class CorrelationState:
         budget = max(largest, (free or 0) // 2) // 2**20 + 1
         message = (
             f"the products of {len(self.pairs)} pairs need {format_bytes(needed)} ({needed} bytes) on {self.device}, "
-            f"{format_bytes(free or 0)} are free: give max_memory='{budget}MiB' to spool features to disk, or fewer "
-            "pairs (a smaller window)"
+            f"{format_bytes(free or 0)} are free: give max_memory='{budget}MiB' (--max-memory {budget}MiB) to spool "
+            "features to disk (CPU only), or fewer pairs (a smaller window)"
         )
         if free is not None and needed > free:
             raise FFMergeError(message)
