@@ -215,7 +215,9 @@ def _rows(packed: Packed) -> Tensor:
     return packed.blocks[0][: packed.tokens] if len(packed.blocks) == 1 else torch.cat(packed.blocks)
 
 
-def _pack_rows(x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor, rounded: bool, out: Tensor):
+def _pack_rows(
+    x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor, rounded: bool, out: Tensor
+):
     arguments = _arguments(x, activation, pivot, sum_, sumsq)
     _backend.extension().correlation_pack_rows(*arguments, rounded, out.data_ptr(), _backend.native_isa(), _threads())
 
