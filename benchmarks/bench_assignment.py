@@ -126,26 +126,13 @@ def cases(args: argparse.Namespace) -> list[registry.Case]:
 def main(argv: list[str] | None = None) -> int:
     """Exit 1 where a result was wrong."""
     args = parse(argv)
-    args.device = "cpu"
     versions = {name: version(name) for name in ("lap", "lapx")}
-    path = args.output or run.RESULTS / f"{measure.slug(measure.machine()['machine'])}.csv"
     red = 0
     for threads in args.threads:
         torch.set_num_threads(threads)
-        header = measure.machine()
-        print("\n".join(f"# {key}: {value}" for key, value in {**header, **versions}.items()))
         todo = cases(args) if threads == 1 else [pairs_case(d) for d in args.sizes if d <= 3072]
-        rows = []
-        for case in todo:
-            try:
-                rows += run.time_case(case, args)
-            except measure.RedGate as error:
-                red += 1
-                print(f"RED {case.name}: {error}", file=sys.stderr)
-        print(run.table(rows))
-        run.write(path, header, rows)
-    print(f"# written: {path}")
-    return 1 if red else 0
+        red |= run.time_cases(todo, args, versions)
+    return red
 
 
 def version(distribution: str) -> str:

@@ -63,7 +63,7 @@ def correlation_ffmerge(batches: list[dict], pairs: list[tuple], activation: str
 
 def correlation_dense(batches: list[dict], pairs: list[tuple], activation: str | None) -> dict:
     """Two passes over all tokens at once, in fp32: keeps every feature in memory, and is the accurate plain way."""
-    return _two_pass(batches, pairs, activation, torch.float32)
+    return two_pass(batches, pairs, activation, torch.float32)
 
 
 def correlation_addmm(batches: list[dict], pairs: list[tuple], activation: str | None) -> dict:
@@ -136,7 +136,7 @@ def _streaming(batches, pairs, activation, dtype, multiply) -> dict:
     }
 
 
-def _two_pass(batches: list[dict], pairs: list[tuple], activation: str | None, dtype: torch.dtype) -> dict:
+def two_pass(batches: list[dict], pairs: list[tuple], activation: str | None, dtype: torch.dtype) -> dict:
     centred = {}
     for i in batches[0]:
         x = torch.cat([_activated(batch[i], activation, dtype) for batch in batches])
@@ -191,7 +191,7 @@ def correlation_case(
 
     def build(device: str) -> Job:
         data, wanted = features(layers, batches, tokens, width, dtype, device), PAIRS[pairs](layers)
-        truth = _two_pass(data, wanted, activation, torch.float64)
+        truth = two_pass(data, wanted, activation, torch.float64)
 
         def error(result: dict) -> float:
             return max((result[p] - truth[p]).abs().max().item() for p in wanted)
@@ -246,7 +246,7 @@ def score_matrix(kind: str, width: int) -> torch.Tensor:
         scores = ffn_correlation(width)
     else:
         (batch,) = features(layers=2, batches=1, tokens=2 * width, width=width, dtype=torch.float32, device="cpu")
-        scores = _two_pass([batch], [(0, 1)], None, torch.float32)[0, 1]
+        scores = two_pass([batch], [(0, 1)], None, torch.float32)[0, 1]
         scores = scores[:, torch.randperm(width, generator=generator)].contiguous()
     if "dead" in kind:
         scores[torch.randperm(width, generator=generator)[: width // 10]] = 0

@@ -24,14 +24,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --device cuda: {reason}", file=sys.stderr)
         return 1
     torch.set_num_threads(args.threads)
-    header = measure.machine(args.device)
-    print("\n".join(f"# {key}: {value}" for key, value in header.items()))
+    return time_cases([c for c in registry.cases(args.op, args.size) if args.case in c.name], args)
+
+
+def time_cases(cases: list[registry.Case], args: argparse.Namespace, versions: dict[str, str] | None = None) -> int:
+    """Time the cases with `args.runs`, print their table and write it to `args.output`; 1 where a result was wrong."""
+    device = getattr(args, "device", "cpu")
+    header = measure.machine(device)
+    print("\n".join(f"# {key}: {value}" for key, value in {**header, **(versions or {})}.items()))
     rows, red = [], 0
-    for case in registry.cases(args.op, args.size):
-        if args.case not in case.name:
-            continue
+    for case in cases:
         try:
-            rows += time_case(case, args)
+            rows += time_case(case, device, args.runs)
         except measure.RedGate as error:
             red += 1
             print(f"RED {case.op} {case.name}: {error}", file=sys.stderr)
@@ -55,10 +59,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def time_case(case: registry.Case, args: argparse.Namespace) -> list[dict]:
+def time_case(case: registry.Case, device: str, runs: int) -> list[dict]:
     """One row per candidate; `ratio` is its time over ours, so above 1 means that ours is faster."""
-    job = case.build(args.device)
-    timings = measure.compare(job.candidates, job.error, job.limit, args.device, args.runs)
+    job = case.build(device)
+    timings = measure.compare(job.candidates, job.error, job.limit, device, runs)
     ours = timings["ffmerge"].median
     return [
         {

@@ -31,6 +31,9 @@ constexpr int kBidsPerRow = 100;
 constexpr int kSelectsPerRow = 10;  // reads of whole rows
 constexpr int kEventsPerRow = 20;   // of the shortest paths
 constexpr int kRowBids = 4;         // augmenting-row steps
+// Rows looked at for ties, and how many best columns they may have on average: with more, the dense solver is faster.
+constexpr int kSampledRows = 64;
+constexpr int kTiesPerRow = 3;
 
 // The largest float not above x. With prices rounded this way no column is worth less in float32 than in float64, and
 // bounds found in float32 hold for both.
@@ -145,7 +148,8 @@ class SparseSolver {
   }
 
   bool fill_lists() {
-    int overflowing = 0;
+    int overflowing = 0, sampled = 0;
+    int64_t tied = 0;
     std::vector<double> gains;
     for (int i = 0; i < d_; ++i) {
       float low, high;
@@ -157,8 +161,12 @@ class SparseSolver {
       if (constant_[i]) continue;
       overflowing += refill(i);
       if (overflowing > d_ / 4) return false;  // ties beyond what a list can hold
-      const double best = scores_.sign > 0 ? high : -low, worst = scores_.sign > 0 ? low : -high;
-      gains.push_back(best - std::max(lists_[i].bound, worst));
+      const float best = scores_.sign > 0 ? high : -low, worst = scores_.sign > 0 ? low : -high;
+      if (sampled++ < kSampledRows) {
+        tied += std::count(lists_[i].values, lists_[i].values + lists_[i].count, best);
+        if (sampled == kSampledRows && tied >= kTiesPerRow * kSampledRows) return false;
+      }
+      gains.push_back(best - std::max<double>(lists_[i].bound, worst));
     }
     if (gains.empty()) return false;
     std::nth_element(gains.begin(), gains.begin() + gains.size() / 2, gains.end());

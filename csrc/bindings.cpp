@@ -95,9 +95,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "correlation_pack_rows",
       [](uintptr_t x, int dtype, int64_t tokens, int64_t width, int64_t stride, int activation, uintptr_t pivot,
-         uintptr_t sum, uintptr_t sumsq, int rows, uintptr_t out, const std::string& isa, int threads) {
+         uintptr_t sum, uintptr_t sumsq, bool rounded, uintptr_t out, const std::string& isa,
+         int threads) {
         ffmerge::correlation_pack_rows(features(x, dtype, tokens, width, stride, activation, pivot, sum, sumsq),
-                                       static_cast<ffmerge::Rows>(rows), pointer<void>(out), usable_isa(isa), threads);
+                                       rounded, pointer<float>(out), usable_isa(isa), threads);
       },
       no_gil);
   m.def(

@@ -1,6 +1,6 @@
 // Streaming second moments of features: packing with statistics, and products of packed features in tiles.
 //
-// Two forms of packed features. Rows: [tokens, width] float32 or bfloat16, multiplied elsewhere by a GEMM of torch.
+// Two forms of packed features. Rows: [tokens, width] float32, multiplied elsewhere by a GEMM of torch.
 // Tiles: bfloat16 in the operand forms of AMX, in chunks of 256 tokens (correlation_tiles.h).
 #pragma once
 
@@ -25,9 +25,8 @@ struct Features {
   double* sumsq;       // [width] += Σ v²
 };
 
-// Rows [tokens, width], as float32, as float32 rounded to bfloat16 (the sums are those of the rounded), or as bfloat16.
-enum class Rows : int { float32 = 0, rounded = 1, bfloat16 = 2 };
-void correlation_pack_rows(const Features& features, Rows rows, void* out, Isa isa, int threads);
+// Rows [tokens, width]; `rounded`: to bfloat16 values, and the sums are those of the rounded.
+void correlation_pack_rows(const Features& features, bool rounded, float* out, Isa isa, int threads);
 
 // What a layer's chunks hold. A layer that is only ever the left side of a pair needs no right form, and so on.
 struct TileForm {

@@ -58,7 +58,7 @@ namespace avx512 {
 
 #endif  // FFMERGE_X86
 
-using PackRows = void (*)(const Features&, Rows, void*, int64_t, int64_t);
+using PackRows = void (*)(const Features&, bool, float*, int64_t, int64_t);
 using PackTiles = void (*)(const Features&, const TileForm&, int64_t, char* const*, int64_t, int64_t);
 
 struct Functions {
@@ -86,9 +86,9 @@ void over_strips(int64_t width, int threads, Pack pack) {
 
 }  // namespace
 
-void correlation_pack_rows(const Features& features, Rows rows, void* out, Isa isa, int threads) {
+void correlation_pack_rows(const Features& features, bool rounded, float* out, Isa isa, int threads) {
   const PackRows pack = functions_for(isa).rows;
-  over_strips(features.width, threads, [&](int64_t first, int64_t last) { pack(features, rows, out, first, last); });
+  over_strips(features.width, threads, [&](int64_t first, int64_t last) { pack(features, rounded, out, first, last); });
 }
 
 void correlation_pack_tiles(const Features& features, const TileForm& form, int64_t filled, char* const* chunks,

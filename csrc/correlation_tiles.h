@@ -11,6 +11,12 @@
 
 #include "correlation.h"
 
+#if defined(__GNUC__)
+#define FFMERGE_RESTRICT __restrict__
+#else
+#define FFMERGE_RESTRICT
+#endif
+
 namespace ffmerge {
 
 constexpr int64_t kStrip = 32;

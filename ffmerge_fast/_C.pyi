@@ -59,15 +59,15 @@ def correlation_pack_rows(
     pivot: int,
     sum: int,
     sumsq: int,
-    rows: int,
+    rounded: bool,
     out: int,
     isa: str,
     threads: int,
 ) -> None:
     """Features x [tokens, width] (dtype 0 float32, 1 bfloat16, 2 float16; rows `stride` elements apart) to rows.
 
-    out = activation(x) - pivot; its Σ and Σ² are added to sum and sumsq (float64). rows: 0 float32, 1 float32 rounded
-    to bfloat16, 2 bfloat16.
+    out = activation(x) - pivot, float32, if `rounded` to bfloat16 values; its Σ and Σ² are added to sum and sumsq
+    (float64).
     """
 
 def correlation_pack_tiles(

@@ -16,7 +16,6 @@ from .sums import LayerSums
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
 _PIVOT_ROWS = 64  # of the first batch: a pivot need only be near the mean
-_FLOAT32_ROWS, _ROUNDED_ROWS, _BFLOAT16_ROWS = range(3)
 _LEAF = 128  # width at which a self product is not split further
 
 
@@ -55,11 +54,10 @@ def accumulate_layer_(
     x = _readable(x)
     if set_pivot and len(x):
         pivot.copy_(_mean(x, activation))
-    out = torch.empty(x.shape, dtype=torch.bfloat16 if compute == "bf16" else torch.float32)
+    out = torch.empty(x.shape)
     count += len(x)
-    form = _BFLOAT16_ROWS if compute == "bf16" else _FLOAT32_ROWS
-    _pack_rows(x, activation, pivot, sum_, sumsq, form, out)
-    return out
+    _pack_rows(x, activation, pivot, sum_, sumsq, compute == "bf16", out)
+    return out.bfloat16() if compute == "bf16" else out
 
 
 def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
@@ -90,9 +88,8 @@ class _RowLayout(RowLayout):
         if not packed.blocks or len(packed.blocks[0]) < packed.tokens:
             self._grow(packed, start, self.widths[key])
         sums.count += len(x)
-        form = _ROUNDED_ROWS if self.compute == "bf16" else _FLOAT32_ROWS
         out = packed.blocks[0][start : packed.tokens]
-        _pack_rows(x, self.activation, sums.pivot, sums.sum, sums.sumsq, form, out)
+        _pack_rows(x, self.activation, sums.pivot, sums.sum, sums.sumsq, self.compute == "bf16", out)
 
     def multiply_(self, products: Iterable[Product]) -> None:
         for product in products:
@@ -218,9 +215,11 @@ def _rows(packed: Packed) -> Tensor:
     return packed.blocks[0][: packed.tokens] if len(packed.blocks) == 1 else torch.cat(packed.blocks)
 
 
-def _pack_rows(x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor, form: int, out: Tensor):
+def _pack_rows(
+    x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor, rounded: bool, out: Tensor
+):
     arguments = _arguments(x, activation, pivot, sum_, sumsq)
-    _backend.extension().correlation_pack_rows(*arguments, form, out.data_ptr(), _backend.native_isa(), _threads())
+    _backend.extension().correlation_pack_rows(*arguments, rounded, out.data_ptr(), _backend.native_isa(), _threads())
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -237,11 +236,10 @@ def _readable(x: Tensor) -> Tensor:
 
 def _mean(x: Tensor, activation: str | None, keep_exact: bool = False) -> Tensor:
     """A pivot [d] from the first rows: the mean, on the inputs' grid so that differences are exact."""
-    head = x[:_PIVOT_ROWS].float()
+    head = x[:_PIVOT_ROWS]
     if activation is not None:
-        head = FORWARD[activation](head)
-    head = head.double()
-    mean = head.mean(0)
+        head = FORWARD[activation](head.float())
+    mean = head.mean(0, dtype=torch.float64)
     if keep_exact:
         mean = _unless_small(mean, (head - mean).square().mean(0))
     return mean if activation else mean.to(x.dtype)

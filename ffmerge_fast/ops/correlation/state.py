@@ -14,7 +14,7 @@ from . import merging
 from .accumulators import Accumulators, SpooledAccumulators, StreamingAccumulators
 from .batch import Batch, flat_features
 from .spool import format_bytes, free_memory, parse_bytes
-from .sums import NAMES, LayerSums, covariance
+from .sums import NAMES, LayerSums, comoments
 
 Key = Hashable
 _COMPUTE = ("auto", "bf16", "bf16x3", "fp32", "fp64")
@@ -109,14 +109,14 @@ class CorrelationState:
             self._accumulators.discard_open_batch()
             raise FFMergeError(f"end_batch: layers {missing} were not pushed in this batch; push every layer once")
         largest = torch.finfo(self.dtype).max
-        finite = [(layer.sumsq <= largest).all() & layer.sum.isfinite().all() for layer in self._layers.values()]
-        counts = [layer.count for layer in self._layers.values()]
-        finite, counts = torch.stack([torch.stack(finite).long(), torch.stack(counts)]).tolist()
-        bad = [key for key, ok in zip(self.widths, finite, strict=True) if not ok]
+        worst = [layer.sumsq.max() for layer in self._layers.values()]  # NaN and Inf of any token are in the squares
+        counts = [layer.count.double() for layer in self._layers.values()]
+        worst, counts = torch.stack([*worst, *counts]).view(2, -1).tolist()
+        bad = [key for key, squares in zip(self.widths, worst, strict=True) if not squares <= largest]
         if bad:
             raise FFMergeError(f"features of layers {bad} hold NaN, Inf or values beyond float32; start a new state")
         better = {}
-        for (key, layer), count in zip(self._layers.items(), counts, strict=True):
+        for (key, layer), count in zip(self._layers.items(), map(int, counts), strict=True):
             if 0 < layer.tokens < min(_SETTLED, count):
                 better[key] = self._accumulators.better_pivot(key, layer)
             layer.tokens = count
@@ -155,7 +155,7 @@ class CorrelationState:
     def covariance(self, a: Key, b: Key) -> Tensor:
         """Covariance (1/n) of the features of two layers, float32 [d_a, d_b]; rows are those of `a`."""
         pair = self._stored(a, b)
-        matrix = self._covariance(pair).float()
+        matrix = self._comoments(pair).div_(self._layers[pair[0]].count).float()
         return matrix if pair == (a, b) else matrix.T
 
     def correlation(self, a: Key, b: Key) -> Tensor:
@@ -164,8 +164,10 @@ class CorrelationState:
         A feature without variance (a dead neuron) has correlation 0 with everything.
         """
         pair = self._stored(a, b)
-        scale_a, scale_b = (self._closed(key).inverse_std().to(self.dtype) for key in pair)
-        matrix = self._covariance(pair).mul_(scale_a[:, None]).mul_(scale_b).clamp_(-1, 1).float()
+        matrix = self._comoments(pair)
+        a_layer, b_layer = (self._layers[key] for key in pair)
+        scale_a, scale_b = a_layer.inverse_std() / a_layer.count, b_layer.inverse_std()
+        matrix = matrix.mul_(scale_a.to(self.dtype)[:, None]).mul_(scale_b.to(self.dtype)).clamp_(-1, 1).float()
         return matrix if pair == (a, b) else matrix.T
 
     # Merge, save, load
@@ -297,6 +299,7 @@ class CorrelationState:
             raise FFMergeError(f"pair ({a!r}, {b!r}) was not accumulated: name it in pairs")
         return (a, b) if (a, b) in self._stored_pairs else (b, a)
 
-    def _covariance(self, pair: tuple[Key, Key]) -> Tensor:
-        """A new matrix [d_a, d_b] for a pair as it is stored."""
-        return covariance(self._accumulators.product(pair), *(self._closed(key) for key in pair))
+    def _comoments(self, pair: tuple[Key, Key]) -> Tensor:
+        """Σ (x_a - mean_a)ᵀ(x_b - mean_b), a new matrix [d_a, d_b], for a pair as it is stored."""
+        layers = [self._closed(key) for key in pair]
+        return comoments(self._accumulators.product(pair), *layers)

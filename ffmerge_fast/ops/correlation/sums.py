@@ -58,7 +58,7 @@ class LayerSums:
         return shift
 
 
-def covariance(products: Tensor, a: LayerSums, b: LayerSums) -> Tensor:
-    """Covariance (1/n) of two layers from their pivoted products [d_a, d_b]; a new matrix."""
+def comoments(products: Tensor, a: LayerSums, b: LayerSums) -> Tensor:
+    """Products around the means [d_a, d_b], of two layers' pivoted products; a new matrix, count times covariance."""
     mean_a, sum_b = (a.sum / a.count).to(products.dtype), b.sum.to(products.dtype)
-    return torch.addr(products, mean_a, sum_b, alpha=-1).div_(a.count)
+    return torch.addr(products, mean_a, sum_b, alpha=-1)
