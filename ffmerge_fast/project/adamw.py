@@ -7,11 +7,14 @@ float32 moments of a piece are all that ever exists.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .._errors import FFMergeError
 from .blockwise import dequantize, quantize, scale_count
 
 STATES = ("fp32", "8bit")
@@ -19,6 +22,39 @@ MIN_8BIT = 4096  # smaller tensors, and vectors, keep float32 moments
 _PIECE = {"cpu": 2**18, "cuda": 2**24}  # values: what stays in a CPU's cache, what fills a GPU
 _FUSED = ("cpu", "cuda")
 _MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """What `Projector.optimizer` is told about the update.
+
+    Raises:
+        FFMergeError: a value that AdamW cannot have.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    weight_decay_on_projections: float
+    max_grad_norm: float | None
+    state: str
+
+    def __post_init__(self):
+        for name in ("lr", "eps", "weight_decay", "weight_decay_on_projections"):
+            if not getattr(self, name) >= 0:
+                raise FFMergeError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise FFMergeError(f"betas: got {self.betas}, wanted two numbers from 0 to below 1")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise FFMergeError(f"max_grad_norm: got {self.max_grad_norm}, wanted a number above 0, or None")
+        if self.state not in STATES:
+            raise FFMergeError(f"state: got {self.state!r}, wanted one of {', '.join(STATES)}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that decide the result beside lr, which a schedule sets; as JSON values."""
+        return {name: value for name, value in vars(self).items() if name != "lr"} | {"betas": list(self.betas)}
 
 
 def new_moments(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, state: str) -> dict[str, Tensor]:

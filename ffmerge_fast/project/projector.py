@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 from .._errors import FFMergeError
 from ..merge.combine import CONFIG_VERSION
 from ..models import base_model_type, fingerprint, get, is_conv1d
+from .adamw import AdamWOptions
+from .base_weights import BaseWeights
 from .fold import fold
 from .importance import Importance, importance
 from .layout import MODEL, Axis, Layout, read_layout
 from .matrix import ProjectedMatrix, Projection
-from .optimizer import ProjectionOptimizer, Unit
+from .optimizer import ProjectionOptimizer
 from .selection import Selection, Sizes, resolve_sizes, select, untied_names
 from .student import build_student
+from .units import Unit, grouped
 
 SHARES = (None, "qkv", "residual_stream")
 
@@ -44,6 +48,7 @@ class Projector:
     plain: dict[str, nn.Parameter] = field(repr=False)
     residual: bool
     _config: dict[str, Any] = field(repr=False)
+    _base_folder: str | None = field(default=None, repr=False)
 
     def optimizer(
         self,
@@ -53,6 +58,10 @@ class Projector:
         weight_decay: float = 0.0,
         weight_decay_on_projections: float = 0.0,
         max_grad_norm: float | None = None,
+        state: str = "fp32",
+        offload_base: str | None = None,
+        offload_dir: str | os.PathLike | None = None,
+        distribute: bool | None = None,
     ) -> ProjectionOptimizer:
         """AdamW on P and R (and on the plain parameters), driven by the gradients of the student's weights.
 
@@ -61,15 +70,39 @@ class Projector:
             weight_decay_on_projections: on Δ of P = S + Δ, which pulls P to the selection it began with.
             max_grad_norm: clip by the norm of all gradients of P, R and plain parameters, which takes the chain rule
                 twice. (Trainers that clip the student's gradients clip those of W_C; that costs nothing.)
+            state: "fp32" moments, or "8bit": block-wise dynamic ones, a quarter of the memory; vectors and matrices
+                of fewer than 4,096 values keep float32.
+            offload_base: where the base's weights wait for their unit's turn. None: where the base has them. "cpu": in
+                host memory, pinned if the student is on CUDA. "disk": in safetensors files, those the base was loaded
+                from where they hold the same values. Memory is free when the base model is let go of too: drop every
+                reference to it (`del model`), unless it is the teacher. The student is trained bit for bit the same.
+            offload_dir: where to write weights that no file of the base's own holds; what is there is used again. By
+                default a temporary folder, removed with the optimiser.
+            distribute: deal the units out to the ranks of torch.distributed, each of which keeps and updates its own
+                and sends the student's weights to the others. The default is to do so if there are several ranks.
 
         Raises:
-            FFMergeError: a bad value; the student's config was edited; its parameters are sharded.
+            FFMergeError: a bad value; the student's config was edited; the base was offloaded to disk by an earlier
+                optimizer of this projector.
         """
         self.check_student()
+        options = AdamWOptions(lr, betas, eps, weight_decay, weight_decay_on_projections, max_grad_norm, state)
+        named = dict(self.student.named_parameters())  # FSDP2 makes them anew
+        units = [unit.on(parameters=named) for unit in self.units]
+        units += [Unit([], {name: named[name]}) for name in self.plain]
         return ProjectionOptimizer(
-            self.units, self.plain, self.settings, self.residual, lr, betas, eps, weight_decay,
-            weight_decay_on_projections, max_grad_norm,
+            units, lambda mine: self._offloaded(mine, offload_base, offload_dir), self.settings, self.residual, options,
+            distribute,
         )  # fmt: skip
+
+    def _offloaded(self, mine: list[Unit], place: str | None, folder: str | os.PathLike | None) -> BaseWeights:
+        """The base weights of some units at their place; the projector lets go of those it no longer needs."""
+        base = BaseWeights(mine, place, (self._base_folder, folder))
+        if base.offloaded:
+            held = base.held()
+            for unit in (*mine, *self.units):
+                unit.matrices[:] = [replace(m, weight=held.get(m.name, m.weight.to("meta"))) for m in unit.matrices]
+        return base
 
     def fold(self) -> nn.Module:
         """The student as it is, on its own: a plain transformers model in evaluation mode, without gradients."""
@@ -148,7 +181,8 @@ def project(
         "untied": untie,
         "selection": hashlib.sha256(json.dumps(selection.state()).encode()).hexdigest()[:16],
     }
-    return Projector(student, settings, _units(matrices), plain, residual, _shape_settings(student.config))
+    folder = getattr(model, "name_or_path", None) or None
+    return Projector(student, settings, grouped(matrices), plain, residual, _shape_settings(student.config), folder)
 
 
 def resolve(
@@ -257,15 +291,6 @@ class _Builder:
         if key not in self.shared:
             self.shared[key] = Projection(name, entry, self.selection.choice(axis))
         return self.shared[key]
-
-
-def _units(matrices: list[ProjectedMatrix]) -> list[Unit]:
-    """Group matrices that share a projection, directly or through others."""
-    units: list[list[ProjectedMatrix]] = []
-    for matrix in matrices:
-        touching = [u for u in units if any(p in m.projections for m in u for p in matrix.projections)]
-        units = [u for u in units if u not in touching] + [[m for u in touching for m in u] + [matrix]]
-    return [Unit(members) for members in units]
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
