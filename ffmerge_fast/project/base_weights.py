@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -218,7 +219,8 @@ def _write(weights: dict[str, Tensor], folder: Path) -> dict[str, _Entry]:
     except (OSError, SafetensorError) as error:
         raise FFMergeError(f"offload_base: {path} cannot be written ({error}); give another offload_dir") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
     return _entries_of(folder)
 
 
