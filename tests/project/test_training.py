@@ -1,22 +1,11 @@
-"""Projectors in `finetune` (resume, distillation, DDP) and in transformers.Trainer."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Projectors in `finetune` (resume, distillation) and in transformers.Trainer."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import ffmerge_fast as ff
-from tests.project.helpers import batches, equal, projector, scores, train, weights
-from tests.project.worker import data
-from tests.project.worker import train as train_alone
+from tests.project.helpers import batches, equal, projector, train, weights
 from tests.tiny import logits, tiny_inputs, tiny_model
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 # ----------------------------------------------------------------------------------------------------------- finetune
 
@@ -110,49 +99,3 @@ def test_hugging_face_trainer(tmp_path):
     stock = type(model).from_pretrained(tmp_path / "whole" / "checkpoint-4").eval()
     inputs = tiny_inputs(model)
     assert torch.equal(logits(stock, inputs), logits(whole.fold(), inputs))
-
-
-# -------------------------------------------------------------------------------------------------------- distributed
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Folder with what both ranks ended with."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.project.worker"]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=150)[1].decode() for rank in started]
-    finally:
-        for rank in started:
-            rank.kill()
-    assert [rank.returncode for rank in started] == [0, 0], "\n".join(errors)[-3000:]
-    return folder
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("share", [None, "residual_stream"])
-def test_two_ranks_train_as_one_process_on_all_the_data(ranks, share):
-    """dW_C is what is exchanged: both ranks then make the same step, that of one process with both batches."""
-    alone = weights(train_alone(share, accumulate=2).student)
-    half = weights(projector("gpt2", layers=1, share=share)[1].student)
-    found = [load_file(ranks / f"{share}-{rank}.safetensors") for rank in range(2)]
-    assert equal(*found)
-    for name, value in alone.items():
-        torch.testing.assert_close(found[0][name], value, atol=1e-5, rtol=1e-5)
-    assert max((alone[name] - half[name]).abs().max() for name in alone) > 1e-2
-
-
-@pytest.mark.dist
-def test_importance_of_two_ranks(ranks):
-    model = tiny_model("gpt2", layers=1)
-    alone = ff.importance(model, data(model))
-    for rank in range(2):
-        found = load_file(ranks / f"scores-{rank}.safetensors")
-        assert found.keys() == alone.scores.keys() == scores(model).scores.keys()
-        for name, value in found.items():
-            torch.testing.assert_close(value, alone.scores[name], rtol=1e-6, atol=1e-9)
