@@ -46,7 +46,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, dtype):
         )  # fmt: skip
 
 
-def test_the_frozen_base_is_the_teacher():
+@pytest.mark.parametrize("offload_base", [None, "cpu", "disk"])
+def test_the_frozen_base_is_the_teacher(offload_base):
     """Distillation alone brings the student's outputs nearer to the base's, without a second copy of it."""
     model, proj = projector("gpt2", layers=1)
     inputs = tiny_inputs(model, batch=4)
@@ -56,17 +57,53 @@ def test_the_frozen_base_is_the_teacher():
         return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean").item()
 
     before, base = distance(), weights(model)
-    ff.finetune(proj.student, [inputs], 15, lr=1e-2, optimizer=proj.optimizer(), teacher=model, alpha=1.0)
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    optimizer = proj.optimizer(offload_base=offload_base)
+    ff.finetune(proj.student, [inputs], 15, lr=1e-2, optimizer=optimizer, teacher=model, alpha=1.0)
     assert distance() < 0.5 * before and equal(weights(model), base)
+    held = [m.weight for unit in (*proj.units, *optimizer._owners.mine) for m in unit.matrices]
+    assert held and {w.is_meta for w in held} == {offload_base == "disk"}
+    assert {w.untyped_storage().data_ptr() for w in held if not w.is_meta} <= storages
+    assert {p.untyped_storage().data_ptr() for p in model.parameters()} == storages
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
-    model, proj = projector("vit", layers=1)
-    good, bad = batches(model, 1)[0], batches(model, 1)[0]
-    bad["pixel_values"] = bad["pixel_values"] * torch.inf
-    options = dict(schedule="constant", save_every=1, output_dir=tmp_path, optimizer=proj.optimizer())
-    with pytest.raises(ff.FFMergeError, match="step 3: the loss is nan; the last good state is .*checkpoint-2"):
-        ff.finetune(proj.student, [good, good, bad], 3, **options)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, what):
+    """The last good state is kept, and the run goes on from it as if nothing had been."""
+    model, whole = projector("vit", layers=1)
+    data = batches(model, 3)
+    options = dict(lr=1e-2, schedule="constant", save_every=1)
+    ff.finetune(whole.student, data, 3, optimizer=whole.optimizer(), **options)
+
+    def broken(m, batch):
+        """Of the third batch."""
+        loss = m(**batch).loss
+        if batch is data[2] or torch.equal(batch["pixel_values"], data[2]["pixel_values"]):
+            loss = loss * torch.nan if what == "loss" else _Broken.apply(loss)
+        return loss
+
+    for repeated in range(2):
+        _, proj = projector(model=model)
+        with pytest.raises(ff.FFMergeError, match="step 3: the .* nan; the last good state is .*checkpoint-2"):
+            ff.finetune(
+                proj.student, data, 3, optimizer=proj.optimizer(), output_dir=tmp_path, loss_fn=broken, **options
+            )
+        assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"], repeated
+    _, proj = projector(model=model)
+    ff.finetune(proj.student, data, 3, optimizer=proj.optimizer(), output_dir=tmp_path, **options)
+    assert equal(weights(proj.student), weights(whole.student))
+
+
+class _Broken(torch.autograd.Function):
+    """A gradient that is not a number."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
 
 
 # ------------------------------------------------------------------------------------------------------------ trainer
