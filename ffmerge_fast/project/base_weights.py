@@ -173,17 +173,15 @@ def _entries_of(folder: Path) -> dict[str, _Entry]:
     """{name: entry} of all tensors in the safetensors files of a folder."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or none of ours
             with open(path, "rb") as raw:
                 file = _File(path, _identity(os.fstat(raw.fileno())))
                 size = int.from_bytes(raw.read(8), "little")
                 header = json.loads(raw.read(min(size, 10**8)))
-        except (OSError, ValueError):  # not ours, or damaged: then it holds nothing that we could use
-            continue
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in _DTYPES:
-                shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
-                found[name] = _Entry(file, offset, _DTYPES[entry["dtype"]], shape)
+            for name, entry in header.items():
+                if name != "__metadata__" and entry["dtype"] in _DTYPES:
+                    shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+                    found[name] = _Entry(file, offset, _DTYPES[entry["dtype"]], shape)
     return found
 
 

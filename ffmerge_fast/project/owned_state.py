@@ -41,7 +41,7 @@ class OwnedState(torch.optim.Optimizer):
         self._sharded = any(map(is_sharded, self._named.values()))
         if self._sharded and not self._owners.several:
             raise FFMergeError(
-                "distribute: got False for sharded parameters (DTensor), which need owners; leave it out"
+                "distribute: got False, or no process group, for sharded parameters (DTensor), which need owners"
             )
         self._whole_state: dict[str, Tensor] | None = None
         self._projector = {f"{_SETTINGS}.{name}": value for name, value in settings.items()}
@@ -74,10 +74,6 @@ class OwnedState(torch.optim.Optimizer):
             moments = new_moments(shape, dtype, where, self._options.state)
             state[name] |= {f"{entry}_{moment}": value for moment, value in moments.items()}
         return state
-
-    def owns(self, parameter: Tensor) -> bool:
-        """Whether this rank updates a parameter of the student, and holds its state."""
-        return parameter in self.state
 
     def named_state(self, to: int = 0) -> dict[str, Tensor]:
         """The state as {"<entry>/<parameter name>": tensor}; of all owners on rank `to`, {} on the others.

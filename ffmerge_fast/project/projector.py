@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class Projector:
     ) -> ProjectionOptimizer:
         """AdamW on P and R (and on the plain parameters), driven by the gradients of the student's weights.
 
+        To be made after FSDP2 has sharded the student (`finetune` takes a function for that), before or after DDP.
+
         Args:
             weight_decay: on residuals and on plain matrices; not on norms and biases.
             weight_decay_on_projections: on Δ of P = S + Δ, which pulls P to the selection it began with.
@@ -79,33 +81,44 @@ class Projector:
             offload_dir: where to write weights that no file of the base's own holds; what is there is used again. By
                 default a temporary folder, removed with the optimiser.
             distribute: deal the units out to the ranks of torch.distributed, each of which keeps and updates its own
-                and sends the student's weights to the others. The default is to do so if there are several ranks.
+                and sends the student's weights to the others. The default is to do so if there are several ranks. False
+                for loops that call `state_dict` on one rank only, as transformers.Trainer does.
 
         Raises:
-            FFMergeError: a bad value; the student's config was edited; the base was offloaded to disk by an earlier
-                optimizer of this projector.
+            FFMergeError: a bad value; the student's config was edited or its modules wrapped; the base was offloaded to
+                disk by an earlier optimizer of this projector.
         """
         self.check_student()
         options = AdamWOptions(lr, betas, eps, weight_decay, weight_decay_on_projections, max_grad_norm, state)
-        named = dict(self.student.named_parameters())  # FSDP2 makes them anew
-        units = [unit.on(parameters=named) for unit in self.units]
-        units += [Unit([], {name: named[name]}) for name in self.plain]
-        return ProjectionOptimizer(
-            units, lambda mine: self._offloaded(mine, offload_base, offload_dir), self.settings, self.residual, options,
-            distribute,
-        )  # fmt: skip
+        units = self._bound_units()
 
-    def _offloaded(self, mine: list[Unit], place: str | None, folder: str | os.PathLike | None) -> BaseWeights:
-        """The base weights of some units at their place; the projector lets go of those it no longer needs."""
-        base = BaseWeights(mine, place, (self._base_folder, folder))
-        if base.offloaded:
-            held = base.held()
-            for unit in (*mine, *self.units):
-                unit.matrices[:] = [replace(m, weight=held.get(m.name, m.weight.to("meta"))) for m in unit.matrices]
-        return base
+        def base_weights(mine: list[Unit]) -> BaseWeights:
+            base = BaseWeights(mine, offload_base, (self._base_folder, offload_dir))
+            if base.offloaded:
+                for unit in (*units, *self.units):
+                    unit.keep_weights_(base.held())
+            return base
+
+        return ProjectionOptimizer(units, base_weights, self.settings, self.residual, options, distribute)
+
+    def _bound_units(self) -> list[Unit]:
+        """Units of the parameters that the student has now (FSDP2 makes them anew), plain ones included."""
+        named = dict(self.student.named_parameters())
+        wanted = [*self.plain, *(m.name for unit in self.units for m in unit.matrices)]
+        if missing := [name for name in wanted if name not in named]:
+            raise FFMergeError(
+                f"student: it no longer has {missing[0]}; make the optimizer before wrapping its modules"
+            )
+        return [
+            *(unit.on(parameters=named) for unit in self.units),
+            *(Unit([], {name: named[name]}) for name in self.plain),
+        ]
 
     def fold(self) -> nn.Module:
-        """The student as it is, on its own: a plain transformers model in evaluation mode, without gradients."""
+        """The student as it is, on its own: a plain transformers model in evaluation mode, without gradients.
+
+        Every rank must call this for a student that FSDP2 has sharded.
+        """
         self.check_student()
         return fold(self.student)
 

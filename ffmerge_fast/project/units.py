@@ -56,6 +56,10 @@ class Unit:
             {name: parameters.get(name, p) for name, p in self.plain.items()},
         )
 
+    def keep_weights_(self, held: Mapping[str, Tensor]) -> None:
+        """Take over base weights by name, and let go of the others (they become "meta")."""
+        self.matrices[:] = [replace(m, weight=held.get(m.name, m.weight.to("meta"))) for m in self.matrices]
+
 
 def grouped(matrices: list[ProjectedMatrix]) -> list[Unit]:
     """Units of the matrices that share a projection, directly or through others."""

@@ -1,9 +1,12 @@
 """Projectors in `finetune` (resume, distillation) and in transformers.Trainer."""
 
+import itertools
+
 import pytest
 import torch
 
 import ffmerge_fast as ff
+from ffmerge_fast.driver.projecting import project_and_train
 from tests.project.helpers import batches, equal, projector, train, weights
 from tests.tiny import logits, tiny_inputs, tiny_model
 
@@ -92,6 +95,34 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, what):
     _, proj = projector(model=model)
     ff.finetune(proj.student, data, 3, optimizer=proj.optimizer(), output_dir=tmp_path, **options)
     assert equal(weights(proj.student), weights(whole.student))
+
+
+class _Endless:
+    """A task of random batches."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def batches(self, split, batch_size, *, shuffle, seed, rank, world, epochs=1, start=0):
+        return (tiny_inputs(self.model, batch=batch_size, seed=i) for i in itertools.count(start * world + rank, world))
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_an_offloaded_base_is_let_go_of(tmp_path, taught):
+    """By the driver, which owns it; not where it is the teacher, whose outputs the student then comes nearer to."""
+    model = tiny_model("gpt2", layers=1)
+    data, base = _Endless(tiny_model("gpt2", layers=1)), weights(model)
+    students = []
+    for number, place in enumerate((None, "disk")):
+        proj, result = project_and_train(
+            model, data, tmp_path / str(number), 3, 1e-2, options=dict(d_model=8, d_ff=12), calibration=2,
+            optimizer=dict(offload_base=place), teacher=model if taught else None, save_every=1, batch_size=2,
+        )  # fmt: skip
+        students.append(weights(proj.student))
+        assert result.steps == 3
+    assert equal(*students)
+    assert {p.is_meta for p in model.parameters()} == {not taught}
+    assert not taught or equal(weights(model), base)
 
 
 class _Broken(torch.autograd.Function):

@@ -68,6 +68,8 @@ def train(name, steps=STEPS, dropout=0.0, **options):
         options = RUNS[name][2] | options
     ff.finetune(proj.student, data(model), steps, optimizer=once, **SETTINGS | options)
     assert made[0]._sharded == (options.get("parallel") == "fsdp2")
+    if "offload_base" in RUNS[name][1]:  # also of the units of other ranks
+        assert all(m.weight.is_meta for unit in made[0]._owners.owner for m in unit.matrices)
     return proj, made[0]
 
 
