@@ -71,7 +71,7 @@ class BaseWeights:
             file.check()
 
     def stream(self, units: Iterable[Unit]) -> Iterator[Unit]:
-        """The units with their base weights on the student's device."""
+        """The units with their base weights on the student's device; a unit is good until the next one is asked for."""
         if not self._fetches:
             yield from units
             return
@@ -79,9 +79,21 @@ class BaseWeights:
         for unit in units:
             ahead.append((unit, self._pool.submit(self._fetch, unit)))
             if len(ahead) > 1:
-                yield self._arrived(*ahead.pop(0))
+                yield from self._lent(*ahead.pop(0))
         for entry in ahead:
-            yield self._arrived(*entry)
+            yield from self._lent(*entry)
+
+    def _lent(self, unit: Unit, fetched: Future) -> Iterator[Unit]:
+        weights, event = fetched.result()
+        if event is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(event)
+            for weight in weights.values():
+                weight.record_stream(current)
+        unit = unit.on(weights=weights)
+        del weights, fetched
+        yield unit
+        unit.matrices.clear()  # so that no more than two units are in memory, whoever still holds this one
 
     def _fetch(self, unit: Unit) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Runs in a thread of its own, with a CUDA stream of its own."""
@@ -94,15 +106,6 @@ class BaseWeights:
 
     def _read(self, name: str) -> Tensor:
         return self._host[name] if name in self._host else self._entries[name].read(self._side is not None)
-
-    def _arrived(self, unit: Unit, fetched: Future) -> Unit:
-        weights, event = fetched.result()
-        if event is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(event)
-            for weight in weights.values():
-                weight.record_stream(current)
-        return unit.on(weights=weights)
 
     def _on_disk(self, weights: dict[str, Tensor], folders: Sequence[str | os.PathLike | None]) -> dict[str, _Entry]:
         found: dict[str, _Entry] = {}

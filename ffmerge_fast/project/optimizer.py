@@ -71,10 +71,7 @@ class ProjectionOptimizer(OwnedState):
         for of_round, units in self._rounds(_has_gradient):
             gradients, values = self._whole_gradients(of_round), self._values(of_round)
             for unit in units:
-                unit = unit.on(parameters=values)
-                for (name, entry), gradient in self._unit_gradients(unit, gradients).items():
-                    self._update(name, entry, values[name], gradient if scale is None else gradient * scale, groups)
-                self._project_(unit)
+                self._update_unit_(unit.on(parameters=values), gradients, scale, groups)
             sendings += self._owners.send(of_round, values)
         finish(sendings)
         return loss
@@ -129,9 +126,19 @@ class ProjectionOptimizer(OwnedState):
                 found[name, "master"] = gradients[name].to(master_dtype(parameter))
         return found
 
-    def _update(self, name: str, entry: str, parameter: Tensor, gradient: Tensor, groups: dict[int, dict]) -> None:
+    def _update_unit_(
+        self, unit: Unit, gradients: Mapping[str, Tensor], scale: float | None, groups: dict[int, dict[str, Any]]
+    ) -> None:
+        """Chain rule, AdamW and projection of one unit."""
+        parameters = unit.parameters
+        for (name, entry), gradient in self._unit_gradients(unit, gradients).items():
+            gradient = gradient if scale is None else gradient * scale
+            self._update_(name, entry, parameters[name], gradient, groups[id(self._named[name])])
+        self._project_(unit)
+
+    def _update_(self, name: str, entry: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """One AdamW step of a trained tensor."""
-        state, group = self._state(name), groups[id(self._named[name])]
+        state = self._state(name)
         value = state.get(entry, parameter)  # a plain float32 parameter is its own master
         moments = {k.removeprefix(f"{entry}_"): v for k, v in state.items() if k.startswith(f"{entry}_")}
         decay = group["weight_decay_on_projections" if entry.startswith("p_") else "weight_decay"]
