@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 
 from .merge.align import METHODS
+from .project.adamw import STATES
+from .project.base_weights import PLACES
 from .project.importance import METHODS as METHODS_OF_IMPORTANCE
 from .project.selection import ATTENTION_MODES
 
@@ -111,6 +113,8 @@ def project_options(parser) -> None:
     group.add_argument("--method", default="activation", choices=METHODS_OF_IMPORTANCE, help="or measure them so")
     group.add_argument("--calibration", type=int, default=32, metavar="N", help="batches to measure them on")
     group.add_argument("--weight-decay-on-projections", type=float, default=0.0)
+    group.add_argument("--state", default="fp32", choices=STATES, help="moments of P and R")
+    group.add_argument("--offload-base", choices=[p for p in PLACES if p], help="where the base's weights wait")
     group.add_argument("--distill", action="store_true", help="from the base model itself, by --alpha")
 
 

@@ -284,12 +284,15 @@ def _project(args) -> Result:
         optimizer={
             "weight_decay": args.weight_decay,
             "weight_decay_on_projections": args.weight_decay_on_projections,
+            "state": args.state,
+            "offload_base": args.offload_base,
         },
         teacher=model if args.distill else from_pretrained(args.teacher).to(args.device) if args.teacher else None,
         **_training(args, task),
     )
+    small = proj.fold()  # on every rank: it may be sharded
     if _is_first_rank():
-        save_pretrained(proj.fold(), args.out, load_processor(args.model), args.overwrite, args.max_shard_size)
+        save_pretrained(small, args.out, load_processor(args.model), args.overwrite, args.max_shard_size)
     values, text = _trained(args, task, result, work)
     sizes = {"parameters": sum(p.numel() for p in model.parameters()), "parameters_after": proj.parameters()["student"]}
     share = sizes["parameters_after"] / sizes["parameters"]

@@ -113,7 +113,7 @@ def finetune(
     accumulate: int = 1,
     max_grad_norm: float | None = 1.0,
     autocast: str | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer] | None = None,
     teacher: nn.Module | None = None,
     alpha: float = 0.5,
     temperature: float = 1.0,
@@ -150,8 +150,9 @@ def finetune(
             that of one large batch.
         max_grad_norm: gradients are scaled down to this norm; None: never.
         autocast: "bf16", or "fp16" with loss scaling (CUDA only).
-        optimizer: instead of AdamW, one made for this model's parameters (`Projector.optimizer`). The schedule sets its
-            lr; weight decay, betas and eps are its own, those given here are not used.
+        optimizer: instead of AdamW, one made for this model's parameters (`Projector.optimizer`), or a function that
+            makes it, called when the model is sharded. The schedule sets its lr; weight decay, betas and eps are its
+            own, those given here are not used.
         teacher: distils from this model: (1 - alpha) · loss + alpha · T² · KL(teacher ‖ model).
         loss_fn: `loss_fn(model, batch)` -> scalar mean loss, instead of `model(**batch).loss`.
         evaluate: `evaluate(model)` -> metric; default for a Task with validation data: its `score`.
@@ -185,16 +186,19 @@ def finetune(
         recipe = replace(recipe, decay_steps=0)  # so that such a run may be made longer
     if eval_every and evaluate is None:
         evaluate, higher_is_better = _task_score(train, higher_is_better)
+    if recipe.parallel == "fsdp2" and isinstance(optimizer, torch.optim.Optimizer):
+        raise FFMergeError(
+            "parallel: fsdp2 makes parameters anew, which a given optimizer= does not see; give a function that makes "
+            "it, or use 'ddp'"
+        )
     settings = asdict(recipe)
+    wrapped = distributed.parallelize(model, recipe.parallel)
     if optimizer is not None:
-        if recipe.parallel == "fsdp2":
-            raise FFMergeError(
-                "parallel: fsdp2 makes parameters anew, which a given optimizer= does not see; use 'ddp'"
-            )
+        optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer()
         settings |= {"optimizer": type(optimizer).__name__, **getattr(optimizer, "settings", {})}
     settings |= {"model": _layout(model)}
     folder = RunFolder(output_dir, settings, bool(higher_is_better), keep_best=restore_best)
-    run = _Run(model, train, recipe, folder, teacher, loss_fn, optimizer)
+    run = _Run(model, wrapped, train, recipe, folder, teacher, loss_fn, optimizer or _optimizer(model, recipe))
     run.prepare(resume)
     with _training(model, teacher), _DeferredInterrupt() as interrupt:
         for row in run.rows(steps, log_every, evaluate, eval_every, save_every, interrupt):
@@ -208,8 +212,8 @@ def finetune(
 class _Run:
     """One training run: everything that changes from step to step."""
 
-    def __init__(self, model, train, recipe: _Recipe, folder: RunFolder, teacher, loss_fn, optimizer=None):
-        self.model, self.train, self.recipe, self.folder = model, train, recipe, folder
+    def __init__(self, model, wrapped, train, recipe: _Recipe, folder: RunFolder, teacher, loss_fn, optimizer):
+        self.model, self.wrapped, self.train, self.recipe, self.folder = model, wrapped, train, recipe, folder
         self.optimizer = optimizer
         self.teacher, self.loss_fn = teacher, loss_fn
         self.step = 0
@@ -220,11 +224,8 @@ class _Run:
         self.pending = [0.0, 0]  # loss and steps since the last row
 
     def prepare(self, resume: bool) -> None:
-        """Wrap, make the optimiser, and load the last checkpoint if there is one."""
+        """Load the last checkpoint if there is one."""
         checkpoint = self.folder.open(resume)
-        self.wrapped = distributed.parallelize(self.model, self.recipe.parallel)
-        if self.optimizer is None:
-            self.optimizer = _optimizer(self.model, self.recipe)
         training_state.seed_all(self.recipe.seed + distributed.rank())
         if checkpoint is not None:
             state = self.folder.load_(checkpoint, self.model, self.optimizer)

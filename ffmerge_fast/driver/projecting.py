@@ -39,7 +39,8 @@ def project_and_train(
     """Score, project and train; a run that was killed goes on in the same `work` folder.
 
     Args:
-        model: the base; it stays as it is and may be its own student's `teacher`.
+        model: the base; it stays as it is and may be its own student's `teacher`. With an `offload_base`, and where it
+            is not the teacher, its parameters are let go of (moved to "meta"), so that their memory is free.
         task: data; its "train" batches calibrate and train.
         work: folder for the importances, the projection's settings, and finetune's log and checkpoints.
         options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings.
@@ -59,8 +60,17 @@ def project_and_train(
     )
     proj = project(model, importance=found, **options)
     _remember(work / _PROJECTION, proj)
-    made = proj.optimizer(lr=lr, **(optimizer or {}))
-    return proj, finetune(proj.student, task, steps, lr, optimizer=made, teacher=teacher, output_dir=work, **training)
+    chosen = {"offload_dir": work} | dict(optimizer or {})
+
+    def make_optimizer():
+        made = proj.optimizer(lr=lr, **chosen)
+        if chosen.get("offload_base") and teacher is not model:
+            model.to("meta")
+        return made
+
+    return proj, finetune(
+        proj.student, task, steps, lr, optimizer=make_optimizer, teacher=teacher, output_dir=work, **training
+    )
 
 
 def fold_run(model: nn.Module, work: Path) -> nn.Module:
@@ -110,13 +120,14 @@ def _first(batches, count):
 
 def _remember(path: Path, proj: Projector) -> None:
     settings = json.loads(json.dumps(proj.settings))
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise FFMergeError(
-                    f"resume: {name} was {before.get(name)!r} in {path.parent} and is {value!r} now; give the same, or "
-                    "another work folder"
-                )
-    elif distributed.rank() == 0:
-        path.write_text(json.dumps(settings, indent=1) + "\n")
+    found = json.loads(path.read_text()) if distributed.rank() == 0 and path.exists() else None
+    before = distributed.from_rank_zero(found)
+    if before is None:
+        distributed.on_rank_zero(lambda: path.write_text(json.dumps(settings, indent=1) + "\n"))
+        return
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise FFMergeError(
+                f"resume: {name} was {before.get(name)!r} in {path.parent} and is {value!r} now; give the same, or "
+                "another work folder"
+            )

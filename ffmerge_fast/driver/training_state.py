@@ -1,8 +1,8 @@
 """A training run's state on disk: written beside and renamed, complete or absent, and never pickled.
 
 `checkpoint-<step>/` holds model.safetensors (trained parameters and buffers, each shared tensor once),
-optimizer.safetensors (AdamW moments by parameter name), rng.safetensors (random states of every rank as bytes) and
-trainer_state.json. `best-<step>/` holds model.safetensors only.
+optimizer.safetensors (the optimiser's state by parameter name), rng.safetensors (random states of every rank as
+bytes) and trainer_state.json. `best-<step>/` holds model.safetensors only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's per-parameter state as "<entry>/<parameter name>"."""
+    """The optimiser's per-parameter state as "<entry>/<parameter name>".
+
+    One whose state several ranks own collects it on rank 0; so every rank must call this.
+    """
+    if hasattr(optimizer, "named_state"):
+        return optimizer.named_state()
     return {
         f"{entry}/{name}": value
         for name, parameter in model.named_parameters()
@@ -88,6 +93,9 @@ def load_weights_(folder: Path, model: nn.Module) -> None:
 def load_optimizer_(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Set the optimiser's state to the saved one."""
     saved = _load(folder / _OPTIMIZER)
+    if hasattr(optimizer, "load_named_state"):
+        optimizer.load_named_state(saved)
+        return
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         entries = [key for key in saved if key.partition("/")[2] == names[parameter]]

@@ -8,157 +8,150 @@ the model, the loop, gradient accumulation, mixed precision and data parallelism
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch import Tensor
 
 from .._errors import FFMergeError
+from .adamw import AdamWOptions, adamw_
+from .base_weights import BaseWeights
 from .matrix import ProjectedMatrix, Projection
+from .owned_state import OwnedState, master_dtype
+from .ownership import Round, Sending, finish
+from .units import Unit, is_sharded, whole
 
-_SETTINGS = "projector"
 _Entry = tuple[str, str]  # (parameter name, name of a trained tensor in its state)
 
 
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """Matrices that share projections and so are updated together: usually a weight and its bias."""
-
-    matrices: list[ProjectedMatrix]
-
-    @property
-    def projections(self) -> list[Projection]:
-        """Each once."""
-        return list(dict.fromkeys(p for m in self.matrices for p in m.projections))
-
-
-class ProjectionOptimizer(torch.optim.Optimizer):
+class ProjectionOptimizer(OwnedState):
     """AdamW on the P and R behind a student's weights; made by `Projector.optimizer`.
 
     Its parameter groups hold the student's parameters, so schedulers, GradScaler and trainers treat it as any other
-    optimiser. `state[parameter]` holds, in float32 or better: p_out, p_in (Δ), residual (R), master (plain parameters
-    in half precision), and for each trained tensor its exp_avg, exp_avg_sq and step.
+    optimiser. What it saves and who owns it: see `OwnedState`.
 
-    Attributes:
-        settings: what a resumed run must have in common with this one, as JSON values.
+    Args:
+        base: makes the `BaseWeights` of the units that this rank owns.
     """
 
     def __init__(
         self,
         units: list[Unit],
-        plain: dict[str, nn.Parameter],
+        base: Callable[[list[Unit]], BaseWeights],
         settings: dict[str, Any],
         residual: bool,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        weight_decay_on_projections: float,
-        max_grad_norm: float | None,
+        options: AdamWOptions,
+        distribute: bool | None = None,
     ):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay),
-                            ("weight_decay_on_projections", weight_decay_on_projections)):  # fmt: skip
-            if not value >= 0:
-                raise FFMergeError(f"{name}: got {value}, wanted 0 or more")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise FFMergeError(f"betas: got {betas}, wanted two numbers from 0 to below 1")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise FFMergeError(f"max_grad_norm: got {max_grad_norm}, wanted a number above 0, or None")
-        self._units, self._plain, self._residual = units, plain, residual
-        self._max_grad_norm = max_grad_norm
+        super().__init__(units, settings, residual, options, distribute)
+        self._trained = [(name, entry) for unit in units for name, entry, _ in unit.trained(residual)]
         self._inner: dict[str, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # name: product, of which deltas
-        self.settings = {f"{_SETTINGS}.{name}": value for name, value in settings.items()}
-        self._named = plain | {m.name: m.parameter for u in units for m in u.matrices}
-        for name, parameter in self._named.items():
-            if hasattr(parameter, "placements"):
-                raise FFMergeError(f"optimizer: {name} is sharded (DTensor); projections work with DDP, not with FSDP2")
-        matrices = {n: p for n, p in self._named.items() if p.ndim >= 2}
-        vectors = {n: p for n, p in self._named.items() if p.ndim < 2}
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps}
-        groups = [
-            {"params": list(of.values()), "weight_decay": decay, "weight_decay_on_projections": on_projections}
-            for of, decay, on_projections in (
-                (matrices, weight_decay, weight_decay_on_projections),
-                (vectors, 0.0, weight_decay_on_projections),
-            )
-            if of
-        ]
-        super().__init__(groups, defaults)
-        self._init_state()
-
-    # ------------------------------------------------------------------------------------------------------- step
+        self._base = base(self._owners.mine)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every P, R and plain parameter that has a gradient, and of the student's weights.
 
         Raises:
-            FFMergeError: a gradient is not finite; nothing is changed then.
+            FFMergeError: a gradient is not finite, or a file of the base's weights was changed; nothing is changed
+                then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._base.check()
         self._check_finite()
+        self._whole_state = None
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         scale = self._clip_factor()
-        for unit in self._units:
-            gradients = self._unit_gradients(unit)
-            for (name, entry), gradient in gradients.items():
-                self._update(name, entry, gradient * scale if scale is not None else gradient, groups)
-            if gradients:
-                self._project_(unit)
-        for name, gradient in self._plain_gradients():
-            self._update(name, "master", gradient * scale if scale is not None else gradient, groups)
+        sendings: list[Sending] = []
+        for of_round, units in self._rounds(_has_gradient):
+            gradients, values = self._whole_gradients(of_round), self._values(of_round)
+            for unit in units:
+                self._update_unit_(unit.on(parameters=values), gradients, scale, groups)
+            sendings += self._owners.send(of_round, values)
+        finish(sendings)
         return loss
 
-    def _unit_gradients(self, unit: Unit) -> dict[_Entry, Tensor]:
-        """Gradients of everything trained in a unit, by the chain rule from those of its matrices."""
+    def _rounds(self, wanted: Callable[[Unit], bool]) -> Iterator[tuple[Round, Iterator[Unit]]]:
+        """Every round of the wanted units, and this rank's units of it with their base weights at hand."""
+        stream = self._base.stream(unit for unit in self._owners.mine if wanted(unit))
+        for of_round in self._owners.rounds:
+            of_round = of_round.only(wanted)
+            yield of_round, itertools.islice(stream, len(of_round.mine))
+
+    def _whole_gradients(self, of_round: Round) -> dict[str, Tensor]:
+        """{parameter name: gradient} of this rank's units; sharded ones are gathered by all ranks."""
+        mine = {name for unit in of_round.mine for name in unit.parameters}
+        found = {}
+        for name, parameter in ((n, p) for unit in of_round.units for n, p in unit.parameters.items()):
+            if parameter.grad is not None and (name in mine or self._sharded):
+                gradient = whole(parameter.grad)
+                if name in mine:
+                    found[name] = gradient
+        return found
+
+    def _values(self, of_round: Round) -> dict[str, Tensor]:
+        """{parameter name: what its owner changes and sends}: the parameter itself, or room for a sharded one."""
+        values = {}
+        for unit in of_round.units:
+            for name, parameter in unit.parameters.items():
+                if not is_sharded(parameter):
+                    values[name] = parameter.detach()
+                elif name in unit.plain:
+                    values[name] = whole(parameter.detach())
+                else:
+                    values[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        return values
+
+    def _unit_gradients(self, unit: Unit, gradients: Mapping[str, Tensor]) -> dict[_Entry, Tensor]:
+        """Gradients of everything trained in a unit, by the chain rule from those of its parameters."""
         deltas = self._deltas(unit)
         found: dict[_Entry, Tensor] = {}
         for matrix in unit.matrices:
-            if matrix.parameter.grad is None:
+            gradient = gradients.get(matrix.name)
+            if gradient is None:
                 continue
-            grad = matrix.as_matrix(matrix.parameter.grad)
-            for projection, gradient in matrix.gradients(deltas, grad, self._inner_product(matrix, deltas)):
+            inner = self._inner_product(matrix, deltas)
+            for projection, of_delta in matrix.gradients(deltas, matrix.as_matrix(gradient), inner):
                 key = (projection.owner, projection.entry)
-                found[key] = found[key] + gradient if key in found else gradient
+                found[key] = found[key] + of_delta if key in found else of_delta
             if self._residual:
-                found[matrix.name, "residual"] = matrix.parameter.grad.to(
-                    self.state[matrix.parameter]["residual"].dtype
-                )
+                found[matrix.name, "residual"] = gradient.to(self._state(matrix.name)["residual"].dtype)
+        for name, parameter in unit.plain.items():
+            if name in gradients:
+                found[name, "master"] = gradients[name].to(master_dtype(parameter))
         return found
 
-    def _plain_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._plain.items():
-            if parameter.grad is not None:
-                yield name, parameter.grad.to(_master_dtype(parameter))
+    def _update_unit_(
+        self, unit: Unit, gradients: Mapping[str, Tensor], scale: float | None, groups: dict[int, dict[str, Any]]
+    ) -> None:
+        """Chain rule, AdamW and projection of one unit."""
+        parameters = unit.parameters
+        for (name, entry), gradient in self._unit_gradients(unit, gradients).items():
+            gradient = gradient if scale is None else gradient * scale
+            self._update_(name, entry, parameters[name], gradient, groups[id(self._named[name])])
+        self._project_(unit)
 
-    def _update(self, name: str, entry: str, gradient: Tensor, groups: dict[int, dict]) -> None:
+    def _update_(self, name: str, entry: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """One AdamW step of a trained tensor."""
-        parameter = self._named[name]
-        state, group = self.state[parameter], groups[id(parameter)]
+        state = self._state(name)
         value = state.get(entry, parameter)  # a plain float32 parameter is its own master
-        moments = [state[f"{entry}_{moment}"] for moment in ("exp_avg", "exp_avg_sq", "step")]
-        decay = "weight_decay_on_projections" if entry.startswith("p_") else "weight_decay"
-        first, second = group["betas"]
-        average, square, step = ([m] for m in moments)
-        adamw(
-            [value], [gradient], average, square, [], step, foreach=False, amsgrad=False, beta1=first, beta2=second,
-            lr=group["lr"], weight_decay=group[decay], eps=group["eps"], maximize=False,
-        )  # fmt: skip
+        moments = {k.removeprefix(f"{entry}_"): v for k, v in state.items() if k.startswith(f"{entry}_")}
+        decay = group["weight_decay_on_projections" if entry.startswith("p_") else "weight_decay"]
+        adamw_(value, gradient, moments, group["lr"], group["betas"], group["eps"], decay)
         if entry == "master" and value is not parameter:
             parameter.copy_(value)
 
     def _project_(self, unit: Unit) -> None:
         deltas = self._deltas(unit)
         for matrix in unit.matrices:
-            residual = self.state[matrix.parameter].get("residual")
+            residual = self._state(matrix.name).get("residual")
             inner = matrix.project_(deltas, None if residual is None else matrix.as_matrix(residual))
-            if inner is not None:
+            if inner is not None and not self._base.offloaded:
                 self._inner[matrix.name] = inner, [(deltas[p], deltas[p]._version) for p in matrix.projections]
 
     def _inner_product(self, matrix: ProjectedMatrix, deltas: dict[Projection, Tensor]) -> Tensor | None:
@@ -168,88 +161,53 @@ class ProjectionOptimizer(torch.optim.Optimizer):
         return inner if same else None
 
     def _deltas(self, unit: Unit) -> dict[Projection, Tensor]:
-        return {p: self.state[self._named[p.owner]][p.entry] for p in unit.projections}
+        return {p: self._state(p.owner)[p.entry] for p in unit.projections}
 
     def _check_finite(self) -> None:
         names = [name for name, p in self._named.items() if p.grad is not None]
-        norms = [self._named[name].grad.norm(dtype=torch.float32) for name in names]
-        if norms and not torch.stack([n.to(norms[0].device) for n in norms]).sum().isfinite():
-            broken = next((n for n, norm in zip(names, norms, strict=True) if not norm.isfinite()), names[0])
-            raise FFMergeError(
-                f"step: the gradient of {broken} is not finite; nothing was changed: go on from here with a lower lr, "
-                "or clip the gradients"
-            )
+        norms = [whole(torch.linalg.vector_norm(self._named[name].grad, dtype=torch.float32)) for name in names]
+        total = torch.stack([n.to(norms[0].device) for n in norms]).sum() if norms else torch.zeros(())
+        if self._owners.sum_(total.to(self._owners.device(), copy=True)).isfinite():
+            return
+        broken = next((n for n, norm in zip(names, norms, strict=True) if not norm.isfinite()), "another rank")
+        raise FFMergeError(
+            f"step: the gradient of {broken} is not finite; nothing was changed: go on from here with a lower lr, "
+            "or clip the gradients"
+        )
 
     def _clip_factor(self) -> float | None:
         """What all gradients are multiplied by, so that their norm is at most max_grad_norm."""
-        if self._max_grad_norm is None:
+        if self._options.max_grad_norm is None:
             return None
-        norms = [g.norm() for unit in self._units for g in self._unit_gradients(unit).values()]
-        norms += [gradient.norm() for _, gradient in self._plain_gradients()]
-        if not norms:
-            return None
-        total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
-        return min(1.0, self._max_grad_norm / (float(total) + 1e-6))
+        norms = {}
+        for of_round, units in self._rounds(_has_gradient):
+            gradients = self._whole_gradients(of_round)
+            norms |= {k: g.norm() for unit in units for k, g in self._unit_gradients(unit, gradients).items()}
+        device = next(iter(self._named.values())).device
+        zero = torch.zeros((), device=device)
+        found = torch.stack([norms.get(key, zero).float() for key in self._trained])  # one place each: no order of sums
+        total = self._owners.sum_(found.to(self._owners.device())).norm()
+        return min(1.0, self._options.max_grad_norm / (float(total) + 1e-6))
 
-    # ------------------------------------------------------------------------------------------------------ state
-
-    def _init_state(self) -> None:
-        for name, entry, shape in self._trained():
-            parameter = self._named[name]
-            like = {"device": parameter.device, "dtype": _master_dtype(parameter)}
-            state = self.state[parameter]
-            if entry != "master":
-                state[entry] = torch.zeros(shape, **like)
-            elif parameter.dtype != like["dtype"]:
-                state[entry] = parameter.detach().to(like["dtype"])
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[f"{entry}_{moment}"] = torch.zeros(shape, **like)
-            state[f"{entry}_step"] = torch.zeros((), dtype=torch.float32)
-
-    def _trained(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """(parameter name, entry, shape) of everything that is trained."""
-        for unit in self._units:
-            yield from ((p.owner, p.entry, p.shape) for p in unit.projections)
-            if self._residual:
-                yield from ((m.name, "residual", tuple(m.parameter.shape)) for m in unit.matrices)
-        yield from ((name, "master", tuple(p.shape)) for name, p in self._plain.items())
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of any optimiser, and the projector's settings under "projector"."""
-        return super().state_dict() | {_SETTINGS: dict(self.settings)}
-
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, and set the student's weights to what it says.
+        """Take over a saved state, of any number of ranks, and set the student's weights to what it says.
 
         Raises:
             FFMergeError: it is of another projector (says what differs), or not of a projection optimiser.
         """
-        saved = state_dict.get(_SETTINGS)
-        if saved is None:
-            raise FFMergeError("load_state_dict: this is no state of a projection optimizer (it has no 'projector')")
-        for name, value in self.settings.items():
-            if saved.get(name) != value:
-                raise FFMergeError(
-                    f"load_state_dict: {name} was {saved.get(name)!r} and is {value!r} now; project with the same "
-                    "settings"
-                )
-        order = [p for group in self.param_groups for p in group["params"]]
-        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({k: v for k, v in loaded.items() if k != "params"})
-        for index, parameter in enumerate(order):
-            now, loaded = self.state[parameter], state_dict["state"].get(index, {})
-            if {k: v.shape for k, v in now.items()} != {k: v.shape for k, v in loaded.items()}:
-                raise FFMergeError(f"load_state_dict: the state of parameter {index} has other tensors or shapes")
-            for key, value in loaded.items():  # moved along if the student was
-                device = parameter.device if value.ndim else "cpu"
-                now[key] = value.detach().to(device, now[key].dtype, copy=True)
-        with torch.no_grad():
-            for unit in self._units:
-                self._project_(unit)
-            for name, parameter in self._plain.items():
-                if "master" in self.state[self._named[name]]:
-                    parameter.copy_(self.state[parameter]["master"])
+        super().load_state_dict(state_dict)
+        sendings: list[Sending] = []
+        for of_round, units in self._rounds(lambda unit: True):
+            values = self._values(of_round)
+            for unit in units:
+                self._project_(unit.on(parameters=values))
+                for name in unit.plain:
+                    if "master" in self._state(name):
+                        values[name].copy_(self._state(name)["master"])
+            sendings += self._owners.send(of_round, values)
+        finish(sendings)
 
 
-def _master_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+def _has_gradient(unit: Unit) -> bool:
+    return any(p.grad is not None for p in unit.parameters.values())

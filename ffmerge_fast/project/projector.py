@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 from .._errors import FFMergeError
 from ..merge.combine import CONFIG_VERSION
 from ..models import base_model_type, fingerprint, get, is_conv1d
+from .adamw import AdamWOptions
+from .base_weights import BaseWeights
 from .fold import fold
 from .importance import Importance, importance
 from .layout import MODEL, Axis, Layout, read_layout
 from .matrix import ProjectedMatrix, Projection
-from .optimizer import ProjectionOptimizer, Unit
+from .optimizer import ProjectionOptimizer
 from .selection import Selection, Sizes, resolve_sizes, select, untied_names
 from .student import build_student
+from .units import Unit, grouped
 
 SHARES = (None, "qkv", "residual_stream")
 
@@ -44,6 +48,7 @@ class Projector:
     plain: dict[str, nn.Parameter] = field(repr=False)
     residual: bool
     _config: dict[str, Any] = field(repr=False)
+    _base_folder: str | None = field(default=None, repr=False)
 
     def optimizer(
         self,
@@ -53,26 +58,67 @@ class Projector:
         weight_decay: float = 0.0,
         weight_decay_on_projections: float = 0.0,
         max_grad_norm: float | None = None,
+        state: str = "fp32",
+        offload_base: str | None = None,
+        offload_dir: str | os.PathLike | None = None,
+        distribute: bool | None = None,
     ) -> ProjectionOptimizer:
         """AdamW on P and R (and on the plain parameters), driven by the gradients of the student's weights.
+
+        To be made after FSDP2 has sharded the student (`finetune` takes a function for that), before or after DDP.
 
         Args:
             weight_decay: on residuals and on plain matrices; not on norms and biases.
             weight_decay_on_projections: on Δ of P = S + Δ, which pulls P to the selection it began with.
             max_grad_norm: clip by the norm of all gradients of P, R and plain parameters, which takes the chain rule
                 twice. (Trainers that clip the student's gradients clip those of W_C; that costs nothing.)
+            state: "fp32" moments, or "8bit": block-wise dynamic ones, a quarter of the memory; vectors and matrices
+                of fewer than 4,096 values keep float32.
+            offload_base: where the base's weights wait for their unit's turn. None: where the base has them. "cpu": in
+                host memory, pinned if the student is on CUDA. "disk": in safetensors files, those the base was loaded
+                from where they hold the same values. Memory is free when the base model is let go of too: drop every
+                reference to it (`del model`), unless it is the teacher. The student is trained bit for bit the same.
+            offload_dir: where to write weights that no file of the base's own holds; what is there is used again. By
+                default a temporary folder, removed with the optimiser.
+            distribute: deal the units out to the ranks of torch.distributed, each of which keeps and updates its own
+                and sends the student's weights to the others. The default is to do so if there are several ranks. False
+                for loops that call `state_dict` on one rank only, as transformers.Trainer does.
 
         Raises:
-            FFMergeError: a bad value; the student's config was edited; its parameters are sharded.
+            FFMergeError: a bad value; the student's config was edited or its modules wrapped; the base was offloaded to
+                disk by an earlier optimizer of this projector.
         """
         self.check_student()
-        return ProjectionOptimizer(
-            self.units, self.plain, self.settings, self.residual, lr, betas, eps, weight_decay,
-            weight_decay_on_projections, max_grad_norm,
-        )  # fmt: skip
+        options = AdamWOptions(lr, betas, eps, weight_decay, weight_decay_on_projections, max_grad_norm, state)
+        units = self._bound_units()
+
+        def base_weights(mine: list[Unit]) -> BaseWeights:
+            base = BaseWeights(mine, offload_base, (self._base_folder, offload_dir))
+            if base.offloaded:
+                for unit in (*units, *self.units):
+                    unit.keep_weights_(base.held())
+            return base
+
+        return ProjectionOptimizer(units, base_weights, self.settings, self.residual, options, distribute)
+
+    def _bound_units(self) -> list[Unit]:
+        """Units of the parameters that the student has now (FSDP2 makes them anew), plain ones included."""
+        named = dict(self.student.named_parameters())
+        wanted = [*self.plain, *(m.name for unit in self.units for m in unit.matrices)]
+        if missing := [name for name in wanted if name not in named]:
+            raise FFMergeError(
+                f"student: it no longer has {missing[0]}; make the optimizer before wrapping its modules"
+            )
+        return [
+            *(unit.on(parameters=named) for unit in self.units),
+            *(Unit([], {name: named[name]}) for name in self.plain),
+        ]
 
     def fold(self) -> nn.Module:
-        """The student as it is, on its own: a plain transformers model in evaluation mode, without gradients."""
+        """The student as it is, on its own: a plain transformers model in evaluation mode, without gradients.
+
+        Every rank must call this for a student that FSDP2 has sharded.
+        """
         self.check_student()
         return fold(self.student)
 
@@ -148,7 +194,8 @@ def project(
         "untied": untie,
         "selection": hashlib.sha256(json.dumps(selection.state()).encode()).hexdigest()[:16],
     }
-    return Projector(student, settings, _units(matrices), plain, residual, _shape_settings(student.config))
+    folder = getattr(model, "name_or_path", None) or None
+    return Projector(student, settings, grouped(matrices), plain, residual, _shape_settings(student.config), folder)
 
 
 def resolve(
@@ -257,15 +304,6 @@ class _Builder:
         if key not in self.shared:
             self.shared[key] = Projection(name, entry, self.selection.choice(axis))
         return self.shared[key]
-
-
-def _units(matrices: list[ProjectedMatrix]) -> list[Unit]:
-    """Group matrices that share a projection, directly or through others."""
-    units: list[list[ProjectedMatrix]] = []
-    for matrix in matrices:
-        touching = [u for u in units if any(p in m.projections for m in u for p in matrix.projections)]
-        units = [u for u in units if u not in touching] + [[m for u in touching for m in u] + [matrix]]
-    return [Unit(members) for members in units]
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -205,7 +205,8 @@ def test_a_merged_model_trains_like_the_formula():
         proj = ff.project(model, d_ff=12, importance=chosen)
         proj.student(**tiny_inputs(merged)).loss.backward()
         optimizer = proj.optimizer()
-        found[model] = {k: g for unit in proj.units for k, g in optimizer._unit_gradients(unit).items()}
+        gradients = {name: p.grad for name, p in proj.student.named_parameters()}
+        found[model] = {k: g for unit in proj.units for k, g in optimizer._unit_gradients(unit, gradients).items()}
     for entry in ("p_out", "residual"):
         first, second = ((f"transformer.h.{i}.mlp.c_fc.weight", entry) for i in (1, 2))
         torch.testing.assert_close(found[merged][first], found[expanded][first] + found[expanded][second])
@@ -263,3 +264,23 @@ def test_a_student_whose_config_was_edited():
     for use in (proj.optimizer, proj.fold):
         with pytest.raises(ff.FFMergeError, match=r"student: its config was edited \(n_embd\)"):
             use()
+
+
+def test_a_student_whose_modules_were_wrapped():
+    _, proj = projector("gpt2")
+    mlp = proj.student.transformer.h[0].mlp
+    mlp.c_fc = torch.nn.Sequential(mlp.c_fc)
+    with pytest.raises(ff.FFMergeError, match="student: it no longer has transformer.h.0.mlp.c_fc.weight"):
+        proj.optimizer()
+
+
+def test_parameters_made_anew_are_trained():
+    """As FSDP2 does."""
+    model, proj = projector("llama", layers=1)
+    _, other = projector(model=model)
+    for module in proj.student.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+    for student, optimizer in ((p.student, p.optimizer(lr=1e-2)) for p in (proj, other)):
+        train(student, optimizer, batches(model, 2))
+    assert equal(weights(proj.student), weights(other.student))

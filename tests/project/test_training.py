@@ -1,22 +1,14 @@
-"""Projectors in `finetune` (resume, distillation, DDP) and in transformers.Trainer."""
+"""Projectors in `finetune` (resume, distillation) and in transformers.Trainer."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import itertools
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import ffmerge_fast as ff
-from tests.project.helpers import batches, equal, projector, scores, train, weights
-from tests.project.worker import data
-from tests.project.worker import train as train_alone
+from ffmerge_fast.driver.projecting import project_and_train
+from tests.project.helpers import batches, equal, projector, train, weights
 from tests.tiny import logits, tiny_inputs, tiny_model
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 # ----------------------------------------------------------------------------------------------------------- finetune
 
@@ -57,7 +49,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, dtype):
         )  # fmt: skip
 
 
-def test_the_frozen_base_is_the_teacher():
+@pytest.mark.parametrize("offload_base", [None, "cpu", "disk"])
+def test_the_frozen_base_is_the_teacher(offload_base):
     """Distillation alone brings the student's outputs nearer to the base's, without a second copy of it."""
     model, proj = projector("gpt2", layers=1)
     inputs = tiny_inputs(model, batch=4)
@@ -67,17 +60,81 @@ def test_the_frozen_base_is_the_teacher():
         return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean").item()
 
     before, base = distance(), weights(model)
-    ff.finetune(proj.student, [inputs], 15, lr=1e-2, optimizer=proj.optimizer(), teacher=model, alpha=1.0)
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    optimizer = proj.optimizer(offload_base=offload_base)
+    ff.finetune(proj.student, [inputs], 15, lr=1e-2, optimizer=optimizer, teacher=model, alpha=1.0)
     assert distance() < 0.5 * before and equal(weights(model), base)
+    held = [m.weight for unit in (*proj.units, *optimizer._owners.mine) for m in unit.matrices]
+    assert held and {w.is_meta for w in held} == {offload_base == "disk"}
+    assert {w.untyped_storage().data_ptr() for w in held if not w.is_meta} <= storages
+    assert {p.untyped_storage().data_ptr() for p in model.parameters()} == storages
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
-    model, proj = projector("vit", layers=1)
-    good, bad = batches(model, 1)[0], batches(model, 1)[0]
-    bad["pixel_values"] = bad["pixel_values"] * torch.inf
-    options = dict(schedule="constant", save_every=1, output_dir=tmp_path, optimizer=proj.optimizer())
-    with pytest.raises(ff.FFMergeError, match="step 3: the loss is nan; the last good state is .*checkpoint-2"):
-        ff.finetune(proj.student, [good, good, bad], 3, **options)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, what):
+    """The last good state is kept, and the run goes on from it as if nothing had been."""
+    model, whole = projector("vit", layers=1)
+    data = batches(model, 3)
+    options = dict(lr=1e-2, schedule="constant", save_every=1)
+    ff.finetune(whole.student, data, 3, optimizer=whole.optimizer(), **options)
+
+    def broken(m, batch):
+        """Of the third batch."""
+        loss = m(**batch).loss
+        if batch is data[2] or torch.equal(batch["pixel_values"], data[2]["pixel_values"]):
+            loss = loss * torch.nan if what == "loss" else _Broken.apply(loss)
+        return loss
+
+    for repeated in range(2):
+        _, proj = projector(model=model)
+        with pytest.raises(ff.FFMergeError, match="step 3: the .* nan; the last good state is .*checkpoint-2"):
+            ff.finetune(
+                proj.student, data, 3, optimizer=proj.optimizer(), output_dir=tmp_path, loss_fn=broken, **options
+            )
+        assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"], repeated
+    _, proj = projector(model=model)
+    ff.finetune(proj.student, data, 3, optimizer=proj.optimizer(), output_dir=tmp_path, **options)
+    assert equal(weights(proj.student), weights(whole.student))
+
+
+class _Endless:
+    """A task of random batches."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def batches(self, split, batch_size, *, shuffle, seed, rank, world, epochs=1, start=0):
+        return (tiny_inputs(self.model, batch=batch_size, seed=i) for i in itertools.count(start * world + rank, world))
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_an_offloaded_base_is_let_go_of(tmp_path, taught):
+    """By the driver, which owns it; not where it is the teacher, whose outputs the student then comes nearer to."""
+    model = tiny_model("gpt2", layers=1)
+    data, base = _Endless(tiny_model("gpt2", layers=1)), weights(model)
+    students = []
+    for number, place in enumerate((None, "disk")):
+        proj, result = project_and_train(
+            model, data, tmp_path / str(number), 3, 1e-2, options=dict(d_model=8, d_ff=12), calibration=2,
+            optimizer=dict(offload_base=place), teacher=model if taught else None, save_every=1, batch_size=2,
+        )  # fmt: skip
+        students.append(weights(proj.student))
+        assert result.steps == 3
+    assert equal(*students)
+    assert {p.is_meta for p in model.parameters()} == {not taught}
+    assert not taught or equal(weights(model), base)
+
+
+class _Broken(torch.autograd.Function):
+    """A gradient that is not a number."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
 
 
 # ------------------------------------------------------------------------------------------------------------ trainer
@@ -110,49 +167,3 @@ def test_hugging_face_trainer(tmp_path):
     stock = type(model).from_pretrained(tmp_path / "whole" / "checkpoint-4").eval()
     inputs = tiny_inputs(model)
     assert torch.equal(logits(stock, inputs), logits(whole.fold(), inputs))
-
-
-# -------------------------------------------------------------------------------------------------------- distributed
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Folder with what both ranks ended with."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.project.worker"]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=150)[1].decode() for rank in started]
-    finally:
-        for rank in started:
-            rank.kill()
-    assert [rank.returncode for rank in started] == [0, 0], "\n".join(errors)[-3000:]
-    return folder
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("share", [None, "residual_stream"])
-def test_two_ranks_train_as_one_process_on_all_the_data(ranks, share):
-    """dW_C is what is exchanged: both ranks then make the same step, that of one process with both batches."""
-    alone = weights(train_alone(share, accumulate=2).student)
-    half = weights(projector("gpt2", layers=1, share=share)[1].student)
-    found = [load_file(ranks / f"{share}-{rank}.safetensors") for rank in range(2)]
-    assert equal(*found)
-    for name, value in alone.items():
-        torch.testing.assert_close(found[0][name], value, atol=1e-5, rtol=1e-5)
-    assert max((alone[name] - half[name]).abs().max() for name in alone) > 1e-2
-
-
-@pytest.mark.dist
-def test_importance_of_two_ranks(ranks):
-    model = tiny_model("gpt2", layers=1)
-    alone = ff.importance(model, data(model))
-    for rank in range(2):
-        found = load_file(ranks / f"scores-{rank}.safetensors")
-        assert found.keys() == alone.scores.keys() == scores(model).scores.keys()
-        for name, value in found.items():
-            torch.testing.assert_close(value, alone.scores[name], rtol=1e-6, atol=1e-9)
