@@ -45,8 +45,8 @@ class Case:
 
 
 CASES = {
-    "gpt2-pystdlib": Case(batch_size=8, steps=80, calibration=256, validation=64, test=160),
-    "vit-cifar10": Case(batch_size=64, steps=100, calibration=1024, validation=500, test=2000),
+    "gpt2-pystdlib": Case(batch_size=8, steps=50, calibration=256, validation=48, test=120),
+    "vit-cifar10": Case(batch_size=64, steps=80, calibration=1024, validation=500, test=2000),
 }
 
 Made = tuple[nn.Module, torch.optim.Optimizer | None]  # a model to train, with AdamW if there is no optimiser
@@ -54,6 +54,11 @@ Made = tuple[nn.Module, torch.optim.Optimizer | None]  # a model to train, with 
 
 def _pruned(model: nn.Module, keep: float, scores: ff.Importance, lr: float, seed: int) -> Made:
     return ff.hard_prune(model, keep, importance=scores), None
+
+
+def _svd_only(model: nn.Module, keep: float, scores: ff.Importance, lr: float, seed: int) -> Made:
+    """The student that begins with the SVD, trained as the plain small model it is."""
+    return ff.project(model, keep, importance=scores, init="svd").student, None
 
 
 def _from_scratch(model: nn.Module, keep: float, scores: ff.Importance, lr: float, seed: int) -> Made:
@@ -72,6 +77,8 @@ VARIANTS: dict[str, Callable[..., Made]] = {
     "pruned": _pruned,
     "projected": _projected(),
     "projected, no R": _projected(residual=False),
+    "SVD": _svd_only,
+    "projected from SVD": _projected(init="svd"),
     "from scratch": _from_scratch,
 }
 

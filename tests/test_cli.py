@@ -172,7 +172,7 @@ _PROJECT = ("--lr", 1e-2, "--batch-size", 4, "--eval-limit", 8, "--attention", "
 
 
 def test_project_writes_a_stock_folder(capsys, folder, text, tmp_path):
-    options = (*_data(text), *_PROJECT, "--keep", 0.5, "--distill", "--share", "qkv")
+    options = (*_data(text), *_PROJECT, "--keep", 0.5, "--distill", "--share", "qkv", "--init", "svd")
     values = run(capsys, "project", folder, tmp_path / "small", *options, "--steps", 6, "--eval-every", 3)
     assert values["steps"] == 6 and values["metric"] == "perplexity"
     assert 0.3 < values["parameters_after"] / values["parameters"] < 0.7

@@ -42,7 +42,7 @@ def project_and_train(
         model: the base; it stays as it is and may be its own student's `teacher`.
         task: data; its "train" batches calibrate and train.
         work: folder for the importances, the projection's settings, and finetune's log and checkpoints.
-        options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings.
+        options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings, init.
         scores: importances, or their file; default: `method` on `calibration` batches, kept in `work`.
         optimizer: of `Projector.optimizer`, beside lr.
         training: of `finetune`.
@@ -50,7 +50,7 @@ def project_and_train(
     Raises:
         FFMergeError: `work` was begun with other settings (says which); and as importance, project and finetune.
     """
-    resolve(model, **{name: value for name, value in options.items() if name not in ("residual", "share")})
+    resolve(model, **{name: value for name, value in options.items() if name not in ("residual", "share", "init")})
     if isinstance(scores, (str, Path)):
         scores = Importance.load(scores)
     work.mkdir(parents=True, exist_ok=True)

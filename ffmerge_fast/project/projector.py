@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._errors import FFMergeError
 from ..merge.combine import CONFIG_VERSION
 from ..models import base_model_type, fingerprint, get, is_conv1d
+from .basis import start_from_basis_, stream_basis
 from .fold import fold
 from .importance import Importance, importance
 from .layout import MODEL, Axis, Layout, read_layout
@@ -22,6 +23,7 @@ from .selection import Selection, Sizes, resolve_sizes, select, untied_names
 from .student import build_student
 
 SHARES = (None, "qkv", "residual_stream")
+INITS = ("selection", "svd")
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Projector:
         units: matrices that share projections; the optimiser goes through them one by one.
         plain: {name: parameter} of the student that are trained as they are: norms, vectors, and what keeps its shape.
         residual: whether every matrix has an R.
+        starts: {projection: Δ it begins with}, where that is not zero (init="svd").
     """
 
     student: nn.Module
@@ -43,6 +46,7 @@ class Projector:
     units: list[Unit] = field(repr=False)
     plain: dict[str, nn.Parameter] = field(repr=False)
     residual: bool
+    starts: dict[Projection, Tensor] = field(repr=False)
     _config: dict[str, Any] = field(repr=False)
 
     def optimizer(
@@ -66,10 +70,14 @@ class Projector:
             FFMergeError: a bad value; the student's config was edited; its parameters are sharded.
         """
         self.check_student()
-        return ProjectionOptimizer(
+        made = ProjectionOptimizer(
             self.units, self.plain, self.settings, self.residual, lr, betas, eps, weight_decay,
             weight_decay_on_projections, max_grad_norm,
         )  # fmt: skip
+        parameters = {m.name: m.parameter for unit in self.units for m in unit.matrices}
+        for projection, delta in self.starts.items():
+            made.state[parameters[projection.owner]][projection.entry].copy_(delta)
+        return made
 
     def fold(self) -> nn.Module:
         """The student as it is, on its own: a plain transformers model in evaluation mode, without gradients."""
@@ -106,12 +114,13 @@ def project(
     residual: bool = True,
     share: str | None = None,
     untie_embeddings: bool | None = None,
+    init: str = "selection",
 ) -> Projector:
     """Make a smaller student of `model` whose matrices are W_C = P_out · W · P_in + R (paper B).
 
-    It starts as the hard-pruned model: P selects the most important dimensions and R is zero. Its optimiser trains P
-    and R; afterwards the student is all that is kept. A merged model's shared FFNs stay shared in the student, and are
-    projected once.
+    It starts as the hard-pruned model: P selects the most important dimensions and R is zero (see `init` for another
+    start). Its optimiser trains P and R; afterwards the student is all that is kept. A merged model's shared FFNs stay
+    shared in the student, and are projected once.
 
     Args:
         model: a transformers model, left as it is; it must stay unchanged while the student is trained.
@@ -125,6 +134,9 @@ def project(
             "residual_stream", every matrix shares one P of d_model.
         untie_embeddings: give embedding and head projections of their own, as in the paper; False keeps them tied.
             Default: untied where just those two are tied.
+        init: what P of the residual stream begins with: "selection", the most important coordinates (paper); "svd",
+            the leading directions of all weights along it (see `basis`), whose start is no pruned model but nearer to
+            the base. Neurons and heads are selected in both.
 
     Raises:
         FFMergeError: widths beyond the base's or that the architecture cannot have; an importance of another model; a
@@ -132,12 +144,21 @@ def project(
     """
     if share not in SHARES:
         raise FFMergeError(f"share: got {share!r}, wanted None, 'qkv' or 'residual_stream'")
+    if init not in INITS:
+        raise FFMergeError(f"init: got {init!r}, wanted 'selection' or 'svd'")
     layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
     selection = chosen(model, layout, sizes, importance)
     student = build_student(model, layout, sizes, selection, untie)
-    matrices, plain = _Builder(model, student, layout, selection, share).build()
+    builder = _Builder(model, student, layout, selection, share)
+    matrices, plain = builder.build()
     if not matrices:
         raise FFMergeError("project: nothing gets smaller; give widths below the base model's")
+    starts = {}
+    if init == "svd":
+        if sizes.d_model == layout.d_model:
+            raise FFMergeError("init: 'svd' is of the residual stream, whose width stays; give keep= or a d_model=")
+        basis = stream_basis(model, layout, selection.d_model)
+        starts = start_from_basis_(basis, model, layout, matrices, plain, builder.stream, selection.d_model)
     settings = {
         "base": f"{base_model_type(model)} {fingerprint(model)}",
         "d_model": sizes.d_model,
@@ -145,10 +166,11 @@ def project(
         "attention": sizes.attention if layout.attention else None,
         "residual": residual,
         "share": share,
+        "init": init,
         "untied": untie,
         "selection": hashlib.sha256(json.dumps(selection.state()).encode()).hexdigest()[:16],
     }
-    return Projector(student, settings, _units(matrices), plain, residual, _shape_settings(student.config))
+    return Projector(student, settings, _units(matrices), plain, residual, starts, _shape_settings(student.config))
 
 
 def resolve(
@@ -201,6 +223,7 @@ class _Builder:
         self.base = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
         self.shared: dict[str, Projection] = {}
         self.matrices: dict[str, ProjectedMatrix] = {}
+        self.stream: dict[Projection, None] = {}  # projections of the residual stream, in order
 
     def build(self) -> tuple[list[ProjectedMatrix], dict[str, nn.Parameter]]:
         trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
@@ -256,6 +279,8 @@ class _Builder:
             key = f"{attention} in"
         if key not in self.shared:
             self.shared[key] = Projection(name, entry, self.selection.choice(axis))
+            if axis.role == MODEL:
+                self.stream[self.shared[key]] = None
         return self.shared[key]
 
 
