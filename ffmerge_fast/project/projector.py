@@ -250,7 +250,7 @@ class _Builder:
             as_matrix = _columns_of
         if parameter.ndim > 2 and (any(axes[1:-1]) or (rows is not None and columns is not None)):
             raise FFMergeError(
-                f"project: {name} {list(parameter.shape)} follows d_model on several axes: not supported"
+                f"project: {name} follows d_model on two axes of {parameter.ndim}: not supported; give d_ff= alone"
             )
         alone = as_matrix(parameter.detach()).shape[0] == 1  # a class token is a vector
         if (rows is not None or columns is not None) and not alone:

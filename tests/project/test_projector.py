@@ -33,6 +33,11 @@ def sliced_by_hand(family, model, found, name, parameter, attention):
     for dim, code in enumerate(codes(family, name, parameter.ndim)):
         if code == "-":
             continue
+        if code == "hhh":  # the rows of a head are its query's, key's and value's
+            path = name.partition(".query_key_value")[0]
+            head = int(found.scores[f"attention/{path}"].view(2, 8).sum(1).argmax())
+            parameter = parameter.index_select(dim, torch.arange(24) + 24 * head)
+            continue
         if code[0] == "d":
             index = best(found.scores["d_model"], 8)
         elif code[0] == "f":
@@ -78,7 +83,7 @@ def test_narrower_heads(family):
     assert logits(proj.student, tiny_inputs(model)).isfinite().all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "whisper"])
 def test_dropping_neurons_is_silencing_them(family):
     """Independent of all slicing: a base whose dropped neurons have no outgoing weights computes the same."""
     model = tiny_model(family, layers=depth(family))
@@ -229,7 +234,8 @@ def test_a_merged_model_trains_like_the_formula():
         ("gpt2", dict(d_model=8, share="all"), "share: got 'all'"),
         ("llama", dict(d_model=16), "nothing gets smaller"),
         ("llama", dict(d_ff={"decoder.0": 8}), "d_ff: got a width for decoder.0; a config of transformers has one"),
-        ("whisper", dict(d_model=8), "conv2.weight .* several axes: not supported"),
+        ("whisper", dict(d_model=8), "conv2.weight follows d_model on two axes of 3: not supported; give d_ff= alone"),
+        ("gpt_neox", dict(d_model=8, attention="head_dim"), "would change the rotary positions' frequencies"),
     ],
 )
 def test_bad_input(family, options, message):
