@@ -172,7 +172,7 @@ class ProjectionOptimizer(torch.optim.Optimizer):
 
     def _check_finite(self) -> None:
         names = [name for name, p in self._named.items() if p.grad is not None]
-        norms = [self._named[name].grad.norm(dtype=torch.float32) for name in names]
+        norms = [self._named[name].grad.norm(dtype=_master_dtype(self._named[name])) for name in names]
         if norms and not torch.stack([n.to(norms[0].device) for n in norms]).sum().isfinite():
             broken = next((n for n, norm in zip(names, norms, strict=True) if not norm.isfinite()), names[0])
             raise FFMergeError(
