@@ -14,7 +14,6 @@ import argparse
 import csv
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from benchmarks.measure import machine
 from ffmerge_fast.driver.data import Task
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("model", "keep", "variant", "steps", "batch_size", "seed", "lr", "start", "validation", "test", "seconds")
+COLUMNS = ("model", "keep", "variant", "steps", "batch_size", "seed", "lr", "start", "validation", "test")
 GRID = (3e-4, 1e-3)  # to begin with
 RATES = [float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3)]
 
@@ -115,7 +114,6 @@ class Runs:
     def _train(self, variant: str, lr: float, seed: int) -> dict[str, float]:
         model, optimizer = VARIANTS[variant](self.model, self.keep, self.scores, lr, seed)
         start = self._score(model, "validation")
-        began = time.monotonic()
         try:
             ff.finetune(
                 model, self.task, self.steps, lr, batch_size=self.case.batch_size, schedule="linear",
@@ -124,10 +122,8 @@ class Runs:
         except ff.FFMergeError as error:
             if "lower lr" not in str(error):  # it did not diverge
                 raise
-            return {"start": start, "validation": math.inf, "test": math.inf, "seconds": time.monotonic() - began}
-        seconds = time.monotonic() - began
-        scores = {split: self._score(model, split) for split in ("validation", "test")}
-        return {"start": start, **scores, "seconds": seconds}
+            return {"start": start, "validation": math.inf, "test": math.inf}
+        return {"start": start} | {split: self._score(model, split) for split in ("validation", "test")}
 
     def _score(self, model: nn.Module, split: str) -> float:
         return self.task.score(model, split, limit=getattr(self.case, split))
@@ -171,16 +167,16 @@ def table(runs: Runs, seeds: list[int], variants: list[str]) -> str:
     lines = [
         f"{runs.name}, {runs.steps} steps of {runs.case.batch_size} examples, {len(seeds)} seeds; test loss of the "
         f"full-size model: {runs.base():.3f}\n",
-        "| variant | learning rate | validation loss, untrained | test loss | seconds |",
-        "|---|---|---|---|---|",
+        "| variant | learning rate | validation loss, untrained | test loss |",
+        "|---|---|---|---|",
     ]
     for variant in variants:
         lr = best_rate(lambda rate, variant=variant: runs.validation(variant, rate, seeds[0]))
         rows = [runs.row(variant, lr, seed) for seed in seeds]
-        start, test, seconds = ([float(row[k]) for row in rows] for k in ("start", "test", "seconds"))
+        start, test = ([float(row[k]) for row in rows] for k in ("start", "test"))
         spread = f" ± {statistics.stdev(test):.3f}" if len(seeds) > 1 else ""
         cells = (variant, f"{lr:g}", f"{statistics.mean(start):.3f}", f"{statistics.mean(test):.3f}{spread}")
-        lines.append(f"| {' | '.join(cells)} | {statistics.median(seconds):.0f} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

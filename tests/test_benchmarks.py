@@ -137,7 +137,7 @@ def test_rows_of_a_stopped_run_are_not_made_again(tmp_path):
         )
         made.keep, made.steps, made.path = 0.5, 3, tmp_path / "rows.csv"
         made.rows = projection_quality._read(made.path)
-        made._train = lambda variant, lr, seed: dict.fromkeys(("start", "validation", "test", "seconds"), results.pop())
+        made._train = lambda variant, lr, seed: dict.fromkeys(("start", "validation", "test"), results.pop())
         return made
 
     first = runs([2.0, 1.0])
