@@ -45,7 +45,7 @@ class Case:
 
 CASES = {
     "gpt2-pystdlib": Case(batch_size=8, steps=50, calibration=256, validation=48, test=120),
-    "vit-cifar10": Case(batch_size=64, steps=50, calibration=1024, validation=500, test=2000),
+    "vit-cifar10": Case(batch_size=64, steps=40, calibration=1024, validation=500, test=1000),
 }
 
 Made = tuple[nn.Module, torch.optim.Optimizer | None]  # a model to train, with AdamW if there is no optimiser
