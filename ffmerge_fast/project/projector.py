@@ -136,7 +136,7 @@ def project(
             Default: untied where just those two are tied.
         init: what P of the residual stream begins with: "selection", the most important coordinates (paper); "svd",
             the leading directions of all weights along it (see `basis`), whose start is no pruned model but nearer to
-            the base. Neurons and heads are selected in both.
+            the base (weight decay on projections still pulls to the selection). Neurons and heads are selected in both.
 
     Raises:
         FFMergeError: widths beyond the base's or that the architecture cannot have; an importance of another model; a

@@ -5,7 +5,7 @@ import torch
 
 import ffmerge_fast as ff
 from ffmerge_fast.project.basis import stream_basis
-from tests.project.helpers import batches, equal, layout, projector, scores, train, weights
+from tests.project.helpers import FAMILIES, batches, equal, layout, projector, scores, train, weights
 from tests.project.test_optimizer import EPS, Naive
 from tests.tiny import logits, tiny_inputs, tiny_model
 
@@ -130,6 +130,22 @@ def test_it_trains_like_the_formula_from_there(family, options):
         train(proj.student, optimizer, [inputs])
     for name, value in naive.weights().items():
         torch.testing.assert_close(weights(proj.student)[name], value.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_starts_from_a_turned_stream_and_learns(family):
+    """What is not of the stream is selected as ever; everything of it has moved; a step changes that no more."""
+    model, proj = projector(family, layers=1, init="svd")
+    pruned, found = weights(projector(model=model)[1].student), weights(proj.student)
+    axes = layout(model).axes
+    for name, value in found.items():
+        turned = proj.student.get_parameter(name).requires_grad and any(a and a.role == "model" for a in axes[name])
+        assert torch.equal(value, pruned[name]) != (turned and value.any().item()), name
+    optimizer = proj.optimizer(lr=0.0)
+    train(proj.student, optimizer, batches(model, 1))
+    assert equal(weights(proj.student), found)
+    losses = train(proj.student, proj.optimizer(lr=1e-2), batches(model, 1) * 6)
+    assert losses[-1] < losses[0]
 
 
 def test_the_optimizer_begins_where_the_student_does():
