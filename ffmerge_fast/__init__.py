@@ -5,7 +5,7 @@ from importlib import metadata as _metadata
 from . import nn, ops
 from ._backend import backends, use_backend
 from ._errors import FFMergeError
-from .baselines import hard_prune, tie_without_average
+from .baselines import from_scratch, hard_prune, tie_without_average
 from .checkpoint import from_pretrained, save_pretrained, verify
 from .driver.finetune import finetune
 from .integrations.transformers import register_when_imported as _register_when_imported
@@ -38,6 +38,7 @@ __all__ = [
     "find_ffns",
     "finetune",
     "from_pretrained",
+    "from_scratch",
     "hard_prune",
     "importance",
     "is_merged",

@@ -9,6 +9,7 @@ from .merge.align import METHODS
 from .project.adamw import STATES
 from .project.base_weights import PLACES
 from .project.importance import METHODS as METHODS_OF_IMPORTANCE
+from .project.projector import INITS
 from .project.selection import ATTENTION_MODES
 
 
@@ -107,6 +108,7 @@ def project_options(parser) -> None:
     group.add_argument("--d-ff", type=int)
     group.add_argument("--attention", default="heads", choices=ATTENTION_MODES, help="what gets fewer with d_model")
     group.add_argument("--share", choices=("qkv", "residual_stream"), help="projections in common (default: none)")
+    group.add_argument("--init", default="selection", choices=INITS, help="first P: coordinates, or directions")
     group.add_argument("--no-residual", action="store_true", help="W_C = P W P without R")
     group.add_argument("--tied", action="store_true", help="keep the head tied to the embeddings")
     group.add_argument("--importance", metavar="FILE", help="scores saved by importance(...).save")

@@ -12,7 +12,7 @@ from .merge.combine import merge_
 from .models import find_ffns
 from .project.importance import Importance
 from .project.projector import chosen, resolve
-from .project.student import build_student
+from .project.student import build_student, fresh_student
 
 
 def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anchor: str = "first") -> nn.Module:
@@ -54,3 +54,26 @@ def hard_prune(
     """
     layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
     return build_student(model, layout, sizes, chosen(model, layout, sizes, importance), untie)
+
+
+def from_scratch(
+    model: nn.Module,
+    keep: float | None = None,
+    d_model: int | None = None,
+    d_ff: int | Mapping[str, int] | None = None,
+    attention: str = "heads",
+    untie_embeddings: bool | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """The model `hard_prune` makes with the same arguments, with weights drawn anew by the architecture's own rule.
+
+    What a small model reaches that learned nothing from the large one.
+
+    Args:
+        seed: of the weights; torch's global random numbers stay as they are.
+
+    Raises:
+        FFMergeError: as `project`.
+    """
+    layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
+    return fresh_student(model, layout, sizes, untie, seed)

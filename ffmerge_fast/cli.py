@@ -275,6 +275,7 @@ def _project(args) -> Result:
             "d_ff": args.d_ff,
             "attention": args.attention,
             "residual": not args.no_residual,
+            "init": args.init,
             "share": args.share,
             "untie_embeddings": False if args.tied else None,
         },

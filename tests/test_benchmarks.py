@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure, pipeline, quality, registry, run
+from benchmarks import measure, pipeline, projection_quality, quality, registry, run
 
 
 def test_wrong_result_is_never_timed():
@@ -161,3 +161,36 @@ def test_quality_makes_only_the_rows_that_the_file_lacks(tmp_path):
     other = _Rows([rows[0] | {"ridge": 0.1}, rows[1] | {"tuned_steps": 4}])
     other.all()
     assert other.scored == first.scored
+
+
+@pytest.mark.parametrize("best", [1e-5, 3e-4, 1e-3, 3e-2])
+def test_the_learning_rate_is_searched_until_the_best_is_inside(best):
+    tried = {}
+
+    def loss(lr):
+        tried[lr] = abs(math.log(lr / best)) if lr < 10 * best else math.inf  # beyond that it diverges
+        return tried[lr]
+
+    assert projection_quality.best_rate(loss) == best
+    assert min(tried) < best < max(tried)
+    assert all(a in tried for a in projection_quality.RATES if min(tried) < a < max(tried))
+
+
+def test_rows_of_a_stopped_run_are_not_made_again(tmp_path):
+    def runs(results):
+        made = projection_quality.Runs.__new__(projection_quality.Runs)
+        made.name, made.case = (
+            "tiny",
+            projection_quality.Case(batch_size=2, steps=3, calibration=1, validation=1, test=1),
+        )
+        made.keep, made.steps, made.path = 0.5, 3, tmp_path / "rows.csv"
+        made.rows = projection_quality._read(made.path)
+        made._train = lambda variant, lr, seed: dict.fromkeys(("start", "validation", "test"), results.pop())
+        return made
+
+    first = runs([2.0, 1.0])
+    assert [first.validation("pruned", lr, 0) for lr in (1e-3, 3e-3, 1e-3)] == [1.0, 2.0, 1.0]
+    again = runs([3.0])
+    assert [again.validation("pruned", lr, 0) for lr in (3e-3, 1e-3)] == [2.0, 1.0]
+    assert again.validation("pruned", 1e-3, seed=1) == 3.0
+    assert len(projection_quality._read(first.path)) == 3

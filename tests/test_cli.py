@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
 from ffmerge_fast import cli
@@ -173,7 +173,7 @@ _PROJECT = ("--lr", 1e-2, "--batch-size", 4, "--eval-limit", 8, "--attention", "
 
 
 def test_project_writes_a_stock_folder(capsys, folder, text, tmp_path):
-    options = (*_data(text), *_PROJECT, "--keep", 0.5, "--distill", "--share", "qkv")
+    options = (*_data(text), *_PROJECT, "--keep", 0.5, "--distill", "--share", "qkv", "--init", "svd")
     values = run(capsys, "project", folder, tmp_path / "small", *options, "--steps", 6, "--eval-every", 3)
     assert values["steps"] == 6 and values["metric"] == "perplexity"
     assert 0.3 < values["parameters_after"] / values["parameters"] < 0.7
@@ -182,6 +182,29 @@ def test_project_writes_a_stock_folder(capsys, folder, text, tmp_path):
     assert sum(p.numel() for p in small.parameters()) == values["parameters_after"]
     assert run(capsys, "verify", tmp_path / "small")["logit_difference"] == 0.0
     assert run(capsys, "eval", tmp_path / "small", *_data(text), "--eval-limit", 8)["perplexity"] > 1
+
+
+def test_merge_then_project(capsys, folder, text, tmp_path):
+    """Both methods by the command line: the result is merged, smaller, and verified as any merged folder."""
+    run(capsys, "merge", folder, tmp_path / "merged", "--layers", "1-3", "--method", "average")
+    options = (*_data(text), *_PROJECT, "--d-model", 8, "--d-ff", 12, "--steps", 2)
+    run(capsys, "project", tmp_path / "merged", tmp_path / "both", *options)
+    run(capsys, "fold", tmp_path / "merged", tmp_path / "both.project", tmp_path / "folded")
+    merged, both = ff.from_pretrained(tmp_path / "merged"), ff.from_pretrained(tmp_path / "both")
+    assert ff.shared_groups(both) == ff.shared_groups(merged) == [("decoder", (1, 2, 3))]
+    assert both.transformer.h[1].mlp is both.transformer.h[3].mlp and both.config.n_embd == 8
+    sizes = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("merged", "both", "folded")}
+    assert sizes["both"] == sizes["folded"] < sizes["merged"]
+    stored = load_file(tmp_path / "both" / "model.safetensors")
+    assert [name for name in stored if ".mlp.c_fc.weight" in name] == [
+        f"transformer.h.{i}.mlp.c_fc.weight" for i in (0, 1, 4)
+    ]
+    for name in ("both", "folded"):
+        assert run(capsys, "verify", tmp_path / name)["logit_difference"] == 0.0
+    damaged = {name: t.clone() for name, t in stored.items()}
+    damaged["transformer.h.1.mlp.c_fc.weight"][0, 0] += 1
+    save_file(damaged, tmp_path / "both" / "model.safetensors", metadata={"format": "pt"})
+    assert "its sha256 differs" in refuse(capsys, "verify", tmp_path / "both")
 
 
 def test_project_goes_on_and_folds(capsys, folder, text, tmp_path):

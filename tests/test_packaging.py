@@ -27,21 +27,21 @@ def pyproject() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def names(requirements: list[str]) -> set[str]:
+def required(requirements: list[str]) -> set[str]:
     return {re.match(r"[A-Za-z0-9_.-]+(\[\w+\])?", requirement)[0] for requirement in requirements}
 
 
 def test_build_needs_setuptools_and_pybind11_only(pyproject):
-    assert names(pyproject["build-system"]["requires"]) == {"setuptools", "pybind11"}
+    assert required(pyproject["build-system"]["requires"]) == {"setuptools", "pybind11"}
 
 
 def test_base_dependencies_are_few(pyproject):
-    assert names(pyproject["project"]["dependencies"]) == {"torch", "numpy", "scipy", "safetensors"}
+    assert required(pyproject["project"]["dependencies"]) == {"torch", "numpy", "scipy", "safetensors"}
 
 
 def test_env_report_knows_the_extras(pyproject):
     extras = pyproject["project"]["optional-dependencies"]
-    declared = {extra: {n for n in names(extras[extra]) if not n.startswith("ffmerge_fast[")} for extra in extras}
+    declared = {extra: {n for n in required(extras[extra]) if not n.startswith("ffmerge_fast[")} for extra in extras}
     assert declared.pop("all") == set()
     assert declared == {extra: set(packages) for extra, packages in env_report._EXTRAS.items()}
 
@@ -79,23 +79,44 @@ def test_ci_runs_the_readme_command():
         assert part in makefile.replace("$(VENV)", ".venv")
 
 
-def test_readme_example_runs(tmp_path, monkeypatch):
-    """The example's lines as they stand, on a tiny random GPT-2."""
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What README's examples are about: a tiny random GPT-2 and batches for it, in a folder of their own."""
     transformers = pytest.importorskip("transformers")
-    (example,) = re.findall(r"```python\n(import ffmerge_fast as ff\n.*?)```", README, flags=re.DOTALL)
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=8, n_embd=16, n_head=2, vocab_size=32, n_positions=32)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    batches = [{"input_ids": torch.randint(32, (4, 32))} for _ in range(2)]
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(32, (2, 4, 32))]
     monkeypatch.chdir(tmp_path)
-    names = {"model": model, "batches": batches, "tokenizer": None}
-    exec(compile(example, "README.md", "exec"), names)
-    ff = names["ff"]
+    return {"model": transformers.GPT2LMHeadModel(config).eval(), "batches": batches, "tokenizer": None}
+
+
+def example(section):
+    """The first Python block of a section, as it stands."""
+    return compile(
+        re.search(rf"^## {section}\n.*?```python\n(.*?)```", README, flags=re.DOTALL | re.M)[1], section, "exec"
+    )
+
+
+def test_readme_example_runs(names):
+    exec(example("Use"), names)
+    ff, model, inputs = names["ff"], names["model"], names["batches"][0]
     loaded = ff.from_pretrained("smaller")
     assert ff.is_merged(model) and ff.is_merged(loaded)
     assert loaded.transformer.h[3].mlp is loaded.transformer.h[7].mlp
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(**batches[0]).logits, model(**batches[0]).logits)
+        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+
+
+def test_readme_projection_runs(names):
+    exec("import ffmerge_fast as ff", names)
+    exec(example("Project"), names)
+    small, inputs = names["small"].eval(), names["batches"][0]
+    assert type(small).__name__ == "GPT2LMHeadModel" and "ffmerge" not in Path("small/config.json").read_text("utf-8")
+    assert abs(small.num_parameters() / names["model"].num_parameters() - 0.5) < 0.25
+    pruned = names["ff"].hard_prune(names["model"], keep=0.5, importance=names["scores"])
+    with torch.no_grad():
+        assert torch.equal(small(**inputs).logits, names["proj"].fold()(**inputs).logits)
+        assert small(**inputs).loss < pruned(**inputs).loss - 0.1
 
 
 def test_readme_command_lines_parse():

@@ -43,7 +43,7 @@ def project_and_train(
             is not the teacher, its parameters are let go of (moved to "meta"), so that their memory is free.
         task: data; its "train" batches calibrate and train.
         work: folder for the importances, the projection's settings, and finetune's log and checkpoints.
-        options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings.
+        options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings, init.
         scores: importances, or their file; default: `method` on `calibration` batches, kept in `work`.
         optimizer: of `Projector.optimizer`, beside lr.
         training: of `finetune`.
@@ -51,7 +51,7 @@ def project_and_train(
     Raises:
         FFMergeError: `work` was begun with other settings (says which); and as importance, project and finetune.
     """
-    resolve(model, **{name: value for name, value in options.items() if name not in ("residual", "share")})
+    resolve(model, **{name: value for name, value in options.items() if name not in ("residual", "share", "init")})
     if isinstance(scores, (str, Path)):
         scores = Importance.load(scores)
     work.mkdir(parents=True, exist_ok=True)

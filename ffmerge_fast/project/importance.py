@@ -166,7 +166,7 @@ def magnitudes(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
                 continue
             norms = parameter.detach().transpose(0, dim).flatten(1).double().norm(dim=1).cpu()
             key = {MODEL: "d_model", FFN: f"d_ff/{axis.key}", ATTENTION: f"attention/{axis.key}"}[axis.role]
-            scores[key] += norms.view(len(axis.parts), -1).sum(0)
+            scores[key] += axis.split(norms, layout.head_dim).sum(0)
             matrices += axis.role == MODEL
     scores["d_model"] /= matrices
     return scores

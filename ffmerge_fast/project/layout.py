@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._errors import FFMergeError
 from ..models import base_model_type, find_ffns, get, is_conv1d, join
@@ -31,11 +31,19 @@ class Axis:
         key: FFN ("decoder.3") or path of the attention; "" for the residual stream.
         parts: what is stacked along it: ("",), twice for a fused gate and up; for attention "query_key" or
             "value_output", three for a fused query, key and value.
+        by_head: the parts are stacked inside each head (GPT-NeoX) instead of around all heads.
     """
 
     role: str
     key: str = ""
     parts: tuple[str, ...] = ("",)
+    by_head: bool = False
+
+    def split(self, values: Tensor, head_dim: int | None) -> Tensor:
+        """One value per entry of the axis, by parts: [n] -> [parts, n / parts]."""
+        if self.by_head:
+            return values.view(-1, len(self.parts), head_dim).transpose(0, 1).flatten(1)
+        return values.view(len(self.parts), -1)
 
 
 @dataclass(frozen=True)
@@ -197,8 +205,10 @@ _FORMS = (
     ("attention.query", "attention.key", "attention.value", "output.dense"),
     ("c_attn", "c_attn", "c_attn", "c_proj"),
     ("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),
+    ("query_key_value", "query_key_value", "query_key_value", "dense"),
     ("q", "k", "v", "o"),
 )
+_BY_HEAD = "query_key_value"
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, tuple[str, str, str, str]]]:
@@ -229,8 +239,11 @@ def _attention_axes(
             kinds = {value: (QUERY_KEY, QUERY_KEY, VALUE_OUTPUT)}
         for name, parts in kinds.items():
             module = model.get_submodule(name)
-            axes[f"{name}.weight"] = {1 if is_conv1d(module) else 0: Axis(ATTENTION, path, parts)}
-            axes[f"{name}.bias"] = {0: Axis(ATTENTION, path, parts)}
+            axis = Axis(ATTENTION, path, parts, by_head=name.endswith(_BY_HEAD))
+            if axis.by_head and len(module.weight) != 3 * width:
+                raise FFMergeError(f"project: {name} has not one query, key and value per head: not supported")
+            axes[f"{name}.weight"] = {1 if is_conv1d(module) else 0: axis}
+            axes[f"{name}.bias"] = {0: axis}
     for layer in layers:
         if not any(path.startswith(f"{layer}.") for path in found):
             raise FFMergeError(

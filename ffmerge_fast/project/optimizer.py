@@ -19,11 +19,9 @@ from .._errors import FFMergeError
 from .adamw import AdamWOptions, adamw_
 from .base_weights import BaseWeights
 from .matrix import ProjectedMatrix, Projection
-from .owned_state import OwnedState, master_dtype
+from .owned_state import Entry, OwnedState, master_dtype
 from .ownership import Round, Sending, finish
 from .units import Unit, is_sharded, whole
-
-_Entry = tuple[str, str]  # (parameter name, name of a trained tensor in its state)
 
 
 class ProjectionOptimizer(OwnedState):
@@ -34,6 +32,7 @@ class ProjectionOptimizer(OwnedState):
 
     Args:
         base: makes the `BaseWeights` of the units that this rank owns.
+        starts: what trained tensors begin with, where that is not zero.
     """
 
     def __init__(
@@ -44,8 +43,9 @@ class ProjectionOptimizer(OwnedState):
         residual: bool,
         options: AdamWOptions,
         distribute: bool | None = None,
+        starts: Mapping[Entry, Tensor] | None = None,
     ):
-        super().__init__(units, settings, residual, options, distribute)
+        super().__init__(units, settings, residual, options, distribute, starts)
         self._trained = [(name, entry) for unit in units for name, entry, _ in unit.trained(residual)]
         self._inner: dict[str, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # name: product, of which deltas
         self._base = base(self._owners.mine)
@@ -107,10 +107,10 @@ class ProjectionOptimizer(OwnedState):
                     values[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         return values
 
-    def _unit_gradients(self, unit: Unit, gradients: Mapping[str, Tensor]) -> dict[_Entry, Tensor]:
+    def _unit_gradients(self, unit: Unit, gradients: Mapping[str, Tensor]) -> dict[Entry, Tensor]:
         """Gradients of everything trained in a unit, by the chain rule from those of its parameters."""
         deltas = self._deltas(unit)
-        found: dict[_Entry, Tensor] = {}
+        found: dict[Entry, Tensor] = {}
         for matrix in unit.matrices:
             gradient = gradients.get(matrix.name)
             if gradient is None:
@@ -165,7 +165,7 @@ class ProjectionOptimizer(OwnedState):
 
     def _check_finite(self) -> None:
         names = [name for name, p in self._named.items() if p.grad is not None]
-        norms = [whole(torch.linalg.vector_norm(self._named[name].grad, dtype=torch.float32)) for name in names]
+        norms = [whole(torch.linalg.vector_norm(p.grad, dtype=master_dtype(p))) for p in map(self._named.get, names)]
         total = torch.stack([n.to(norms[0].device) for n in norms]).sum() if norms else torch.zeros(())
         if self._owners.sum_(total.to(self._owners.device(), copy=True)).isfinite():
             return

@@ -14,6 +14,7 @@ from .ownership import Ownership
 from .units import Unit, is_sharded, whole
 
 _SETTINGS = "projector"
+Entry = tuple[str, str]  # (parameter name, name of a trained tensor in its state)
 
 
 class OwnedState(torch.optim.Optimizer):
@@ -34,8 +35,9 @@ class OwnedState(torch.optim.Optimizer):
         residual: bool,
         options: AdamWOptions,
         distribute: bool | None = None,
+        starts: Mapping[Entry, Tensor] | None = None,
     ):
-        self._options, self._residual = options, residual
+        self._options, self._residual, self._starts = options, residual, starts or {}
         self._owners = Ownership({unit: unit.numel(residual) for unit in units}, distribute)
         self._named = {name: p for unit in units for name, p in unit.parameters.items()}
         self._sharded = any(map(is_sharded, self._named.values()))
@@ -69,6 +71,8 @@ class OwnedState(torch.optim.Optimizer):
             dtype, where = master_dtype(parameter), torch.device(device or parameter.device)
             if entry != "master":
                 state[name][entry] = torch.zeros(shape, dtype=dtype, device=where)
+                if (name, entry) in self._starts:
+                    state[name][entry].copy_(self._starts[name, entry])
             elif parameter.dtype != dtype:
                 state[name][entry] = whole(parameter.detach()).to(where, dtype)
             moments = new_moments(shape, dtype, where, self._options.state)

@@ -16,6 +16,7 @@ from ..merge.combine import CONFIG_VERSION
 from ..models import base_model_type, fingerprint, get, is_conv1d
 from .adamw import AdamWOptions
 from .base_weights import BaseWeights
+from .basis import start_from_basis_, stream_basis
 from .fold import fold
 from .importance import Importance, importance
 from .layout import MODEL, Axis, Layout, read_layout
@@ -26,6 +27,7 @@ from .student import build_student
 from .units import Unit, grouped
 
 SHARES = (None, "qkv", "residual_stream")
+INITS = ("selection", "svd")
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Projector:
         units: matrices that share projections; the optimiser goes through them one by one.
         plain: {name: parameter} of the student that are trained as they are: norms, vectors, and what keeps its shape.
         residual: whether every matrix has an R.
+        starts: {projection: Δ it begins with}, where that is not zero (init="svd").
     """
 
     student: nn.Module
@@ -47,6 +50,7 @@ class Projector:
     units: list[Unit] = field(repr=False)
     plain: dict[str, nn.Parameter] = field(repr=False)
     residual: bool
+    starts: dict[Projection, Tensor] = field(repr=False)
     _config: dict[str, Any] = field(repr=False)
     _base_folder: str | None = field(default=None, repr=False)
 
@@ -99,7 +103,8 @@ class Projector:
                     unit.keep_weights_(base.held())
             return base
 
-        return ProjectionOptimizer(units, base_weights, self.settings, self.residual, options, distribute)
+        starts = {(p.owner, p.entry): delta for p, delta in self.starts.items()}
+        return ProjectionOptimizer(units, base_weights, self.settings, self.residual, options, distribute, starts)
 
     def _bound_units(self) -> list[Unit]:
         """Units of the parameters that the student has now (FSDP2 makes them anew), plain ones included."""
@@ -152,12 +157,13 @@ def project(
     residual: bool = True,
     share: str | None = None,
     untie_embeddings: bool | None = None,
+    init: str = "selection",
 ) -> Projector:
     """Make a smaller student of `model` whose matrices are W_C = P_out · W · P_in + R (paper B).
 
-    It starts as the hard-pruned model: P selects the most important dimensions and R is zero. Its optimiser trains P
-    and R; afterwards the student is all that is kept. A merged model's shared FFNs stay shared in the student, and are
-    projected once.
+    It starts as the hard-pruned model: P selects the most important dimensions and R is zero (see `init` for another
+    start). Its optimiser trains P and R; afterwards the student is all that is kept. A merged model's shared FFNs stay
+    shared in the student, and are projected once.
 
     Args:
         model: a transformers model, left as it is; it must stay unchanged while the student is trained.
@@ -171,6 +177,9 @@ def project(
             "residual_stream", every matrix shares one P of d_model.
         untie_embeddings: give embedding and head projections of their own, as in the paper; False keeps them tied.
             Default: untied where just those two are tied.
+        init: what P of the residual stream begins with: "selection", the most important coordinates (paper); "svd",
+            the leading directions of all weights along it (see `basis`), whose start is no pruned model but nearer to
+            the base (weight decay on projections still pulls to the selection). Neurons and heads are selected in both.
 
     Raises:
         FFMergeError: widths beyond the base's or that the architecture cannot have; an importance of another model; a
@@ -178,12 +187,21 @@ def project(
     """
     if share not in SHARES:
         raise FFMergeError(f"share: got {share!r}, wanted None, 'qkv' or 'residual_stream'")
+    if init not in INITS:
+        raise FFMergeError(f"init: got {init!r}, wanted 'selection' or 'svd'")
     layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
     selection = chosen(model, layout, sizes, importance)
     student = build_student(model, layout, sizes, selection, untie)
-    matrices, plain = _Builder(model, student, layout, selection, share).build()
+    builder = _Builder(model, student, layout, selection, share)
+    matrices, plain = builder.build()
     if not matrices:
         raise FFMergeError("project: nothing gets smaller; give widths below the base model's")
+    starts = {}
+    if init == "svd":
+        if sizes.d_model == layout.d_model:
+            raise FFMergeError("init: 'svd' is of the residual stream, whose width stays; give keep= or a d_model=")
+        basis = stream_basis(model, layout, selection.d_model)
+        starts = start_from_basis_(basis, model, layout, matrices, plain, builder.stream, selection.d_model)
     settings = {
         "base": f"{base_model_type(model)} {fingerprint(model)}",
         "d_model": sizes.d_model,
@@ -191,11 +209,13 @@ def project(
         "attention": sizes.attention if layout.attention else None,
         "residual": residual,
         "share": share,
+        "init": init,
         "untied": untie,
         "selection": hashlib.sha256(json.dumps(selection.state()).encode()).hexdigest()[:16],
     }
     folder = getattr(model, "name_or_path", None) or None
-    return Projector(student, settings, grouped(matrices), plain, residual, _shape_settings(student.config), folder)
+    shape = _shape_settings(student.config)
+    return Projector(student, settings, grouped(matrices), plain, residual, starts, shape, folder)
 
 
 def resolve(
@@ -248,6 +268,7 @@ class _Builder:
         self.base = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
         self.shared: dict[str, Projection] = {}
         self.matrices: dict[str, ProjectedMatrix] = {}
+        self.stream: dict[Projection, None] = {}  # projections of the residual stream, in order
 
     def build(self) -> tuple[list[ProjectedMatrix], dict[str, nn.Parameter]]:
         trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
@@ -274,7 +295,7 @@ class _Builder:
             as_matrix = _columns_of
         if parameter.ndim > 2 and (any(axes[1:-1]) or (rows is not None and columns is not None)):
             raise FFMergeError(
-                f"project: {name} {list(parameter.shape)} follows d_model on several axes: not supported"
+                f"project: {name} follows d_model on two axes of {parameter.ndim}: not supported; give d_ff= alone"
             )
         alone = as_matrix(parameter.detach()).shape[0] == 1  # a class token is a vector
         if (rows is not None or columns is not None) and not alone:
@@ -303,6 +324,8 @@ class _Builder:
             key = f"{attention} in"
         if key not in self.shared:
             self.shared[key] = Projection(name, entry, self.selection.choice(axis))
+            if axis.role == MODEL:
+                self.stream[self.shared[key]] = None
         return self.shared[key]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._errors import FFMergeError
 from ..models import is_conv1d
 from .importance import Importance
-from .layout import FFN, MODEL, QUERY_KEY, Axis, Layout
+from .layout import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, Layout
 
 ATTENTION_MODES = ("heads", "head_dim")
 
@@ -49,6 +49,8 @@ def resolve_sizes(
     """
     if attention not in ATTENTION_MODES:
         raise FFMergeError(f"attention: got {attention!r}, wanted 'heads' (fewer heads) or 'head_dim' (narrower ones)")
+    if attention == "head_dim" and layout.attention and any("Rotary" in type(m).__name__ for m in model.modules()):
+        raise FFMergeError("attention: 'head_dim' would change the rotary positions' frequencies; use 'heads'")
     if (keep is None) == (d_model is None and d_ff is None):
         raise FFMergeError("project: give either keep= (a share of the parameters) or d_model= and/or d_ff=")
     if keep is not None:
@@ -176,8 +178,11 @@ class Selection:
             return Choice(torch.arange(parts), index.expand(parts, -1), self.layout.d_ff[axis.key])
         attention = self.layout.attention[axis.key]
         kept = [self.channels[axis.key, part] for part in axis.parts]
-        blocks = [heads + part * attention.heads for part, (heads, _) in enumerate(kept)]
-        return Choice(torch.cat(blocks), torch.cat([inner for _, inner in kept]), attention.head_dim)
+        if axis.by_head:  # part p of head h is block h · parts + p
+            block = torch.stack([heads * len(kept) + part for part, (heads, _) in enumerate(kept)], dim=1)
+            return Choice(block.flatten(), torch.stack([c for _, c in kept], dim=1).flatten(0, 1), attention.head_dim)
+        block = torch.cat([heads + part * attention.heads for part, (heads, _) in enumerate(kept)])
+        return Choice(block, torch.cat([c for _, c in kept]), attention.head_dim)
 
     def state(self) -> dict[str, Any]:
         """Everything that decides the student's start, as lists."""
@@ -217,7 +222,9 @@ def _query_key_scores(model: nn.Module, layout: Layout, path: str) -> Tensor:
     for part, name in enumerate((attention.query, attention.key)):
         module = model.get_submodule(name)
         weight = module.weight.T if is_conv1d(module) else module.weight
-        if attention.query == attention.key:  # fused: query first, then key
-            weight = weight.chunk(3)[part]
-        norms.append(weight.detach().double().norm(dim=1).cpu().view(attention.heads, attention.head_dim))
+        norm = weight.detach().double().norm(dim=1).cpu()
+        if attention.query == attention.key:  # fused
+            axis = next(a for a in layout.axes[f"{name}.weight"] if a is not None and a.role == ATTENTION)
+            norm = axis.split(norm, attention.head_dim)[part]
+        norms.append(norm.view(attention.heads, attention.head_dim))
     return norms[0] * norms[1]

@@ -22,26 +22,11 @@ def build_student(model: nn.Module, layout: Layout, sizes: Sizes, selection: Sel
     Raises:
         FFMergeError: the class builds other shapes than the layout says.
     """
-    config = resized(model, sizes.d_model, sizes.d_ff, sizes.heads(layout))
-    if untie:
-        config.tie_word_embeddings = False
-    with torch.random.fork_rng(devices=[]):
-        student = type(model)(config)
-    if shared_groups(student) != shared_groups(model):
-        raise FFMergeError(
-            f"project: layers of this {type(model).__name__} share FFNs, which its config does not say; tie them with "
-            "merge_, or call expand_ first"
-        )
-    constants = constant_names(student)
-    student.to(device=next(model.parameters()).device, dtype=model.dtype)
-    student.requires_grad_(True)
-    if getattr(model, "generation_config", None) is not None:
-        student.generation_config = copy.deepcopy(model.generation_config)
+    student = fresh_student(model, layout, sizes, untie)
     base = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            if name in constants:
-                parameter.requires_grad_(False)
+            if not parameter.requires_grad:  # a constant
                 continue
             if name not in base:
                 raise FFMergeError(f"project: the smaller {type(model).__name__} has {name}, which the base lacks")
@@ -53,6 +38,32 @@ def build_student(model: nn.Module, layout: Layout, sizes: Sizes, selection: Sel
                 )
             parameter.copy_(kept)
         _copy_buffers_(model, student)
+    return student
+
+
+def fresh_student(model: nn.Module, layout: Layout, sizes: Sizes, untie: bool, seed: int = 0) -> nn.Module:
+    """A smaller model of the same class, initialised as the class does it; everything but its constants is trained.
+
+    Raises:
+        FFMergeError: FFNs are shared in a way that the config does not say.
+    """
+    config = resized(model, sizes.d_model, sizes.d_ff, sizes.heads(layout))
+    if untie:
+        config.tie_word_embeddings = False
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        student = type(model)(config)
+    if shared_groups(student) != shared_groups(model):
+        raise FFMergeError(
+            f"project: layers of this {type(model).__name__} share FFNs, which its config does not say; tie them with "
+            "merge_, or call expand_ first"
+        )
+    constants = constant_names(student)
+    student.to(device=next(model.parameters()).device, dtype=model.dtype)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in constants)
+    if getattr(model, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
 
 

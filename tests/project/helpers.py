@@ -7,8 +7,8 @@ from ffmerge_fast.project.layout import read_layout
 from tests.tiny import tiny_inputs, tiny_model
 
 FAMILIES = (
-    "gpt2 opt llama mistral qwen2 qwen3 olmo olmo2 gemma2 phi3 bert roberta vit deit marian bart t5 t5-gated".split()
-)
+    "gpt2 opt gpt_neox llama mistral qwen2 qwen3 olmo olmo2 gemma2 phi3 bert roberta vit deit marian bart t5 t5-gated"
+).split()
 
 
 def scores(model, seed=0):

@@ -54,7 +54,7 @@ def test_our_folder_of_a_folded_model(tmp_path):
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "vit", "marian"])
 def test_merged_and_smaller(family, tmp_path):
     """A x B on disk: the folder is verified as any merged one, and smaller than either alone."""
     base = tiny_model(family, layers=4)

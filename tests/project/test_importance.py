@@ -76,6 +76,15 @@ def test_magnitude():
     torch.testing.assert_close(found["d_model"], torch.stack(norms).mean(0).detach())
 
 
+def test_magnitude_of_parts_stacked_inside_heads():
+    model = tiny_model("gpt_neox", layers=1)
+    attention = model.gpt_neox.layers[0].attention
+    rows = attention.query_key_value.weight.detach().double().view(2, 3, 8, 16).norm(dim=3).sum(1).flatten()
+    wanted = rows + attention.dense.weight.detach().double().norm(dim=0)
+    found = ff.importance(model, method="magnitude").scores["attention/gpt_neox.layers.0.attention"]
+    torch.testing.assert_close(found, wanted)
+
+
 def test_random_is_random_and_seeded():
     model = tiny_model("gpt2")
     a, b, c = (ff.importance(model, method="random", seed=s).scores["d_model"] for s in (0, 0, 1))

@@ -10,7 +10,7 @@ from ffmerge_fast.project.layout import read_layout
 from tests.tiny import FAMILIES, tiny_model
 
 # Axes as stored: d residual stream, f FFN neurons, a attention channels (of a width that follows d_model), - neither.
-# "fff" and "aaa" are stacked parts. The first pattern that matches a name decides.
+# "ff" and "aaa" are stacked parts, "hhh" parts stacked inside each head. The first pattern that matches a name decides.
 _LLAMA = [
     (r"embed_tokens|lm_head", "- d"), (r"[qkv]_proj\.weight", "- d"), (r"[qkv]_proj\.bias", "-"), (r"o_proj", "d -"),
     (r"(gate|up)_proj", "f d"), (r"down_proj", "d f"), (r"[qk]_norm", "-"), (r"norm", "d"),
@@ -50,6 +50,11 @@ TABLES = {
         (r"mlp\.c_proj\.weight", "f d"), (r"bias", "d"),
     ],
     "opt": _SEQ2SEQ,
+    "gpt_neox": [
+        (r"embed_in|lm_head", "- d"), _NORMS, (r"query_key_value\.weight", "hhh d"), (r"query_key_value\.bias", "hhh"),
+        (r"dense_h_to_4h\.weight", "f d"), (r"dense_h_to_4h\.bias", "f"), (r"dense_4h_to_h\.weight", "d f"),
+        (r"attention\.dense\.weight", "d a"), (r"bias", "d"),
+    ],
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "gemma2"), _LLAMA),
     "phi3": [(r"qkv_proj", "- d"), (r"gate_up_proj", "ff d"), *_LLAMA],
     **dict.fromkeys(("bert", "roberta"), _BERT),
@@ -66,11 +71,14 @@ def codes(family, name, ndim):
 
 
 def code_of(axis):
-    return "-" if axis is None else {"model": "d", "ffn": "f", "attention": "a"}[axis.role] * len(axis.parts)
+    if axis is None:
+        return "-"
+    letters = {"model": "d", "ffn": "f", "attention": "h" if axis.by_head else "a"}
+    return letters[axis.role] * len(axis.parts)
 
 
 def test_every_projectable_family_has_a_table():
-    assert set(FAMILIES) - set(TABLES) == {"gpt_neox", "whisper"}
+    assert set(FAMILIES) - set(TABLES) == {"whisper"}
 
 
 @pytest.mark.parametrize("family", TABLES)
@@ -103,8 +111,18 @@ def test_reading_the_layout_changes_nothing():
 
 
 def test_unknown_attention_is_refused():
-    with pytest.raises(ff.FFMergeError, match="no attention of a known form in gpt_neox.layers.0"):
-        read_layout(tiny_model("gpt_neox", layers=1))
+    transformers = pytest.importorskip("transformers")
+    ff.register_family("mpt", ff.FFNSpec("transformer.blocks", "ffn.up_proj", "ffn.down_proj", activation="ffn.act"))
+    config = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=64)
+    with pytest.raises(ff.FFMergeError, match="no attention of a known form in transformer.blocks.0 of this 'mpt'"):
+        read_layout(transformers.MptForCausalLM(config))
+
+
+def test_fewer_keys_than_queries_in_one_matrix_are_refused():
+    model = tiny_model("gpt_neox", layers=1)
+    model.gpt_neox.layers[0].attention.query_key_value = torch.nn.Linear(16, 32)
+    with pytest.raises(ff.FFMergeError, match="attention.query_key_value has not one query, key and value per head"):
+        read_layout(model)
 
 
 def test_plain_modules_are_refused():
