@@ -147,8 +147,9 @@ class ProjectionOptimizer(torch.optim.Optimizer):
         first, second = group["betas"]
         average, square, step = ([m] for m in moments)
         adamw(
-            [value], [gradient], average, square, [], step, foreach=False, amsgrad=False, beta1=first, beta2=second,
-            lr=group["lr"], weight_decay=group[decay], eps=group["eps"], maximize=False,
+            [value], [gradient.contiguous()], average, square, [], step, foreach=False, fused=value.is_cpu,
+            amsgrad=False, beta1=first, beta2=second, lr=group["lr"], weight_decay=group[decay], eps=group["eps"],
+            maximize=False,
         )  # fmt: skip
         if entry == "master" and value is not parameter:
             parameter.copy_(value)
