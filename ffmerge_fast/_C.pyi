@@ -137,4 +137,4 @@ def projection_scatter_f32(
     out_stride: int,
     threads: int,
 ) -> None:
-    """out[rows[i], columns[j]] += y[i, j] for float32 matrices; `shape` is that of y, the rows of out are contiguous."""
+    """out[rows[i], columns[j]] += y[i, j] for float32 matrices. `shape` is that of y; rows of out are contiguous."""

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..ops.projection.chain import Problem, Side, gradients_, project_
+from ..ops.projection.chain import Problem, Side, gradients, project_
 from .selection import Choice
 
 
@@ -106,6 +106,5 @@ class ProjectedMatrix:
 
         `inner` is what `project_` returned for the same deltas; without it, it is computed again.
         """
-        rows, columns = ([] if p is None else [torch.empty_like(deltas[p])] for p in (self.rows, self.columns))
-        gradients_([self.problem(deltas)], [grad], [] if inner is None else [inner], rows, columns)
+        rows, columns = gradients([self.problem(deltas)], [grad], [] if inner is None else [inner])
         return list(zip(self.projections, rows + columns, strict=True))

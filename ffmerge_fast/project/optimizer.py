@@ -106,14 +106,20 @@ class ProjectionOptimizer(torch.optim.Optimizer):
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         scale = self._clip_factor()
         for unit in self._units:
-            gradients = self._unit_gradients(unit)
-            for (name, entry), gradient in gradients.items():
-                self._update(name, entry, gradient * scale if scale is not None else gradient, groups)
-            if gradients:
-                self._project_(unit)
+            self._step_unit(unit, scale, groups)
         for name, gradient in self._plain_gradients():
             self._update(name, "master", gradient * scale if scale is not None else gradient, groups)
         return loss
+
+    def _step_unit(self, unit: Unit, scale: float | None, groups: dict[int, dict]) -> None:
+        gradients = self._unit_gradients(unit)
+        if not gradients:
+            return
+        while gradients:  # each is let go of once it is used
+            (name, entry), gradient = gradients.popitem()
+            self._update(name, entry, gradient * scale if scale is not None else gradient, groups)
+        del gradient
+        self._project_(unit)
 
     def _unit_gradients(self, unit: Unit) -> dict[_Entry, Tensor]:
         """Gradients of everything trained in a unit, by the chain rule from those of its matrices."""
@@ -157,6 +163,7 @@ class ProjectionOptimizer(torch.optim.Optimizer):
     def _project_(self, unit: Unit) -> None:
         deltas = self._deltas(unit)
         for matrix in unit.matrices:
+            self._inner.pop(matrix.name, None)
             residual = self.state[matrix.parameter].get("residual")
             inner = matrix.project_(deltas, None if residual is None else matrix.as_matrix(residual))
             if inner is not None:

@@ -65,7 +65,7 @@ def rows_first(problem: Problem) -> bool:
 def project_(problems: Sequence[Problem], outs: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
     """outs = W_C, summed in at least float32 and rounded once; `residuals` is empty or has one R each.
 
-    Returns the inner product of each problem for `gradients_`, nothing where there is one P only.
+    Returns the inner product of each problem for `gradients`, nothing where there is one P only.
     """
     if not rows_first(problems[0]):
         turned = [[t.T for t in tensors] for tensors in (outs, residuals)]
@@ -90,38 +90,43 @@ def _project_(problems: Sequence[Problem], outs: list[Tensor], residuals: list[T
     return operands
 
 
-def gradients_(
-    problems: Sequence[Problem],
-    grads: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    columns: Sequence[Tensor],
-) -> None:
-    """rows, columns = gradients of the Δ of each side ([B, r, n] each, or no entries), from `grads`, those of W_C.
+def gradients(
+    problems: Sequence[Problem], grads: Sequence[Tensor], inner: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of the Δ of rows and of columns, in their dtypes, from `grads`, those of W_C; [] without that P.
 
     `inner` is what `project_` returned for the same deltas; without it, it is computed again.
     """
-    if not rows_first(problems[0]):
-        problems, rows, columns = [p.turned() for p in problems], columns, rows
-        grads = [g.T for g in grads]
+    if rows_first(problems[0]):
+        return _gradients(problems, list(grads), inner)
+    columns, rows = _gradients([p.turned() for p in problems], [g.T for g in grads], inner)
+    return rows, columns
+
+
+def _gradients(problems, grads, inner) -> tuple[list[Tensor], list[Tensor]]:
     first, second = ([getattr(p, name) for p in problems] for name in ("rows", "columns"))
     weights = _weights(problems)
-    dtype, device = weights[0].dtype, weights[0].device
-    grads = [g.to(dtype) for g in grads]
+    like = weights[0]
+    grads = [g.to(like.dtype) for g in grads]
     if second[0] is None:
-        op.project_rows_gradient_(list(rows), grads, weights)
-        return
-    shape = (first[0].rows, weights[0].shape[1])
-    inner = [i.to(dtype) for i in inner]
-    if not inner:
-        inner = [torch.empty(shape, dtype=dtype, device=device) for _ in problems]
-        op.project_rows_(inner, weights, *_split(first, weights), [])
+        return _gradient(first, grads, weights), []
+    shape = (first[0].rows, like.shape[1])
     turned = [g.T for g in grads]
-    op.project_rows_gradient_(list(columns), turned, [i.T for i in inner])
-    of_inner = [torch.empty(shape, dtype=dtype, device=device) for _ in problems]
     deltas, indices, _ = _split(second, [])
+    of_inner = [like.new_empty(shape) for _ in problems]
     op.project_rows_adjoint_([o.T for o in of_inner], turned, deltas, indices)
-    op.project_rows_gradient_(list(rows), of_inner, weights)
+    of_first = _gradient(first, of_inner, weights)
+    del of_inner  # the second gradient is the larger one
+    if not inner:
+        inner = [like.new_empty(shape) for _ in problems]
+        op.project_rows_(inner, weights, *_split(first, weights), [])
+    return of_first, _gradient(second, turned, [i.to(like.dtype).T for i in inner])
+
+
+def _gradient(sides: Sequence[Side], ys: list[Tensor], xs: list[Tensor]) -> list[Tensor]:
+    found = [torch.empty_like(side.delta) for side in sides]
+    op.project_rows_gradient_(found, ys, xs)
+    return found
 
 
 def _weights(problems: Sequence[Problem]) -> list[Tensor]:

@@ -34,9 +34,9 @@ def project_rows_(
     kept: list[Tensor],
     residuals: list[Tensor],
 ) -> None:
-    """As the reference."""
-    if xs[0].dtype != torch.float32:
-        return _project_rows_rounded_(outs, xs, deltas, indices, kept, residuals)
+    """As the reference; where operands are bfloat16, the product with Δ is rounded to that."""
+    if not _in_float32(xs[0], deltas[0]):
+        return _project_rows_by_torch_(outs, xs, deltas, indices, kept, residuals)
     for i, (out, x, delta) in enumerate(zip(outs, xs, deltas, strict=True)):
         total = out if _is_float32(out) else torch.empty(out.shape)
         residual = residuals[i].float() if residuals else None
@@ -44,61 +44,72 @@ def project_rows_(
             _select_(total, kept[i].float(), indices[i], residual)
         elif residuals:
             total.copy_(residual)
-        _multiply_(_blocks(total, len(delta)), delta.float(), _blocks(x, len(delta)), bool(indices or residuals))
+        _multiply_(_blocks(total, len(delta)), delta, _blocks(x, len(delta)), bool(indices or residuals))
         if total is not out:
             out.copy_(total)
 
 
 def project_rows_adjoint_(outs: list[Tensor], ys: list[Tensor], deltas: list[Tensor], indices: list[Tensor]) -> None:
-    """As the reference."""
-    if ys[0].dtype != torch.float32 or not _is_float32(outs[0]):
-        return _project_rows_adjoint_rounded_(outs, ys, deltas, indices)
+    """As the reference; where operands are bfloat16, the product with Δ is rounded to that."""
+    if not _in_float32(ys[0], deltas[0]):
+        return _project_rows_adjoint_by_torch_(outs, ys, deltas, indices)
     for i, (out, y, delta) in enumerate(zip(outs, ys, deltas, strict=True)):
-        _multiply_(_blocks(out, len(delta)), delta.float().mT, _blocks(y, len(delta)))
+        total = out if _is_float32(out) else torch.empty(out.shape)
+        y = y.float()
+        _multiply_(_blocks(total, len(delta)), delta.mT, _blocks(y, len(delta)))
         if indices:
-            _scatter_(out, y, indices[i])
+            _scatter_(total, y, indices[i])
+        if total is not out:
+            out.copy_(total)
 
 
 def project_rows_gradient_(outs: list[Tensor], ys: list[Tensor], xs: list[Tensor]) -> None:
-    """As the reference."""
+    """As the reference; where operands are bfloat16, rounded to that."""
+    in_float32 = _in_float32(xs[0], outs[0])
     for out, y, x in zip(outs, ys, xs, strict=True):
         y, x = _blocks(y, len(out)), _blocks(x, len(out)).mT
-        if y.dtype == out.dtype:
+        if in_float32 and out.dtype == torch.float32:
             _multiply_(out, y, x)
         else:
-            out.copy_(_product(y, x))
+            out.copy_(_multiply_(out.new_empty(out.shape, dtype=torch.float32), y, x) if in_float32 else _product(y, x))
 
 
-def _project_rows_rounded_(outs, xs, deltas, indices, kept, residuals) -> None:
-    """With bfloat16 operands for AMX; float64 goes the same way. Only the product with Δ is rounded."""
+def _in_float32(operand: Tensor, delta: Tensor) -> bool:
+    """Whether products are float32: not in float64, and not where AMX multiplies one large bfloat16 block."""
+    return operand.dtype != torch.float64 and (len(delta) > 1 or operand_dtype(operand.dtype) == torch.float32)
+
+
+def _project_rows_by_torch_(outs, xs, deltas, indices, kept, residuals) -> None:
     for i, (out, x, delta) in enumerate(zip(outs, xs, deltas, strict=True)):
-        total = _product(delta.to(x.dtype), _blocks(x, len(delta))).flatten(0, 1)
+        total = _product(delta, _blocks(x, len(delta))).flatten(0, 1).to(reference.wide(x.dtype))
         if indices:
-            total = total + kept[i].index_select(0, indices[i])
+            total += kept[i].index_select(0, indices[i])
         if residuals:
-            total = total + residuals[i]
+            total += residuals[i]
         out.copy_(total)
 
 
-def _project_rows_adjoint_rounded_(outs, ys, deltas, indices) -> None:
+def _project_rows_adjoint_by_torch_(outs, ys, deltas, indices) -> None:
     for i, (out, y, delta) in enumerate(zip(outs, ys, deltas, strict=True)):
-        total = _product(delta.to(y.dtype).mT, _blocks(y, len(delta))).flatten(0, 1)
+        total = _product(delta.mT, _blocks(y, len(delta))).flatten(0, 1).to(reference.wide(y.dtype))
         if indices:
-            total = total.to(reference.wide(y.dtype)).index_add_(0, indices[i], y.to(reference.wide(y.dtype)))
+            total.index_add_(0, indices[i], y.to(total.dtype))
         out.copy_(total)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b of [B, ., .]; a row-major, which is several times as fast on AMX."""
-    return torch.bmm(a.contiguous(), b) if len(a) > 1 else (a[0].contiguous() @ b[0])[None]
+    """a · b of [B, ., .] in the dtype of b; a row-major, as oneDNN likes it."""
+    a = a.to(b.dtype)
+    return torch.bmm(a, b) if len(a) > 1 else (a[0].contiguous() @ b[0])[None]
 
 
-def _multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """out (+)= a · b of float32 [B, ., .]."""
+def _multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
+    """out (+)= a · b of [B, ., .], in float32."""
+    a, b = a.float(), b.float()
     if len(out) > 1:
-        out.baddbmm_(a, b, beta=float(add))
-    else:
-        out[0].addmm_(a[0], b[0], beta=float(add))
+        return out.baddbmm_(a, b, beta=float(add))
+    out[0].addmm_(a[0], b[0], beta=float(add))
+    return out
 
 
 def _blocks(x: Tensor, blocks: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from ..._errors import FFMergeError
 from ..._library import define_op
-from .chain import Problem, Side, gradients_, project_, rows_first
+from .chain import Problem, Side, gradients, project_, rows_first
 
 
 def _project(weight, p_out, p_in, residual):
@@ -28,11 +28,9 @@ def _project_fake(weight, p_out, p_in, residual):
 
 
 def _backward(grad, weight, p_out, p_in, inner):
-    d_out, d_in = _backward_fake(grad, weight, p_out, p_in, inner)
-    rows = [] if p_out is None else [d_out[None]]
-    columns = [] if p_in is None else [d_in.T[None]]
-    gradients_([_problem(weight, p_out, p_in)], [grad], [inner] if inner.numel() else [], rows, columns)
-    return d_out, d_in
+    rows, columns = gradients([_problem(weight, p_out, p_in)], [grad], [inner] if inner.numel() else [])
+    d_out = rows[0][0] if rows else weight.new_empty(0)
+    return d_out, columns[0][0].T if columns else weight.new_empty(0)
 
 
 def _backward_fake(grad, weight, p_out, p_in, inner):
