@@ -1,6 +1,7 @@
 """The Triton backend of the projection op without a GPU: in the interpreter, and compiled for sm_90."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -77,7 +78,7 @@ def test_compiles_for_hopper(work, size, group, half):
     print(f"{work} {size} {group}: shared {shared}, registers {registers}, stack {stack}")
     assert shared <= SHARED_BYTES and stack == 0 and registers <= 255
     assert f"wgmma.mma_async.sync.aligned.m64n{config['BLOCK_N']}k16.f32" in ptx
-    assert "cp.async.cg" in ptx and "atom." not in ptx and "red.global" not in ptx
+    assert "cp.async.cg" in ptx and not re.search(r"\b(atom|red)\.", ptx)
 
 
 @pytest.mark.parametrize("shared", [48, 64, 99, 163, 227])  # KiB: the least, AMD, Ada, Ampere, Hopper
