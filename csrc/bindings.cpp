@@ -10,6 +10,7 @@
 
 #include "assignment.h"
 #include "common/cpu.h"
+#include "common/memory.h"
 #include "correlation.h"
 #include "projection.h"
 
@@ -85,6 +86,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return ffmerge::isa_name(ffmerge::best_isa()); },
         "The best instruction set this process can use.");
   m.def("cpu_isas", &cpu_isas, "Every instruction set this process can use, lowest first.");
+  m.def("prefer_huge_pages",
+        [](uintptr_t start, int64_t bytes) { ffmerge::prefer_huge_pages(pointer<void>(start), bytes); });
   m.def("assignment_f32", &assignment<float>, "scores"_a, "batch"_a, "d"_a, "batch_stride"_a, "row_stride"_a,
         "transposed"_a, "minimize"_a, "isa"_a, "threads"_a, "permutation"_a, "objective"_a, "gap"_a,
         "Exact assignment of float32 matrices.");

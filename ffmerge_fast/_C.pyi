@@ -6,6 +6,9 @@ def cpu_isa() -> str:
 def cpu_isas() -> list[str]:
     """Every instruction set this process can use, lowest first; the last one is `cpu_isa()`."""
 
+def prefer_huge_pages(start: int, bytes: int) -> None:
+    """Advise the system that this memory is about to be written; on Linux it then faults per 2 MiB, not per 4 KiB."""
+
 def assignment_f32(
     scores: int,
     batch: int,

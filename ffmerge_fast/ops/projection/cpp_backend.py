@@ -12,6 +12,9 @@ from ... import _backend, _env
 from . import reference
 
 
+_HUGE = 2**22  # bytes from which a result is worth large pages
+
+
 def can_run(tensor: Tensor | None = None) -> str | None:
     """Runs on CPU tensors wherever the extension is built."""
     if tensor is not None and tensor.device.type != "cpu":
@@ -106,10 +109,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
     """out (+)= a · b of [B, ., .], in float32."""
     a, b = a.float(), b.float()
+    _expect_writes(out)
     if len(out) > 1:
         return out.baddbmm_(a, b, beta=float(add))
     out[0].addmm_(a[0], b[0], beta=float(add))
     return out
+
+
+def _expect_writes(out: Tensor) -> None:
+    """A page fault per 4 KiB of a fresh gradient takes a tenth of its GEMM."""
+    if out.nbytes >= _HUGE:
+        _backend.extension().prefer_huge_pages(out.data_ptr(), out.nbytes)
 
 
 def _blocks(x: Tensor, blocks: int) -> Tensor:
@@ -123,6 +133,7 @@ def _is_float32(x: Tensor) -> bool:
 
 def _select_(out: Tensor, x: Tensor, index: Tensor, residual: Tensor | None) -> None:
     """out = x[index] (+ residual)."""
+    _expect_writes(out)
     rows, columns = index.data_ptr(), 0
     if out.stride(1) != 1:  # the C++ loops run along rows
         out, x, rows, columns = out.T, x.T, columns, rows
