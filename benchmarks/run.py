@@ -64,6 +64,7 @@ def time_case(case: registry.Case, device: str, runs: int) -> list[dict]:
     job = case.build(device)
     timings = measure.compare(job.candidates, job.error, job.limit, device, runs)
     ours = timings["ffmerge"].median
+    memory = job.memory() if job.memory and args.device == "cpu" else {}
     return [
         {
             "op": case.op,
@@ -75,6 +76,7 @@ def time_case(case: registry.Case, device: str, runs: int) -> list[dict]:
             "ratio": f"{t.median / ours:.2f}",
             "runs": t.runs,
             "error": f"{t.error:.1e}",
+            "extra_mib": f"{memory[name] / 2**20:.1f}" if name in memory else "",
         }
         for name, t in timings.items()
     ]
@@ -99,7 +101,7 @@ def write(path: Path, header: dict[str, str], rows: list[dict]) -> None:
             old = [row for row in csv.DictReader(file) if (row["op"], row["case"], row["device"]) not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(new[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=list(new[0]), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(old + new)
 

@@ -10,7 +10,9 @@
 
 #include "assignment.h"
 #include "common/cpu.h"
+#include "common/memory.h"
 #include "correlation.h"
+#include "projection.h"
 
 namespace py = pybind11;
 
@@ -84,6 +86,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return ffmerge::isa_name(ffmerge::best_isa()); },
         "The best instruction set this process can use.");
   m.def("cpu_isas", &cpu_isas, "Every instruction set this process can use, lowest first.");
+  m.def("prefer_huge_pages",
+        [](uintptr_t start, int64_t bytes) { ffmerge::prefer_huge_pages(pointer<void>(start), bytes); });
   m.def("assignment_f32", &assignment<float>, "scores"_a, "batch"_a, "d"_a, "batch_stride"_a, "row_stride"_a,
         "transposed"_a, "minimize"_a, "isa"_a, "threads"_a, "permutation"_a, "objective"_a, "gap"_a,
         "Exact assignment of float32 matrices.");
@@ -127,6 +131,30 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t matrix, int64_t width_a, int64_t width_b, uintptr_t accumulator, int threads) {
         ffmerge::correlation_tile(pointer<const float>(matrix), width_a, width_b, pointer<float>(accumulator),
                                   threads);
+      },
+      no_gil);
+
+  using Pair = std::tuple<int64_t, int64_t>;
+  const auto strides = [](const Pair& pair) { return ffmerge::Strides{std::get<0>(pair), std::get<1>(pair)}; };
+  m.def(
+      "projection_select_f32",
+      [=](const Pair& shape, uintptr_t x, const Pair& x_strides, uintptr_t rows, uintptr_t columns, uintptr_t residual,
+          const Pair& residual_strides, uintptr_t out, int64_t out_stride, int threads) {
+        ffmerge::projection_select_f32(
+            {std::get<0>(shape), std::get<1>(shape), pointer<const float>(x), strides(x_strides),
+             pointer<const int64_t>(rows), pointer<const int64_t>(columns), pointer<const float>(residual),
+             strides(residual_strides), pointer<float>(out), out_stride},
+            threads);
+      },
+      no_gil);
+  m.def(
+      "projection_scatter_f32",
+      [=](const Pair& shape, uintptr_t y, const Pair& y_strides, uintptr_t rows, uintptr_t columns, uintptr_t out,
+          int64_t out_stride, int threads) {
+        ffmerge::projection_scatter_f32(
+            {std::get<0>(shape), std::get<1>(shape), pointer<const float>(y), strides(y_strides),
+             pointer<const int64_t>(rows), pointer<const int64_t>(columns), pointer<float>(out), out_stride},
+            threads);
       },
       no_gil);
 }

@@ -6,6 +6,9 @@ def cpu_isa() -> str:
 def cpu_isas() -> list[str]:
     """Every instruction set this process can use, lowest first; the last one is `cpu_isa()`."""
 
+def prefer_huge_pages(start: int, bytes: int) -> None:
+    """Advise the system that this memory is about to be written; on Linux it then faults per 2 MiB, not per 4 KiB."""
+
 def assignment_f32(
     scores: int,
     batch: int,
@@ -109,3 +112,32 @@ def correlation_untile(
 
 def correlation_tile(matrix: int, width_a: int, width_b: int, accumulator: int, threads: int) -> None:
     """The inverse of `correlation_untile`."""
+
+def projection_select_f32(
+    shape: tuple[int, int],
+    x: int,
+    x_strides: tuple[int, int],
+    rows: int,
+    columns: int,
+    residual: int,
+    residual_strides: tuple[int, int],
+    out: int,
+    out_stride: int,
+    threads: int,
+) -> None:
+    """out[i, j] = x[rows[i], columns[j]] + residual[i, j] for float32 matrices; indices int64, 0 for the whole axis.
+
+    `shape` is that of out, whose rows are contiguous; a residual of 0 is none. Strides in elements.
+    """
+
+def projection_scatter_f32(
+    shape: tuple[int, int],
+    y: int,
+    y_strides: tuple[int, int],
+    rows: int,
+    columns: int,
+    out: int,
+    out_stride: int,
+    threads: int,
+) -> None:
+    """out[rows[i], columns[j]] += y[i, j] for float32 matrices. `shape` is that of y; rows of out are contiguous."""

@@ -1,18 +1,19 @@
 """One projected matrix: W_C = P_out · W · P_in + R with P = S + Δ, and its chain rule.
 
 S is a selection, so its products are gathers: at the start, where Δ and R are zero, W_C is exactly the kept slice of
-W; and a bfloat16 product rounds only what was learned. The products with Δ are the `projection` op's.
+W; and a bfloat16 product rounds only what was learned. The arithmetic is the `projection` op's (ops/projection/chain).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..ops.projection.op import project_weight, project_weight_backward
+from ..ops.projection.chain import Problem, Side, gradients, project_
 from .selection import Choice
 
 
@@ -40,35 +41,21 @@ class Projection:
         blocks, kept, width = self.shape
         return blocks * kept * width
 
-    def kept(self, x: Tensor) -> Tensor:
-        """S x: [n, m] -> [r, m]."""
-        return x.index_select(0, self.choice.index.to(x.device))
+    def side(self, delta: Tensor) -> Side:
+        """As the op takes it: of the base's blocks only those that are kept, in their order."""
+        return Side(delta, self._index.to(delta.device, non_blocking=True))
 
-    def learned(self, delta: Tensor, x: Tensor) -> Tensor:
-        """Δ x in the dtype of x: [n, m] -> [r, m]."""
-        if self.choice.width == len(x):
-            return project_weight(x, delta[0])
-        return torch.bmm(delta.to(x.dtype), self._blocks(x)).flatten(0, 1)
+    def kept_blocks(self, x: Tensor) -> Tensor:
+        """[blocks of the base · width, m] -> [kept blocks · width, m]; no copy where all are kept."""
+        block, width = self.choice.block, self.choice.width
+        if len(block) * width == len(x):
+            return x
+        return x.unflatten(0, (-1, width)).index_select(0, block.to(x.device)).flatten(0, 1)
 
-    def transposed(self, delta: Tensor, y: Tensor, rows: int) -> Tensor:
-        """(S + Δ)ᵀ y: [r, m] -> [rows, m]."""
-        x = y.new_zeros(rows, y.shape[1])
-        if self.choice.width == rows:
-            x.copy_(project_weight(y, delta[0].T))
-        else:
-            back = torch.bmm(delta.to(y.dtype).mT, y.view(len(delta), -1, y.shape[1]))
-            x.view(-1, self.choice.width, y.shape[1]).index_add_(0, self.choice.block.to(y.device), back)
-        return x.index_add_(0, self.choice.index.to(y.device), y)
-
-    def gradient(self, delta: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-        """Of Δ, where `grad` [r, m] is that of (S + Δ) x."""
-        if self.choice.width == len(x):
-            return project_weight_backward(grad, x, p_out=delta[0])[0][None]
-        return torch.bmm(grad.to(x.dtype).view(len(delta), -1, x.shape[1]), self._blocks(x).mT).to(delta.dtype)
-
-    def _blocks(self, x: Tensor) -> Tensor:
-        """The base blocks that are kept: [n, m] -> [B, width, m]."""
-        return x.reshape(-1, self.choice.width, x.shape[1]).index_select(0, self.choice.block.to(x.device))
+    @cached_property
+    def _index(self) -> Tensor:
+        blocks = torch.arange(len(self.choice.block))[:, None]
+        return (blocks * self.choice.width + self.choice.inner).reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,18 +81,23 @@ class ProjectedMatrix:
     def projections(self) -> list[Projection]:
         return [p for p in (self.rows, self.columns) if p is not None]
 
-    def base(self) -> Tensor:
-        """W [out, in] on the parameter's device."""
-        return self.as_matrix(self.weight).to(self.parameter.device, non_blocking=True)
+    def problem(self, deltas: dict[Projection, Tensor]) -> Problem:
+        """As the op takes it, W on the parameter's device."""
+        weight = self.as_matrix(self.weight).to(self.parameter.device, non_blocking=True)
+        if self.rows is not None:
+            weight = self.rows.kept_blocks(weight)
+        if self.columns is not None:
+            weight = self.columns.kept_blocks(weight.T).T
+        return Problem(weight, *(None if p is None else p.side(deltas[p]) for p in (self.rows, self.columns)))
 
     def project_(self, deltas: dict[Projection, Tensor], residual: Tensor | None) -> Tensor | None:
-        """Set the parameter to W_C: products in the dtype of W, their sum in at least float32, rounded once.
+        """Set the parameter to W_C: summed in at least float32, rounded once.
 
         Returns the inner product (W · P_in or P_out · W, whichever is cheaper) for `gradients`, None with one P only.
         """
-        projected, inner = _forward(self.base(), self.rows, self.columns, deltas, residual)
-        self.as_matrix(self.parameter.detach()).copy_(projected)
-        return inner
+        out = self.as_matrix(self.parameter.detach())
+        inner = project_([self.problem(deltas)], [out], [] if residual is None else [residual])
+        return inner[0] if inner else None
 
     def gradients(
         self, deltas: dict[Projection, Tensor], grad: Tensor, inner: Tensor | None = None
@@ -114,45 +106,5 @@ class ProjectedMatrix:
 
         `inner` is what `project_` returned for the same deltas; without it, it is computed again.
         """
-        return _backward(self.base(), self.rows, self.columns, deltas, grad, inner)
-
-
-def _rows_first(weight: Tensor, rows: Projection, columns: Projection) -> bool:
-    """Whether (P_out W) P_in costs less than P_out (W P_in)."""
-    out, in_ = weight.shape
-    rows_first = rows.numel * in_ + columns.numel * len(rows.choice)
-    columns_first = columns.numel * out + rows.numel * len(columns.choice)
-    return rows_first < columns_first
-
-
-def _forward(weight, rows, columns, deltas, residual) -> tuple[Tensor, Tensor | None]:
-    if rows is None or (columns is not None and _rows_first(weight, rows, columns)):
-        turned = None if residual is None else residual.T
-        projected, inner = _forward(weight.T, columns, rows, deltas, turned)
-        return projected.T, inner
-    kept, parts = weight, [residual]
-    inner = None
-    if columns is not None:
-        kept = columns.kept(weight.T).T
-        change = columns.learned(deltas[columns], weight.T).T
-        inner = kept + change  # W P_in
-        parts.append(rows.kept(change))
-    parts.append(rows.learned(deltas[rows], weight if inner is None else inner))
-    total = rows.kept(kept).to(torch.promote_types(weight.dtype, torch.float32))
-    for part in parts:
-        total = total if part is None else total + part
-    return total, inner
-
-
-def _backward(weight, rows, columns, deltas, grad, inner) -> list[tuple[Projection, Tensor]]:
-    if rows is None or (columns is not None and _rows_first(weight, rows, columns)):
-        return _backward(weight.T, columns, rows, deltas, grad.T, inner)
-    if columns is None:
-        return [(rows, rows.gradient(deltas[rows], grad, weight))]
-    if inner is None:
-        inner = (columns.kept(weight.T) + columns.learned(deltas[columns], weight.T)).T
-    of_inner = rows.transposed(deltas[rows], grad.to(weight.dtype), len(weight))
-    return [
-        (rows, rows.gradient(deltas[rows], grad, inner)),
-        (columns, columns.gradient(deltas[columns], of_inner.T, weight.T)),
-    ]
+        rows, columns = gradients([self.problem(deltas)], [grad], [] if inner is None else [inner])
+        return list(zip(self.projections, rows + columns, strict=True))

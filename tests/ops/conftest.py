@@ -1,4 +1,4 @@
-"""The correlation op is tested on every backend and instruction set of the machine."""
+"""Ops are tested on every backend and instruction set of the machine."""
 
 import pytest
 
@@ -8,7 +8,7 @@ BACKENDS = ["reference", "cpp portable", "cpp avx2", "cpp avx512", "cpp amx", "c
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
-def correlation_backend(request):
+def op_backend(request):
     """Every test runs on every backend and instruction set of this machine, forced in turn."""
     name, _, isa = request.param.partition(" ")
     if name == "cpp":
@@ -23,3 +23,8 @@ def correlation_backend(request):
         if not isa:
             patch.delenv("FFMERGE_CPU_ISA")
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def correlation_backend(op_backend):
+    return op_backend

@@ -48,8 +48,11 @@ def test_in_the_interpreter():
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
-def compile_for_hopper(kernel, arguments, constants, num_warps, num_stages=3):
-    """(shared bytes, PTX, registers, stack bytes) of a kernel for sm_90; a stack means spilled registers."""
+def compile_for_hopper(kernel, arguments, constants, num_warps, num_stages=3, aligned=()):
+    """(shared bytes, PTX, registers, stack bytes) of a kernel for sm_90; a stack means spilled registers.
+
+    aligned: names of integers that are multiples of 16.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -61,7 +64,7 @@ def compile_for_hopper(kernel, arguments, constants, num_warps, num_stages=3):
     for name, kind in arguments.items():
         if isinstance(kind, tuple):
             attrs |= {(names.index(name), i): divisible for i in range(len(kind))}
-        elif kind.startswith("*"):
+        elif kind.startswith("*") or name in aligned:
             attrs[names.index(name),] = divisible
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attrs),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ffmerge_fast.project.matrix import ProjectedMatrix, Projection, _rows_first
+from ffmerge_fast.ops.projection.chain import rows_first
+from ffmerge_fast.project.matrix import ProjectedMatrix, Projection
 from ffmerge_fast.project.selection import Choice
 
 
@@ -83,8 +84,8 @@ def test_value_and_gradients(case, dtype):
 
 def test_the_cheaper_order_is_chosen():
     for case, first in (("both, rows first", True), ("both, columns first", False)):
-        matrix, *_ = make(case, torch.float64)
-        assert _rows_first(matrix.weight, matrix.rows, matrix.columns) is first
+        matrix, deltas, *_ = make(case, torch.float64)
+        assert rows_first(matrix.problem(deltas)) is first
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,32 +6,40 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _backend
 from ..._errors import FFMergeError
 from ..._library import define_op
-from .reference import input_first
+from .chain import Problem, Side, gradients, project_, rows_first
 
 
-def _project(weight, *rest):
-    with torch.autocast(weight.device.type, enabled=False):
-        return _backend.select("projection", weight).project(weight, *rest)
+def _project(weight, p_out, p_in, residual):
+    problem = _problem(weight, p_out, p_in)
+    projected = weight.new_empty(problem.shape)
+    inner = project_([problem], [projected], [] if residual is None else [residual])
+    return projected, inner[0].to(weight.dtype) if inner else weight.new_empty(0)
 
 
 def _project_fake(weight, p_out, p_in, residual):
-    shape = (len(weight if p_out is None else p_out), (weight if p_in is None else p_in).shape[1])
+    problem = _problem(weight, p_out, p_in)
     inner = (0,)
     if p_out is not None and p_in is not None:
-        inner = (len(weight), shape[1]) if input_first(weight, p_out, p_in) else (shape[0], weight.shape[1])
-    return weight.new_empty(shape), weight.new_empty(inner)
+        rows, columns = problem.shape
+        inner = (rows, weight.shape[1]) if rows_first(problem) else (columns, weight.shape[0])
+    return weight.new_empty(problem.shape), weight.new_empty(inner)
 
 
-def _backward(grad, weight, *rest):
-    with torch.autocast(weight.device.type, enabled=False):
-        return _backend.select("projection", weight).project_backward(grad, weight, *rest)
+def _backward(grad, weight, p_out, p_in, inner):
+    rows, columns = gradients([_problem(weight, p_out, p_in)], [grad], [inner] if inner.numel() else [])
+    d_out = rows[0][0] if rows else weight.new_empty(0)
+    return d_out, columns[0][0].T if columns else weight.new_empty(0)
 
 
 def _backward_fake(grad, weight, p_out, p_in, inner):
     return tuple(weight.new_empty(0) if p is None else p.new_empty(p.shape) for p in (p_out, p_in))
+
+
+def _problem(weight, p_out, p_in):
+    rows = None if p_out is None else Side(p_out[None])
+    return Problem(weight, rows, None if p_in is None else Side(p_in.T[None]))
 
 
 _project_op = define_op(

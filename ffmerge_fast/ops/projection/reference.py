@@ -1,4 +1,9 @@
-"""Projected weights in plain PyTorch: the specification of the `projection` op."""
+"""Projections P = S + Δ in plain PyTorch: the specification of the `projection` op.
+
+Every backend has these functions. All take lists: one entry per problem, all problems of one shape. A projection acts
+on rows in B equal blocks that never mix: Δ is [B, r, n], x is [B·n, m], y is [B·r, m]; most often B = 1. S is given by
+the kept row of each row of y (`index`), or is absent. Matrices may have any strides.
+"""
 
 from __future__ import annotations
 
@@ -11,57 +16,61 @@ def can_run(tensor: Tensor | None = None) -> str | None:
     return None
 
 
-def input_first(weight: Tensor, p_out: Tensor, p_in: Tensor) -> bool:
-    """Whether P_out (W P_in) costs no more than (P_out W) P_in."""
-    (r_out, o), (i, r_in) = p_out.shape, p_in.shape
-    return o * r_in * (i + r_out) <= r_out * i * (o + r_in)
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What W, Δ and gradients are converted to before they are multiplied, for W in `dtype`."""
+    return wide(dtype)
 
 
-def project(
-    weight: Tensor,  # [o, i]
-    p_out: Tensor | None,  # [r_out, o]
-    p_in: Tensor | None,  # [i, r_in]
-    residual: Tensor | None,  # [r_out, r_in]
-) -> tuple[Tensor, Tensor]:
-    """W_C = P_out W P_in + R in the dtype of W, and the inner product for backward (empty with one projection only).
-
-    The products are computed in the dtype of W, R is added in at least float32 and the sum rounded once.
-    """
-    left, right = (None if p is None else p.to(weight.dtype) for p in (p_out, p_in))
-    inner = weight.new_empty(0)
-    if left is None:
-        projected = weight @ right
-    elif right is None:
-        projected = left @ weight
-    elif input_first(weight, left, right):
-        inner = weight @ right
-        projected = left @ inner
-    else:
-        inner = left @ weight
-        projected = inner @ right
-    if residual is not None:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        projected = (projected.to(wide) + residual.to(wide)).to(weight.dtype)
-    return projected, inner
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What products are summed in: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def project_backward(
-    grad: Tensor,  # [r_out, r_in]
-    weight: Tensor,
-    p_out: Tensor | None,
-    p_in: Tensor | None,
-    inner: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of P_out and P_in in their own dtypes (empty for one that is absent); never one of W."""
-    grad = grad.to(weight.dtype)
-    left, right = (None if p is None else p.to(weight.dtype) for p in (p_out, p_in))
-    if left is None:
-        d_out, d_in = None, weight.T @ grad
-    elif right is None:
-        d_out, d_in = grad @ weight.T, None
-    elif input_first(weight, left, right):  # inner = W P_in
-        d_out, d_in = grad @ inner.T, weight.T @ (left.T @ grad)
-    else:  # inner = P_out W
-        d_out, d_in = (grad @ right.T) @ weight.T, inner.T @ grad
-    pairs = ((d_out, p_out), (d_in, p_in))
-    return tuple(weight.new_empty(0) if p is None else d.to(p.dtype) for d, p in pairs)
+def project_rows_(
+    outs: list[Tensor],  # y [B·r, m]
+    xs: list[Tensor],  # [B·n, m], in an operand dtype
+    deltas: list[Tensor],  # Δ [B, r, n]
+    indices: list[Tensor],  # S: int64 [B·r], or no entries
+    kept: list[Tensor],  # x for S, perhaps in a wider dtype than for Δ; no entries without S
+    residuals: list[Tensor],  # R [B·r, m], or no entries
+) -> None:
+    """y = S x + Δ x + R, summed in float32 or better and rounded once."""
+    for i, (out, x, delta) in enumerate(zip(outs, xs, deltas, strict=True)):
+        dtype = wide(x.dtype)
+        total = torch.bmm(delta.to(dtype), _blocks(x.to(dtype), len(delta))).flatten(0, 1)
+        if indices:
+            total += kept[i].index_select(0, indices[i])
+        if residuals:
+            total += residuals[i]
+        out.copy_(total)
+
+
+def project_rows_adjoint_(
+    outs: list[Tensor],  # x̄ [B·n, m]
+    ys: list[Tensor],  # ȳ [B·r, m], in an operand dtype
+    deltas: list[Tensor],
+    indices: list[Tensor],
+) -> None:
+    """x̄ = (S + Δ)ᵀ ȳ."""
+    for i, (out, y, delta) in enumerate(zip(outs, ys, deltas, strict=True)):
+        dtype = wide(y.dtype)
+        total = torch.bmm(delta.to(dtype).mT, _blocks(y.to(dtype), len(delta))).flatten(0, 1)
+        if indices:
+            total.index_add_(0, indices[i], y.to(dtype))
+        out.copy_(total)
+
+
+def project_rows_gradient_(
+    outs: list[Tensor],  # of Δ [B, r, n]
+    ys: list[Tensor],  # ȳ [B·r, m], in an operand dtype
+    xs: list[Tensor],  # [B·n, m], in the same
+) -> None:
+    """out = ȳ xᵀ, block by block: the gradient of Δ where ȳ is that of (S + Δ) x."""
+    for out, y, x in zip(outs, ys, xs, strict=True):
+        dtype = wide(x.dtype)
+        out.copy_(torch.bmm(_blocks(y.to(dtype), len(out)), _blocks(x.to(dtype), len(out)).mT))
+
+
+def _blocks(x: Tensor, blocks: int) -> Tensor:
+    """[B·n, m] -> [B, n, m]."""
+    return x.unflatten(0, (blocks, -1))
