@@ -64,7 +64,7 @@ def time_case(case: registry.Case, device: str, runs: int) -> list[dict]:
     job = case.build(device)
     timings = measure.compare(job.candidates, job.error, job.limit, device, runs)
     ours = timings["ffmerge"].median
-    memory = job.memory() if job.memory and args.device == "cpu" else {}
+    memory = job.memory() if job.memory and device == "cpu" else {}
     return [
         {
             "op": case.op,
