@@ -24,7 +24,7 @@ from . import measure, registry, run
 CASES = {case.name: case for case in registry.cases("assignment", "small")}
 CANDIDATES = ["ffmerge", "scipy"]
 
-KINDS = ["noise", "random", "ffn", "dead ffn", "ties"]
+KINDS = ["noise", "random", "ffn", "dead ffn", "ties", "binary"]
 SIZES = [768, 1536, 3072, 5120]
 GPT2 = Path(__file__).resolve().parents[2] / "shared" / "models" / "gpt2-pystdlib"
 

@@ -234,17 +234,17 @@ def ffn_correlation(width: int) -> torch.Tensor:
 def score_matrix(kind: str, width: int) -> torch.Tensor:
     """float32 [width, width].
 
-    "noise", "random": no structure, normal and uniform; "ties": whole numbers below 100; "related": correlations of
-    two layers that share directions; "ffn": of two FFNs (see above), the hard kind; "dead": "related" with one neuron
-    in ten without variance on either side (scores 0); "dead ffn": the same of "ffn".
+    "noise", "random": no structure, normal and uniform; "ties", "binary": whole numbers below 100 and 2; "related":
+    correlations of two layers that share directions; "ffn": of two FFNs (see above), the hard kind; "dead": "related"
+    with one neuron in ten without variance on either side (scores 0); "dead ffn": the same of "ffn".
     """
     generator = torch.Generator().manual_seed(0)
     if kind == "noise":
         return torch.randn(width, width, generator=generator)
     if kind == "random":
         return torch.rand(width, width, generator=generator)
-    if kind == "ties":
-        return torch.randint(100, (width, width), generator=generator).float()
+    if kind in ("ties", "binary"):
+        return torch.randint(100 if kind == "ties" else 2, (width, width), generator=generator).float()
     if "ffn" in kind:
         scores = ffn_correlation(width)
     else:

@@ -25,7 +25,7 @@ constexpr int kCapacity = 64;      // ... and kept at most; a multiple of 16
 constexpr double kLargest = 1e30;  // float32 prices must not overflow
 
 // Bids rise by epsilon of the typical gain of a row's best column over the first one not in its list.
-constexpr double kEpsilonFirst = 4e-2, kEpsilonLast = 4e-4, kEpsilonStep = 0.1;
+constexpr double kEpsilonFirst = 2e-2, kEpsilonLast = 8e-4, kEpsilonStep = 0.04;
 // Several times what anything but heavy ties or extreme scales was seen to take; beyond, the dense solver is faster.
 constexpr int kBidsPerRow = 100;
 constexpr int kSelectsPerRow = 10;  // reads of whole rows
@@ -275,18 +275,8 @@ class SparseSolver {
     return two;
   }
 
-  ExactTwo exact_cheapest_two() {
-    const auto [first, second] = exact_cheapest_.two(m_.price);
-    const bool tied = first.first == second.first && m_.row_of[first.second] >= 0 && m_.row_of[second.second] < 0;
-    return {-first.first, -second.first, first.second, tied ? second.second : -1};
-  }
-
   // The best column of row i for certain; false if that took too much.
   bool exact_two(int i, ExactTwo& two) {
-    if (constant_[i]) {
-      two = exact_cheapest_two();
-      return true;
-    }
     two = exact_listed_two(i);
     if (two.second < lists_[i].bound) {
       refill(i);
@@ -303,12 +293,9 @@ class SparseSolver {
   // Augmenting row reduction: bids with epsilon 0. A row displaced without a rise in price waits for the next sweep.
   bool augment_rows() {
     std::fill(m_.row_of.begin(), m_.row_of.end(), -1);
-    if (constant_rows_ > 0) exact_cheapest_.rebuild(m_.price);
     std::vector<int> rows, waiting;
-    for (int pass = 0; pass < 2; ++pass) {
-      for (int i = 0; i < d_; ++i) {
-        if (constant_[i] == pass) rows.push_back(i);
-      }
+    for (int i = 0; i < d_; ++i) {
+      if (!constant_[i]) rows.push_back(i);
     }
     int64_t bids_left = static_cast<int64_t>(kRowBids) * d_;
     for (int sweep = 0; sweep < 3 && !rows.empty(); ++sweep, rows.swap(waiting)) {
@@ -335,7 +322,24 @@ class SparseSolver {
         }
       }
     }
+    place_constant_rows();
     return true;
+  }
+
+  // The cheapest columns, as far as they are free, all at the price of the last: equally good for all these rows.
+  void place_constant_rows() {
+    if (constant_rows_ == 0) return;
+    std::vector<int> cheapest = every_column_;
+    std::stable_sort(cheapest.begin(), cheapest.end(), [this](int j, int k) {
+      return std::make_pair(m_.price[j], m_.row_of[j] >= 0) < std::make_pair(m_.price[k], m_.row_of[k] >= 0);
+    });
+    int placed = 0;
+    for (int i = 0; i < d_; ++i) {
+      if (!constant_[i]) continue;
+      if (m_.row_of[cheapest[placed]] >= 0) break;
+      m_.assign(i, cheapest[placed++]);
+    }
+    for (int q = 0; q + 1 < placed; ++q) raise(cheapest[q], m_.price[cheapest[placed - 1]]);
   }
 
   // --- shortest augmenting paths on the lists
@@ -393,7 +397,8 @@ class SparseSolver {
 
   bool augment(Search& s, int start, int64_t& events_left) {
     ExactTwo two;
-    if (!exact_two(start, two)) return false;
+    two.best = -*std::min_element(m_.price.begin(), m_.price.end());
+    if (!constant_[start] && !exact_two(start, two)) return false;
     ++s.number;
     s.heap.clear();
     s.columns.clear();
@@ -486,7 +491,6 @@ class SparseSolver {
   std::vector<int> every_column_;
   std::vector<float> zeros_;
   CheapestColumns<float> cheapest_;
-  CheapestColumns<double> exact_cheapest_;
   int64_t selects_left_;
   std::vector<int> columns_;
   std::vector<float> values_;
