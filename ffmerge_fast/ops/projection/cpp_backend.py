@@ -11,7 +11,6 @@ from torch import Tensor
 from ... import _backend, _env
 from . import reference
 
-
 _HUGE = 2**22  # bytes from which a result is worth large pages
 
 
