@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure, pipeline, projection_quality, quality, registry, run
+from benchmarks import measure, pipeline, projection_quality, projection_step, quality, registry, run
 
 
 def test_wrong_result_is_never_timed():
@@ -57,6 +57,39 @@ def test_assignment_error_sees_a_worse_and_an_invalid_permutation():
     assert job.error(best) == 0
     assert job.error(best.roll(1)) > job.limit
     assert job.error(torch.zeros_like(best)) == math.inf
+
+
+def small_setting(batches=2):
+    return projection_step.Setting.random(64, 128, (32, 64), batches, 16, torch.float32)
+
+
+@pytest.mark.parametrize("side", projection_step.SIDES)
+def test_training_steps_do_the_same_work(side):
+    gate = projection_step.Gate(small_setting())
+    done = projection_step.SIDES[side](small_setting()).step()
+    assert gate(done) <= 1e-4
+    with torch.no_grad():
+        parts = done.parts[0] if hasattr(done, "parts") else [*done.model.parameters()]
+        parts[-1][3, 5] += 1e-3
+    assert gate(done) > 1e-4
+
+
+def test_extra_memory_of_a_plain_step_is_its_gradients_and_activations():
+    setting = small_setting(batches=1)
+    held = projection_step.extra_memory(setting)
+    gradients = 4 * 2 * 32 * 64
+    activations = 4 * 16 * (3 * 64 + 2 * 32)  # before and after gelu, its gradient; output and input's gradient
+    assert gradients <= held[projection_step.PLAIN] <= gradients + activations + 4096
+    assert held["autograd"] > held["ffmerge"] > 0
+
+
+def test_projection_error_sees_a_wrong_gradient():
+    job = registry.projection_case("small", (64, 32), (32, 16), torch.float32).build("cpu")
+    for name, run_once in job.candidates.items():
+        result = run_once()
+        assert job.error(result) <= job.limit, name
+    result[2][3, 5] += 1.0
+    assert job.error(result) > job.limit
 
 
 def test_run_writes_a_table_and_keeps_other_cases(tmp_path, capsys, monkeypatch):

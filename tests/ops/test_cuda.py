@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
+from ffmerge_fast.ops.projection import chain
 from ffmerge_fast.testing import nan_poisoned_empty
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -170,3 +171,34 @@ def test_project_weight():
         results.append([y, *torch.autograd.grad(y.square().sum(), [p_out, p_in])])
     for ours, expected in zip(*results, strict=True):
         assert (ours.cpu() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def split_projection(device, dtype, out, in_, r_out, r_in):
+    """(problem, R, gradient of W_C) on a device; Δ and R in float32 or better."""
+    wide = torch.promote_types(dtype, torch.float32)
+    sides = []
+    for seed, (kept, width) in enumerate([(r_out, out), (r_in, in_)]):
+        index = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
+        sides.append(chain.Side(random(1, kept, width, seed=10 + seed).mul(1e-2).to(device, wide), index.to(device)))
+    weight, grad = (random(*s, seed=i).bfloat16().to(device, dtype) for i, s in enumerate([(out, in_), (r_out, r_in)]))
+    return chain.Problem(weight, *sides), random(r_out, r_in, seed=3).to(device, wide), grad
+
+
+@pytest.mark.parametrize("shape", [(63, 100, 31, 50), (1280, 5120, 640, 2560), (5120, 1280, 2560, 640)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 5e-3), (torch.float32, 1e-6)])
+def test_split_projection_by_triton(shape, dtype, tolerance):
+    reason = ff.backends()["projection"]["triton"]
+    if reason:
+        pytest.skip(reason)
+    found = []
+    for device, kind, times in (("cuda", dtype, 2), ("cpu", torch.float64, 1)):
+        problem, residual, grad = split_projection(device, kind, *shape)
+        for _ in range(times):
+            outs = [torch.empty(problem.shape, dtype=residual.dtype, device=device) for _ in range(3)]
+            inner = chain.project_([problem] * 3, outs, [residual] * 3)
+            rows, columns = chain.gradients([problem] * 3, [grad] * 3, inner)
+            assert all(torch.equal(a, b) for a, b in ((outs[0], outs[2]), (rows[0], rows[2])))
+            found.append([outs[0], rows[0], columns[0]])
+    for first, again, exact in zip(*found, strict=True):
+        assert torch.equal(first, again)
+        assert (first.cpu() - exact).norm() <= tolerance * exact.norm()

@@ -7,6 +7,7 @@ import ffmerge_fast as ff
 from ffmerge_fast.ops.projection import op
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
 
+pytestmark = pytest.mark.usefixtures("op_backend")
 SHAPES = [(1, 1, 1, 1), (63, 100, 31, 50), (100, 63, 90, 7), (431, 64, 16, 64)]  # out, in, r_out, r_in
 SIDES = [(True, True), (True, False), (False, True)]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ffmerge_fast import _backend
 from ffmerge_fast.ops.projection.chain import rows_first
 from ffmerge_fast.project.matrix import ProjectedMatrix, Projection
 from ffmerge_fast.project.selection import Choice
@@ -60,9 +61,20 @@ def formula(matrix, deltas, residual):
     return value + residual
 
 
+@pytest.fixture(params=["reference", "cpp", "cpp amx-emulated"])
+def backend(request, monkeypatch):
+    name, _, isa = request.param.partition(" ")
+    if name == "cpp" and (reason := _backend.why_no_extension()):
+        pytest.skip(reason)
+    monkeypatch.setenv("FFMERGE_BACKEND", name)
+    if isa:
+        monkeypatch.setenv("FFMERGE_CPU_ISA", isa)
+    return request.param
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_value_and_gradients(case, dtype):
+def test_value_and_gradients(case, dtype, backend):
     matrix, deltas, residual, grad = make(case, dtype)
     for delta in deltas.values():
         delta.requires_grad_()
@@ -82,6 +94,19 @@ def test_value_and_gradients(case, dtype):
     assert torch.equal(residual.grad, grad)
 
 
+def test_a_parameter_that_is_stored_transposed():
+    """As in GPT-2's Conv1D: [in, out]."""
+    matrix, deltas, residual, grad = make("both, rows first", torch.float32)
+    stored = torch.full(matrix.parameter.T.shape, torch.nan)
+    turned = ProjectedMatrix("w", stored, matrix.weight.T.contiguous(), lambda t: t.T, matrix.rows, matrix.columns)
+    masters = {p: d.float() for p, d in deltas.items()}
+    inner = [m.project_(masters, residual.float()) for m in (matrix, turned)]
+    torch.testing.assert_close(stored.T, matrix.parameter)
+    found = [m.gradients(masters, grad.float(), i) for m, i in zip((matrix, turned), inner, strict=True)]
+    for (_, ours), (_, theirs) in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_the_cheaper_order_is_chosen():
     for case, first in (("both, rows first", True), ("both, columns first", False)):
         matrix, deltas, *_ = make(case, torch.float64)
@@ -90,7 +115,7 @@ def test_the_cheaper_order_is_chosen():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_without_anything_learned_it_is_a_gather(case, dtype):
+def test_without_anything_learned_it_is_a_gather(case, dtype, backend):
     matrix, deltas, residual, _ = make(case, dtype)
     matrix.project_({p: torch.zeros_like(d, dtype=torch.float32) for p, d in deltas.items()}, None)
     kept = matrix.weight
@@ -99,7 +124,7 @@ def test_without_anything_learned_it_is_a_gather(case, dtype):
     assert torch.equal(matrix.parameter, kept)
 
 
-def test_bfloat16_loses_little_of_what_was_learned():
+def test_bfloat16_loses_little_of_what_was_learned(backend):
     """PERF.md's reason for P = S + Δ: 4.8 % of the update is lost with P itself in bfloat16, 0.24 % split."""
     g = torch.Generator().manual_seed(0)
     n, r = 256, 128
