@@ -130,10 +130,12 @@ class ProjectionOptimizer(OwnedState):
         self, unit: Unit, gradients: Mapping[str, Tensor], scale: float | None, groups: dict[int, dict[str, Any]]
     ) -> None:
         """Chain rule, AdamW and projection of one unit."""
-        parameters = unit.parameters
-        for (name, entry), gradient in self._unit_gradients(unit, gradients).items():
+        parameters, found = unit.parameters, self._unit_gradients(unit, gradients)
+        while found:  # each is let go of once it is used
+            (name, entry), gradient = found.popitem()
             gradient = gradient if scale is None else gradient * scale
             self._update_(name, entry, parameters[name], gradient, groups[id(self._named[name])])
+        del gradient
         self._project_(unit)
 
     def _update_(self, name: str, entry: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -149,6 +151,7 @@ class ProjectionOptimizer(OwnedState):
     def _project_(self, unit: Unit) -> None:
         deltas = self._deltas(unit)
         for matrix in unit.matrices:
+            self._inner.pop(matrix.name, None)
             residual = self._state(matrix.name).get("residual")
             inner = matrix.project_(deltas, None if residual is None else matrix.as_matrix(residual))
             if inner is not None and not self._base.offloaded:
