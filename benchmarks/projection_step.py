@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ffmerge_fast.project import projector as projectors
 from ffmerge_fast.project.matrix import ProjectedMatrix, Projection
 from ffmerge_fast.project.selection import Choice
+from ffmerge_fast.project.units import grouped
 
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-4}  # a large eps: updates are smooth in the gradient
 
@@ -105,8 +106,8 @@ class Ours(Plain):
             for (name, parameter), (weight, rows, columns)
             in zip(self.model.named_parameters(), setting.sides(), strict=True)
         ]  # fmt: skip
-        units = projectors._units(matrices)
-        projector = projectors.Projector(self.model, {}, units, {}, True, projectors._shape_settings(self.model.config))
+        shape = projectors._shape_settings(self.model.config)
+        projector = projectors.Projector(self.model, {}, grouped(matrices), {}, True, {}, shape)
         self.optimizer = projector.optimizer(**OPTIONS)
         self._trained = sum(p.numel for m in matrices for p in m.projections) + sum(
             p.numel() for p in self.model.parameters()

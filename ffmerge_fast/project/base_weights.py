@@ -19,6 +19,7 @@ from .._errors import FFMergeError
 from .units import Unit
 
 PLACES = (None, "cpu", "disk")
+_ALIGNMENT = 64  # of what torch allocates on a CPU, in bytes
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -59,7 +60,7 @@ class BaseWeights:
         else:
             self._host = _in_host_memory(weights, pin=self._side is not None) if place == "cpu" else weights
         self.offloaded = place is not None
-        self._fetches = place == "disk" or any(w.device != self._device for w in self._host.values())
+        self._fetches = place == "disk" or any(not self._usable(w) for w in self._host.values())
 
     def held(self) -> dict[str, Tensor]:
         """{matrix name: weight} of those in memory."""
@@ -95,11 +96,16 @@ class BaseWeights:
         yield unit
         unit.matrices.clear()  # so that no more than two units are in memory, whoever still holds this one
 
+    def _usable(self, weight: Tensor) -> bool:
+        """Whether it need not be copied: it is on the student's device, and there where torch would have put it. One
+        that was loaded from a file may lie at any address, and a product rounds by how its factors are aligned."""
+        return weight.device == self._device and (not weight.is_cpu or weight.data_ptr() % _ALIGNMENT == 0)
+
     def _fetch(self, unit: Unit) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Runs in a thread of its own, with a CUDA stream of its own."""
         found = {m.name: self._read(m.name) for m in unit.matrices}
         if self._side is None:
-            return {name: w.to(self._device) for name, w in found.items()}, None
+            return {n: w if self._usable(w) else w.to(self._device, copy=True) for n, w in found.items()}, None
         with torch.cuda.stream(self._side):
             found = {name: w.to(self._device, non_blocking=True) for name, w in found.items()}
         return found, self._side.record_event()
@@ -156,8 +162,7 @@ class _Entry:
     shape: tuple[int, ...]
 
     def read(self, pin: bool = False) -> Tensor:
-        """The tensor in memory of its own: a map of the file would be a crash when that is cut short, and tensors in
-        it lie at any address, where products round otherwise."""
+        """The tensor in memory of its own: a map of the file would be a crash when that is cut short."""
         tensor = torch.empty(self.shape, dtype=self.dtype, pin_memory=pin)
         try:
             with open(self.file.path, "rb", buffering=0) as file:
