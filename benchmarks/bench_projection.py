@@ -12,7 +12,8 @@ import torch
 from . import measure, projection_step, registry
 
 CASES = {case.name: case for case in registry.cases("projection", "small")}
-CANDIDATES = list(dict.fromkeys(["ffmerge", "autograd", "autograd, input first", *projection_step.SIDES]))
+OF_THE_OP = ["ffmerge", "autograd", "autograd, input first", "autograd in float32"]
+CANDIDATES = list(dict.fromkeys([*OF_THE_OP, *projection_step.SIDES]))
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -116,7 +116,7 @@ def _multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
 
 
 def _expect_writes(out: Tensor) -> None:
-    """A page fault per 4 KiB of a fresh gradient takes a tenth of its GEMM."""
+    """Large pages for a large result: fresh memory otherwise faults at every 4 KiB."""
     if out.nbytes >= _HUGE:
         _backend.extension().prefer_huge_pages(out.data_ptr(), out.nbytes)
 
