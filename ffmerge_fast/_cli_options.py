@@ -90,6 +90,14 @@ def out_options(parser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file")
 
 
+def search_options(parser) -> None:
+    group = parser.add_argument_group("scores")
+    help_evaluate = "the metric, or proxy: the shared FFNs' errors on --data, without evaluating the model"
+    group.add_argument("--evaluate", default="metric", choices=("metric", "proxy"), help=help_evaluate)
+    group.add_argument("--proxy-tokens", type=int, default=2048, metavar="N", help="that the proxy takes (2048)")
+    group.add_argument("--resume", help="JSON file that keeps the metric's scores")
+
+
 def recover_options(parser) -> None:
     group = parser.add_argument_group("recovery without training")
     group.add_argument("--recover", default="none", choices=("none", "refit"), help="refit: W_down by least squares")

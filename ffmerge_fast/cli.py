@@ -32,6 +32,7 @@ from ._cli_options import (
     out_options,
     project_options,
     recover_options,
+    search_options,
     sizes,
     validation_option,
 )
@@ -164,22 +165,22 @@ def _search(args) -> Result:
     seconds: dict[str, float] = {}
     stats = _statistics(args, model, seconds)
     task = _task(args, model, train=args.data, validation=args.eval_data)
+    options = {"anchor": args.anchor, "method": args.method, "seed": args.seed, "resume": args.resume}
+    if args.evaluate == "proxy":
+        metric, evaluate = "relative error", "proxy"
+        options |= {"batches": _calibration_batches(args, task), "max_tokens": args.proxy_tokens}
+    else:
+        metric, options["higher_is_better"] = task.metric, task.higher_is_better
+
+        def evaluate(merged: Any) -> float:
+            return task.score(merged, limit=args.eval_limit)
+
     with _timed(seconds, "search"):
-        found = search(
-            model,
-            stats,
-            args.window,
-            lambda m: task.score(m, limit=args.eval_limit),
-            higher_is_better=task.higher_is_better,
-            anchor=args.anchor,
-            method=args.method,
-            seed=args.seed,
-            resume=args.resume,
-        )
+        found = search(model, stats, args.window, evaluate, **options)
     if args.out and _is_first_rank():
         _write_text(args.out, json.dumps(found.to_dict()))
-    table = format_table(["window", task.metric], found.search)
-    return _plan_values(found) | {"metric": task.metric, "seconds": seconds}, f"{table}\n\n{found}"
+    table = format_table(["window", metric], found.search)
+    return _plan_values(found) | {"metric": metric, "seconds": seconds}, f"{table}\n\n{found}"
 
 
 def _merge(args) -> Result:
@@ -552,7 +553,7 @@ _COMMANDS = [
     ("search", _search, "try every window on validation data and plan the best", (
         model_options, argument("--window", type=int, required=True, help="number of adjacent layers"),
         anchor_option, method_option, _statistics_option, data_options, validation_option, collect_options,
-        argument("--out", help="plan file to write"), argument("--resume", help="JSON file that keeps the scores"),
+        argument("--out", help="plan file to write"), search_options,
     )),
     ("merge", _merge, "merge FFNs and write the smaller model", (
         model_options, out_options, choice_options, method_option, _statistics_option,

@@ -140,6 +140,16 @@ def test_search_keeps_scores_and_resumes(capsys, folder, text, statistics, tmp_p
     assert run(capsys, *argv, "--resume", tmp_path / "scores.json")["layers"] == "0-1"
 
 
+def test_search_by_proxy_evaluates_no_model(capsys, folder, text, statistics, tmp_path):
+    argv = ("search", folder, "--statistics", statistics, "--window", 2, *_data(text), "--batch-size", 4)
+    found = run(capsys, *argv, "--evaluate", "proxy", "--proxy-tokens", 400, "--out", tmp_path / "plan.json")
+    assert found["metric"] == "relative error" and len({s["score"] for s in found["search"]}) == 4
+    assert found["layers"] == min(found["search"], key=lambda s: s["score"])["layers"]
+    merged = run(capsys, "merge", folder, tmp_path / "merged", "--plan", tmp_path / "plan.json")
+    assert merged["layers"] == found["layers"]
+    assert "resume" in refuse(capsys, *argv, "--evaluate", "proxy", "--resume", tmp_path / "scores.json")
+
+
 def test_merge_with_refit_keeps_its_report(capsys, folder, text, tmp_path):
     plain = ("merge", folder, tmp_path / "plain", "--layers", "1-3", "--method", "average")
     run(capsys, *plain)
