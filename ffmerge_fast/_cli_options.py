@@ -99,11 +99,15 @@ def search_options(parser) -> None:
 
 
 def recover_options(parser) -> None:
-    group = parser.add_argument_group("recovery without training")
-    group.add_argument("--recover", default="none", choices=("none", "refit"), help="refit: W_down by least squares")
+    group = parser.add_argument_group("recovery without training the model")
+    help_recover = "refit: W_down by least squares; distill: the shared FFNs trained on their layers' own inputs"
+    choices = ("none", "refit", "distill", "refit+distill")
+    group.add_argument("--recover", default="none", choices=choices, help=help_recover)
     group.add_argument("--ridge", type=float, default=1e-2, help="larger keeps W_down closer to the merged one")
     help_rounds = "refits after the first, on the merged model's own stream; the best by held-out loss is kept"
     group.add_argument("--recover-rounds", type=int, default=0, metavar="N", help=help_rounds)
+    group.add_argument("--recover-steps", type=int, default=1000, metavar="N", help="of distill (default 1000)")
+    group.add_argument("--recover-lr", type=float, default=1e-3, help="of distill (default 1e-3)")
 
 
 def project_options(parser) -> None:

@@ -198,16 +198,16 @@ def _merge(args) -> Result:
         stats = _statistics(args, model, seconds) if needed else None
         with _timed(seconds, "align"):
             made = plan(stats, args.layers, args.window, args.anchor, args.method, model, args.seed)
-    teacher = copy.deepcopy(model) if args.recover == "refit" else None
+    teacher = copy.deepcopy(model) if args.recover != "none" else None
     with _timed(seconds, "merge"):
         merge_(model, made)
     extras = {"plan.json": json.dumps(made.to_dict()), "plan.txt": str(made) + "\n"}
     values, text = _plan_values(made) | {"folder": str(args.out), "seconds": seconds}, str(made)
-    if teacher is not None:
-        with _timed(seconds, "refit"):
-            report = _refit(args, model, teacher)
-        extras |= {"refit.json": json.dumps(report.to_dict()), "refit.txt": f"{report}\n"}
-        values, text = values | {"refit": report.to_dict()}, f"{text}\n\n{report}\n"
+    for name in args.recover.split("+") if teacher is not None else ():
+        with _timed(seconds, name):
+            report = _RECOVERIES[name](args, model, teacher)
+        extras |= {f"{name}.json": json.dumps(report.to_dict()), f"{name}.txt": f"{report}\n"}
+        values, text = values | {name: report.to_dict()}, f"{text}\n\n{report}\n"
     if _is_first_rank():
         save_pretrained(model, args.out, load_processor(args.model), args.overwrite, args.max_shard_size, extras)
     return values, f"{text}\nwritten to {args.out} (plan kept in {EXTRAS}/)"
@@ -226,6 +226,25 @@ def _refit(args, model: Any, teacher: Any) -> Any:
         rounds=args.recover_rounds,
         max_tokens=args.tokens,
     )
+
+
+def _distill(args, model: Any, teacher: Any) -> Any:
+    """Train the shared FFNs on their layers' inputs and outputs of the calibration data."""
+    from .merge.distill import local_distill_
+
+    task = _task(args, model, train=args.data, validation=args.eval_data)
+    return local_distill_(
+        model,
+        teacher,
+        _calibration_batches(args, task),
+        steps=args.recover_steps,
+        lr=args.recover_lr,
+        max_tokens=args.tokens,
+        seed=args.seed,
+    )
+
+
+_RECOVERIES = {"refit": _refit, "distill": _distill}
 
 
 def _finetune(args) -> Result:

@@ -167,6 +167,20 @@ def test_merge_with_refit_keeps_its_report(capsys, folder, text, tmp_path):
     assert "--data" in refuse(capsys, *plain[:2], tmp_path / "none", *plain[3:], "--recover", "refit")
 
 
+def test_merge_with_refit_and_distillation(capsys, folder, text, tmp_path):
+    options = ("--layers", "1-3", "--method", "average", *_data(text), "--tokens", 800, "--batch-size", 4)
+    out = tmp_path / "merged"
+    values = run(capsys, "merge", folder, out, *options, "--recover", "refit+distill", "--recover-steps", 30)
+    refit, distill = (values[name]["groups"][0] for name in ("refit", "distill"))
+    assert refit["layers"] == distill["layers"] == [1, 2, 3] and distill["best"] > 0
+    assert distill["after"] < distill["before"] < refit["before"] and {"refit", "distill"} <= set(values["seconds"])
+    for name in ("refit", "distill"):
+        assert json.loads((out / "_ffmerge" / f"{name}.json").read_text()) == values[name]
+    assert ff.shared_groups(ff.from_pretrained(out)) == [("decoder", (1, 2, 3))]
+    wrong = refuse(capsys, "merge", folder, tmp_path / "none", *options, "--recover", "distill", "--recover-lr", -1)
+    assert "lr: got -1" in wrong and not (tmp_path / "none").exists()
+
+
 def test_finetune_keeps_the_tie(capsys, folder, text, tmp_path):
     run(capsys, "merge", folder, tmp_path / "merged", "--layers", "1-3", "--method", "average")
     options = ("--steps", 6, "--lr", 1e-2, "--batch-size", 4, "--eval-every", 3, "--save-every", 3, "--eval-limit", 8)
