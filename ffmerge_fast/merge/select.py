@@ -14,10 +14,12 @@ from torch import nn
 
 from .._errors import FFMergeError
 from .._progress import progress
+from ..ops.correlation.spool import parse_bytes
 from .align import MergePlan, plan, rank_windows
 from .combine import merged
 from .layers import Group, format_layers, windows
 from .passes import evaluating, on_all_ranks, world_size
+from .prefix import PrefixOutputs
 from .proxy import proxy_scores
 from .statistics import CorrelationStats
 
@@ -34,12 +36,17 @@ def search(
     resume: str | os.PathLike | None = None,
     batches: Iterable[Any] | None = None,
     max_tokens: int = 2048,
+    prefix_memory: int | str = "1GiB",
 ) -> MergePlan:
     """Merge each of the N - window + 1 windows, evaluate without tuning, undo, and keep the best.
 
     The model is never reloaded and has exactly its own weights and modes afterwards. Encoder and decoder move in step.
     In a `torch.distributed` job the windows are shared out over the ranks, and every rank returns the same plan; the
     ranks meet after each window, so that an error on one makes all of them raise.
+
+    Blocks before the first merged one do not run again for every window: where `evaluate` calls the model with the same
+    arguments each time, their outputs are kept, and the scores are the same bit for bit. That needs calls without
+    gradients (torch.no_grad) and without a key-value cache (use_cache=False); others run whole.
 
     Args:
         model: the model the statistics are of.
@@ -53,6 +60,8 @@ def search(
         resume: a JSON file that keeps the scores; a killed search goes on from it.
         batches: data for "proxy", as for `collect`: one forward pass of the model; no labels are needed.
         max_tokens: of "proxy": how many tokens' FFN inputs and outputs are kept in memory, in all layers.
+        prefix_memory: bytes, or text such as "8GiB", for the kept outputs: d_model numbers per token that `evaluate`
+            gives to the model, and its arguments. Calls beyond it run whole; 0 runs all so.
 
     Returns:
         The plan of the best window (the first one among equals), with all scores in `.search`.
@@ -63,6 +72,7 @@ def search(
     with on_all_ranks("search"):
         _check_arguments(evaluate, higher_is_better, resume, batches, max_tokens)
         stats.model.check(model, "stats")
+        keep = parse_bytes(prefix_memory, "prefix_memory") if prefix_memory else 0
         wanted = {format_layers(g, stats.model.stacks): g for g in windows(stats.model.ffns, window)}
         settings = {"window": window, "anchor": anchor, "method": method, "seed": seed}
         scores = _Scores(resume, {"model": stats.model.fingerprint, **settings})
@@ -76,7 +86,8 @@ def search(
     if evaluate == "proxy":
         values = proxy_scores(model, wanted, planned, batches, max_tokens)
     else:
-        values = _evaluated(model, wanted, planned, evaluate, scores, f"search window {window}")
+        prefix = PrefixOutputs(model, stats.model.ffns, keep)
+        values = _evaluated(model, wanted, planned, evaluate, scores, prefix)
     ranked = [(name, values[name]) for name in wanted]
     usable = [(name, value) for name, value in ranked if not math.isnan(value)]
     if not usable:
@@ -93,14 +104,15 @@ def _evaluated(
     planned: Callable[[Sequence[Group]], MergePlan],
     evaluate: Callable[[nn.Module], float],
     scores: _Scores,
-    title: str,
+    prefix: PrefixOutputs,
 ) -> dict[str, float]:
     """The score of every window, each evaluated by one rank."""
     turns = _turns_of_rank(list(wanted))
-    for name in progress(turns, total=len(turns), desc=title, unit="window"):
+    for name in progress(turns, total=len(turns), desc="search", unit="window"):
         with on_all_ranks("search"):
             if name is not None and name not in scores.values:
-                with evaluating(model), merged(model, planned(wanted[name])):
+                first = next(layers[0] for stack, layers in wanted[name] if stack == prefix.stack)
+                with evaluating(model), merged(model, planned(wanted[name])), prefix.before(first):
                     scores.add(name, float(evaluate(model)))
     return _gather(scores.values)
 
