@@ -4,7 +4,8 @@
 
 For every window of each size: the validation loss of the model with it merged (permute, un-tuned), the proxy score, and
 the mean matched correlation. Printed per size: Spearman's rank correlation of the loss with the proxy and with the
-(negated) correlation, the loss of the window that each chooses, and the seconds of both searches.
+(negated) correlation, the loss of the window that each chooses, and the CPU seconds of three searches: exact with every
+block run for every window (whole), exact as it is, and by proxy.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import ffmerge_fast as ff
 from benchmarks.measure import machine
@@ -24,12 +26,13 @@ from ffmerge_fast._table import format_table
 from ffmerge_fast.driver import evaluate
 
 COLUMNS = (
-    "model", "size", "layers", "loss", "proxy", "mean_correlation", "tokens", "exact_seconds", "proxy_seconds",
+    "model", "size", "layers", "loss", "proxy", "mean_correlation", "tokens", "whole_seconds", "exact_seconds",
+    "proxy_seconds",
 )  # fmt: skip
 
 
 def rows_of(name: str, shared: Path, sizes: list[int], tokens: int, limit: int | None = None) -> Iterator[dict]:
-    """A row per window; seconds are those of the whole search of that size.
+    """A row per window; CPU seconds (one thread) are those of the search over all windows of that size.
 
     Args:
         limit: validation and calibration examples, instead of the case's.
@@ -39,13 +42,25 @@ def rows_of(name: str, shared: Path, sizes: list[int], tokens: int, limit: int |
     calibration = list(task.batches("train", case.batch_size, shuffle=True, limit=limit or case.calibration))
     validation = list(task.batches("validation", case.batch_size, limit=limit or case.validation))
     stats = ff.collect(model, calibration, window=max(sizes))
+
+    def validate(merged: nn.Module) -> float:
+        return evaluate.loss(merged, validation)
+
     for size in sizes:
         by_correlation = dict(ff.plan(stats, window=size).search)  # first: the alignments are kept, nobody's time
-        started = time.monotonic()
-        exact = ff.search(model, stats, size, lambda m: evaluate.loss(m, validation))
-        between = time.monotonic()
-        proxy = ff.search(model, stats, size, "proxy", batches=calibration, max_tokens=tokens)
-        seconds = {"exact_seconds": between - started, "proxy_seconds": time.monotonic() - between}
+        searches = {
+            "whole": {"evaluate": validate, "prefix_memory": 0},
+            "exact": {"evaluate": validate},
+            "proxy": {"evaluate": "proxy", "batches": calibration, "max_tokens": tokens},
+        }
+        found, seconds = {}, {}
+        for key, options in searches.items():
+            started = time.process_time()
+            found[key] = ff.search(model, stats, size, **options)
+            seconds[f"{key}_seconds"] = time.process_time() - started
+        whole, exact, proxy = found.values()
+        if exact.search != whole.search:
+            raise SystemExit(f"{name}, windows of {size}: branched scores differ from those of whole runs")
         scores = dict(proxy.search)
         for layers, loss in exact.search:
             row = {"model": name, "size": size, "layers": layers, "loss": loss, "proxy": scores[layers]}
@@ -69,9 +84,11 @@ def summary(rows: list[dict]) -> str:
         loss, proxy = ([row[key] for row in members] for key in ("loss", "proxy"))
         unlike = [-row["mean_correlation"] for row in members]
         chosen = [loss[min(range(len(loss)), key=by.__getitem__)] for by in (loss, proxy, unlike)]
-        seconds = [members[0][key] for key in ("exact_seconds", "proxy_seconds")]
+        seconds = [members[0][key] for key in ("whole_seconds", "exact_seconds", "proxy_seconds")]
         lines.append([model, size, len(loss), spearman(loss, proxy), spearman(loss, unlike), *chosen, *seconds])
-    headers = "model,size,windows,rho proxy,rho correlation,loss exact,loss proxy,loss correlation,exact s,proxy s"
+    headers = (
+        "model,size,windows,rho proxy,rho correlation,loss exact,loss proxy,loss correlation,whole s,exact s,proxy s"
+    )
     return format_table(headers.split(","), lines)
 
 

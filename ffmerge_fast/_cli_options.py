@@ -106,7 +106,7 @@ def recover_options(parser) -> None:
     group.add_argument("--ridge", type=float, default=1e-2, help="larger keeps W_down closer to the merged one")
     help_rounds = "refits after the first, on the merged model's own stream; the best by held-out loss is kept"
     group.add_argument("--recover-rounds", type=int, default=0, metavar="N", help=help_rounds)
-    group.add_argument("--recover-steps", type=int, default=1000, metavar="N", help="of distill (default 1000)")
+    group.add_argument("--recover-steps", type=int, default=400, metavar="N", help="of distill (default 400)")
     group.add_argument("--recover-lr", type=float, default=1e-3, help="of distill (default 1e-3)")
 
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure, pipeline, quality, registry, run
+from benchmarks import measure, pipeline, quality, recovery, registry, run, search_proxy
 
 
 def test_wrong_result_is_never_timed():
@@ -161,3 +161,31 @@ def test_quality_makes_only_the_rows_that_the_file_lacks(tmp_path):
     other = _Rows([rows[0] | {"ridge": 0.1}, rows[1] | {"tuned_steps": 4}])
     other.all()
     assert other.scored == first.scored
+
+
+def test_search_proxy_ranks_windows_of_a_real_model(shared):
+    rows = list(search_proxy.rows_of("gpt2-pystdlib", shared, [2], tokens=512, limit=16))
+    assert [row["layers"] for row in rows] == [f"{i}-{i + 1}" for i in range(11)]
+    assert all(set(row) == set(search_proxy.COLUMNS) and row["proxy"] > 0 for row in rows)
+    loss, proxy = ([row[key] for row in rows] for key in ("loss", "proxy"))
+    assert search_proxy.spearman(loss, proxy) > 0.3  # 0.79 on all data
+    line = search_proxy.summary(rows).splitlines()[-1].split()
+    assert line[:3] == ["gpt2-pystdlib", "2", "11"] and float(line[5]) == pytest.approx(min(loss), rel=1e-3)
+
+
+def test_spearman_compares_orders_only():
+    assert search_proxy.spearman([1, 2, 3, 4], [0.1, 5, 6, 100]) == pytest.approx(1)
+    assert search_proxy.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert search_proxy.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+
+
+def test_recovery_compares_the_same_merged_model(shared):
+    rows = list(recovery.Run("gpt2-pystdlib", shared, tokens=2048, steps=20, limit=16).rows("4-7"))
+    assert [row["recovery"] for row in rows] == ["none", "refit", "distill", "refit + distill", "tune", "refit + tune"]
+    assert all(set(row) == set(recovery.COLUMNS) for row in rows)
+    values = {row["recovery"]: row for row in rows}
+    assert values["none"]["recovered"] == 0.0 and len({row["loss"] for row in rows}) == 6
+    assert min(values["tune"]["steps"], values["refit + tune"]["steps"]) > 0
+    for row in rows:
+        assert row["recovered"] < 1 and (row["recovered"] > 0) == (row["loss"] < values["none"]["loss"])
+    assert values["distill"]["steps"] == values["refit + distill"]["steps"] == 20

@@ -64,7 +64,7 @@ def local_distill_(
     model: nn.Module,
     teacher: nn.Module,
     batches: Iterable[Any],
-    steps: int = 1000,
+    steps: int = 400,
     lr: float = 1e-3,
     batch_tokens: int = 512,
     max_tokens: int = 20_000,
@@ -251,7 +251,7 @@ def _schedule(step: int, steps: int) -> float:
 
 def _check_arguments(steps: int, lr: float, batch_tokens: int, max_tokens: int) -> None:
     if steps < 1:
-        raise FFMergeError(f"steps: got {steps}, wanted at least 1 (about 1,000 is usual)")
+        raise FFMergeError(f"steps: got {steps}, wanted at least 1 (about 400 is usual)")
     if not (lr > 0 and math.isfinite(lr)):
         raise FFMergeError(f"lr: got {lr}, wanted a positive number (1e-3 is usual)")
     if batch_tokens < 1:

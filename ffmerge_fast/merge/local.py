@@ -24,7 +24,8 @@ class LayerData:
 
     Attributes:
         x, y: [tokens, d_model], of this process.
-        moments: of the block's output over the tokens of all processes, float64 [3, d_model]: count, Σ out, Σ out².
+        moments: of the block's output, float64 [3, d_model]: count, Σ out, Σ out²; of this process's tokens, until
+            `sum_over_ranks`.
     """
 
     x: Tensor
