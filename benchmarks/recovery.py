@@ -4,8 +4,9 @@
 
 A model is merged (permute) and recovered: by the closed-form refit, by training the shared FFNs on their layers' own
 inputs (distill), by both, and by end-to-end training of the whole merged model, from the merged and from the refitted
-one, for as many CPU seconds (one thread) as refit and distill take together. Same calibration examples for all; scores
-are of test data. `recovered` is the share of the test loss lost by merging that came back.
+one, for as many CPU seconds (one thread) as refit and distill take together. Tuning draws on all training data, the
+others on the calibration examples among it. Scores are of test data; `recovered` is the share of the test loss lost by
+merging that came back.
 """
 
 from __future__ import annotations
@@ -81,8 +82,7 @@ class Run:
         return max(1, round(seconds / (_cpu_seconds(lambda: self.tune(trial, 4)) / 4)))
 
     def tune(self, model: nn.Module, steps: int) -> None:
-        options = dict(shuffle=True, seed=1, epochs=None, limit=self.limits["train"])
-        train = self.task.batches("train", self.case.tuning_batch, **options)
+        train = self.task.batches("train", self.case.tuning_batch, shuffle=True, seed=1, epochs=None)
         finetune(model, train, steps=steps, lr=self.case.lr, schedule="linear", warmup=steps // 10)
 
 

@@ -203,7 +203,8 @@ class _Training:
     def _error(self, tokens: Tensor | slice) -> Tensor:
         """Σ w ‖FFN(x) − y‖² over the layers and these tokens."""
         like, arguments = self._copies[0], op_arguments(self._model, self._ffns[0], self._replaced)
-        outputs = shared_ffn([layer.x[tokens].to(like) for layer in self._layers], **arguments)
+        inputs = [layer.x[tokens].to(like) for layer in self._layers]
+        outputs = shared_ffn(inputs, **arguments, recompute="none")  # there is no other layer's memory to save
         errors = [
             w * (output - layer.y[tokens].to(like)).square().sum()
             for w, output, layer in zip(self._weights, outputs, self._layers, strict=True)
