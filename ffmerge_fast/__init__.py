@@ -12,6 +12,7 @@ from .integrations.transformers import register_when_imported as _register_when_
 from .merge.align import MergeGroup, MergePlan, plan
 from .merge.collect import collect
 from .merge.combine import expand_, is_merged, merge, merge_, print_parameters, shared_groups
+from .merge.distill import DistillGroup, DistillReport, local_distill_
 from .merge.recover import RefitGroup, RefitReport, refit_
 from .merge.select import search, sweep
 from .merge.statistics import CorrelationStats
@@ -23,6 +24,8 @@ from .project.projector import Projector, project
 __all__ = [
     "CorrelationState",
     "CorrelationStats",
+    "DistillGroup",
+    "DistillReport",
     "FFMergeError",
     "FFNSpec",
     "FFNSublayer",
@@ -42,6 +45,7 @@ __all__ = [
     "hard_prune",
     "importance",
     "is_merged",
+    "local_distill_",
     "merge",
     "merge_",
     "nn",

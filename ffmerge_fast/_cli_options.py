@@ -93,12 +93,24 @@ def out_options(parser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file")
 
 
+def search_options(parser) -> None:
+    group = parser.add_argument_group("scores")
+    help_evaluate = "the metric, or proxy: the shared FFNs' errors on --data, without evaluating the model"
+    group.add_argument("--evaluate", default="metric", choices=("metric", "proxy"), help=help_evaluate)
+    group.add_argument("--proxy-tokens", type=int, default=2048, metavar="N", help="that the proxy takes (2048)")
+    group.add_argument("--resume", help="JSON file that keeps the metric's scores")
+
+
 def recover_options(parser) -> None:
-    group = parser.add_argument_group("recovery without training")
-    group.add_argument("--recover", default="none", choices=("none", "refit"), help="refit: W_down by least squares")
+    group = parser.add_argument_group("recovery without training the model")
+    help_recover = "refit: W_down by least squares; distill: the shared FFNs trained on their layers' own inputs"
+    choices = ("none", "refit", "distill", "refit+distill")
+    group.add_argument("--recover", default="none", choices=choices, help=help_recover)
     group.add_argument("--ridge", type=float, default=1e-2, help="larger keeps W_down closer to the merged one")
     help_rounds = "refits after the first, on the merged model's own stream; the best by held-out loss is kept"
     group.add_argument("--recover-rounds", type=int, default=0, metavar="N", help=help_rounds)
+    group.add_argument("--recover-steps", type=int, default=400, metavar="N", help="of distill (default 400)")
+    group.add_argument("--recover-lr", type=float, default=1e-3, help="of distill (default 1e-3)")
 
 
 def project_options(parser) -> None:

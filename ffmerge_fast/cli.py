@@ -32,6 +32,7 @@ from ._cli_options import (
     out_options,
     project_options,
     recover_options,
+    search_options,
     sizes,
     validation_option,
 )
@@ -164,22 +165,22 @@ def _search(args) -> Result:
     seconds: dict[str, float] = {}
     stats = _statistics(args, model, seconds)
     task = _task(args, model, train=args.data, validation=args.eval_data)
+    options = {"anchor": args.anchor, "method": args.method, "seed": args.seed, "resume": args.resume}
+    if args.evaluate == "proxy":
+        metric, evaluate = "relative error", "proxy"
+        options |= {"batches": _calibration_batches(args, task), "max_tokens": args.proxy_tokens}
+    else:
+        metric, options["higher_is_better"] = task.metric, task.higher_is_better
+
+        def evaluate(merged: Any) -> float:
+            return task.score(merged, limit=args.eval_limit)
+
     with _timed(seconds, "search"):
-        found = search(
-            model,
-            stats,
-            args.window,
-            lambda m: task.score(m, limit=args.eval_limit),
-            higher_is_better=task.higher_is_better,
-            anchor=args.anchor,
-            method=args.method,
-            seed=args.seed,
-            resume=args.resume,
-        )
+        found = search(model, stats, args.window, evaluate, **options)
     if args.out and _is_first_rank():
         _write_text(args.out, json.dumps(found.to_dict()))
-    table = format_table(["window", task.metric], found.search)
-    return _plan_values(found) | {"metric": task.metric, "seconds": seconds}, f"{table}\n\n{found}"
+    table = format_table(["window", metric], found.search)
+    return _plan_values(found) | {"metric": metric, "seconds": seconds}, f"{table}\n\n{found}"
 
 
 def _merge(args) -> Result:
@@ -197,16 +198,16 @@ def _merge(args) -> Result:
         stats = _statistics(args, model, seconds) if needed else None
         with _timed(seconds, "align"):
             made = plan(stats, args.layers, args.window, args.anchor, args.method, model, args.seed)
-    teacher = copy.deepcopy(model) if args.recover == "refit" else None
+    teacher = copy.deepcopy(model) if args.recover != "none" else None
     with _timed(seconds, "merge"):
         merge_(model, made)
     extras = {"plan.json": json.dumps(made.to_dict()), "plan.txt": str(made) + "\n"}
     values, text = _plan_values(made) | {"folder": str(args.out), "seconds": seconds}, str(made)
-    if teacher is not None:
-        with _timed(seconds, "refit"):
-            report = _refit(args, model, teacher)
-        extras |= {"refit.json": json.dumps(report.to_dict()), "refit.txt": f"{report}\n"}
-        values, text = values | {"refit": report.to_dict()}, f"{text}\n\n{report}\n"
+    for name in args.recover.split("+") if teacher is not None else ():
+        with _timed(seconds, name):
+            report = _RECOVERIES[name](args, model, teacher)
+        extras |= {f"{name}.json": json.dumps(report.to_dict()), f"{name}.txt": f"{report}\n"}
+        values, text = values | {name: report.to_dict()}, f"{text}\n\n{report}\n"
     if _is_first_rank():
         save_pretrained(model, args.out, load_processor(args.model), args.overwrite, args.max_shard_size, extras)
     return values, f"{text}\nwritten to {args.out} (plan kept in {EXTRAS}/)"
@@ -225,6 +226,25 @@ def _refit(args, model: Any, teacher: Any) -> Any:
         rounds=args.recover_rounds,
         max_tokens=args.tokens,
     )
+
+
+def _distill(args, model: Any, teacher: Any) -> Any:
+    """Train the shared FFNs on their layers' inputs and outputs of the calibration data."""
+    from .merge.distill import local_distill_
+
+    task = _task(args, model, train=args.data, validation=args.eval_data)
+    return local_distill_(
+        model,
+        teacher,
+        _calibration_batches(args, task),
+        steps=args.recover_steps,
+        lr=args.recover_lr,
+        max_tokens=args.tokens,
+        seed=args.seed,
+    )
+
+
+_RECOVERIES = {"refit": _refit, "distill": _distill}
 
 
 def _finetune(args) -> Result:
@@ -556,7 +576,7 @@ _COMMANDS = [
     ("search", _search, "try every window on validation data and plan the best", (
         model_options, argument("--window", type=int, required=True, help="number of adjacent layers"),
         anchor_option, method_option, _statistics_option, data_options, validation_option, collect_options,
-        argument("--out", help="plan file to write"), argument("--resume", help="JSON file that keeps the scores"),
+        argument("--out", help="plan file to write"), search_options,
     )),
     ("merge", _merge, "merge FFNs and write the smaller model", (
         model_options, out_options, choice_options, method_option, _statistics_option,

@@ -9,7 +9,17 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure, pipeline, projection_quality, projection_step, quality, registry, run
+from benchmarks import (
+    measure,
+    pipeline,
+    projection_quality,
+    projection_step,
+    quality,
+    recovery,
+    registry,
+    run,
+    search_proxy,
+)
 
 
 def test_wrong_result_is_never_timed():
@@ -227,3 +237,32 @@ def test_rows_of_a_stopped_run_are_not_made_again(tmp_path):
     assert [again.validation("pruned", lr, 0) for lr in (3e-3, 1e-3)] == [2.0, 1.0]
     assert again.validation("pruned", 1e-3, seed=1) == 3.0
     assert len(projection_quality._read(first.path)) == 3
+
+
+def test_search_proxy_ranks_windows_of_a_real_model(shared):
+    rows = list(search_proxy.rows_of("gpt2-pystdlib", shared, [2], tokens=512, limit=16))
+    assert [row["layers"] for row in rows] == [f"{i}-{i + 1}" for i in range(11)]
+    assert all(set(row) == set(search_proxy.COLUMNS) and row["proxy"] > 0 for row in rows)
+    loss, proxy = ([row[key] for row in rows] for key in ("loss", "proxy"))
+    assert search_proxy.spearman(loss, proxy) > 0.3  # 0.79 on all data
+    line = search_proxy.summary(rows).splitlines()[-1].split()
+    assert line[:3] == ["gpt2-pystdlib", "2", "11"] and float(line[5]) == pytest.approx(min(loss), rel=1e-3)
+
+
+def test_spearman_compares_orders_only():
+    assert search_proxy.spearman([1, 2, 3, 4], [0.1, 5, 6, 100]) == pytest.approx(1)
+    assert search_proxy.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert search_proxy.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+
+
+def test_recovery_compares_the_same_merged_model(shared):
+    rows = list(recovery.Run("gpt2-pystdlib", shared, tokens=2048, steps=20, limit=16).rows("4-7"))
+    assert [row["recovery"] for row in rows] == ["none", "refit", "distill", "refit + distill", "tune", "refit + tune"]
+    assert all(set(row) == set(recovery.COLUMNS) for row in rows)
+    values = {row["recovery"]: row for row in rows}
+    assert values["none"]["recovered"] == 0.0
+    assert len({values[name]["loss"] for name in ("none", "refit", "tune", "refit + tune")}) == 4
+    assert min(values["tune"]["steps"], values["refit + tune"]["steps"]) > 0
+    for row in rows:
+        assert row["recovered"] < 1 and (row["recovered"] > 0) == (row["loss"] < values["none"]["loss"])
+    assert values["distill"]["steps"] == values["refit + distill"]["steps"] == 20

@@ -140,6 +140,16 @@ def test_search_keeps_scores_and_resumes(capsys, folder, text, statistics, tmp_p
     assert run(capsys, *argv, "--resume", tmp_path / "scores.json")["layers"] == "0-1"
 
 
+def test_search_by_proxy_evaluates_no_model(capsys, folder, text, statistics, tmp_path):
+    argv = ("search", folder, "--statistics", statistics, "--window", 2, *_data(text), "--batch-size", 4)
+    found = run(capsys, *argv, "--evaluate", "proxy", "--proxy-tokens", 400, "--out", tmp_path / "plan.json")
+    assert found["metric"] == "relative error" and len({s["score"] for s in found["search"]}) == 4
+    assert found["layers"] == min(found["search"], key=lambda s: s["score"])["layers"]
+    merged = run(capsys, "merge", folder, tmp_path / "merged", "--plan", tmp_path / "plan.json")
+    assert merged["layers"] == found["layers"]
+    assert "resume" in refuse(capsys, *argv, "--evaluate", "proxy", "--resume", tmp_path / "scores.json")
+
+
 def test_merge_with_refit_keeps_its_report(capsys, folder, text, tmp_path):
     plain = ("merge", folder, tmp_path / "plain", "--layers", "1-3", "--method", "average")
     run(capsys, *plain)
@@ -155,6 +165,20 @@ def test_merge_with_refit_keeps_its_report(capsys, folder, text, tmp_path):
     wanted = {f"transformer.h.1.mlp.c_proj.{name}" for name in ("weight", "bias")} if found["best"] else set()
     assert moved == wanted
     assert "--data" in refuse(capsys, *plain[:2], tmp_path / "none", *plain[3:], "--recover", "refit")
+
+
+def test_merge_with_refit_and_distillation(capsys, folder, text, tmp_path):
+    options = ("--layers", "1-3", "--method", "average", *_data(text), "--tokens", 800, "--batch-size", 4)
+    out = tmp_path / "merged"
+    values = run(capsys, "merge", folder, out, *options, "--recover", "refit+distill", "--recover-steps", 30)
+    refit, distill = (values[name]["groups"][0] for name in ("refit", "distill"))
+    assert refit["layers"] == distill["layers"] == [1, 2, 3] and distill["best"] > 0
+    assert distill["after"] < distill["before"] < refit["before"] and {"refit", "distill"} <= set(values["seconds"])
+    for name in ("refit", "distill"):
+        assert json.loads((out / "_ffmerge" / f"{name}.json").read_text()) == values[name]
+    assert ff.shared_groups(ff.from_pretrained(out)) == [("decoder", (1, 2, 3))]
+    wrong = refuse(capsys, "merge", folder, tmp_path / "none", *options, "--recover", "distill", "--recover-lr", -1)
+    assert "lr: got -1" in wrong and not (tmp_path / "none").exists()
 
 
 def test_finetune_keeps_the_tie(capsys, folder, text, tmp_path):

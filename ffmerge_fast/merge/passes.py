@@ -36,7 +36,7 @@ class FFNPasses:
         self._valid: dict[str, Tensor] = {}  # of this batch: tokens that are not padding, as far as it says
         self._masks: dict[str, Tensor] = {}  # of this batch: tokens to count
         self._seen: set[str] = set()
-        self._may_stop = _may_stop(model)
+        self._may_stop = may_stop(model)
         self._context = contextlib.ExitStack()
 
     def __enter__(self):
@@ -137,7 +137,7 @@ class _AllSeen(Exception):
     """Ends a forward pass once every wanted FFN has run."""
 
 
-def _may_stop(model: nn.Module) -> bool:
+def may_stop(model: nn.Module) -> bool:
     """Whether nothing needs the forward pass to end the ordinary way (offloading hooks, sharded modules do)."""
     wrappers = ("FSDP", "DistributedDataParallel", "FullySharded")
     return not any(hasattr(m, "_hf_hook") or type(m).__name__.startswith(wrappers) for m in model.modules())

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .._errors import FFMergeError
 from .._table import format_table
-from ..models import FFNSublayer, find_ffns, is_conv1d
+from ..models import FFNSublayer, is_conv1d
 from ..ops import CorrelationState
 from ..ops._activations import FORWARD
-from .combine import is_merged, shared_groups
 from .layers import format_layers
+from .local import groups_to_recover, stream_weights
 from .passes import evaluating, on_all_ranks, run, share_of_rank, to_device, world_size
 from .streams import BlockPasses, Flow, is_pre_norm, wide
 
@@ -120,7 +120,7 @@ def refit_(
     """
     with on_all_ranks("refit"):
         _check_arguments(ridge, inputs, rounds, max_tokens, weights)
-        groups = _groups(model, teacher)
+        groups = [_Group(model, ffns) for ffns in groups_to_recover(model, teacher, "refit")]
     data = _Replay(batches, hold_out=bool(rounds) and evaluate is None)
     if data.hold_out:
         evaluate, higher_is_better = data.loss, False
@@ -150,11 +150,6 @@ class _Group:
 
     def __init__(self, model: nn.Module, ffns: Sequence[FFNSublayer]):
         self.ffns, self.first = ffns, ffns[0]
-        if self.first.activation not in FORWARD:
-            raise FFMergeError(
-                f"refit: activation {self.first.activation!r} of {self.first.key} is not known, wanted one of "
-                f"{', '.join(FORWARD)}; name it in FFNSpec(activation=...)"
-            )
         self.up, self.down = (model.get_submodule(path) for path in (self.first.up_path, self.first.down_path))
         self.gate = model.get_submodule(self.first.gate_path) if self.first.gate_path else None
         self.scales: dict[int, float] = {}  # {layer: sqrt(w)}
@@ -267,23 +262,6 @@ class _Solution:
     after: float
 
 
-def _groups(model: nn.Module, teacher: nn.Module) -> list[_Group]:
-    ffns, originals = find_ffns(model), find_ffns(teacher)
-    found = shared_groups(model)
-    if not found:
-        raise FFMergeError("refit: this model has no merged FFNs; merge first, then refit")
-    if is_merged(teacher):
-        raise FFMergeError(
-            "refit: the teacher's FFNs are merged too; give the original model (a copy made before merge_)"
-        )
-    of_model, of_teacher = ([(f.key, f.path, *f.signature) for f in x] for x in (ffns, originals))
-    if of_model != of_teacher:
-        differ = next(((a, b) for a, b in itertools.zip_longest(of_model, of_teacher) if a != b))
-        mine, other = (" ".join(map(str, x)) if x else "nothing" for x in differ)
-        raise FFMergeError(f"refit: the teacher is another model: its FFN is {other}, where this one's is {mine}")
-    return [_Group(model, [f for f in ffns if f.stack == stack and f.index in layers]) for stack, layers in found]
-
-
 # ----------------------------------------------------------------------------------------------------- passes over data
 
 
@@ -365,12 +343,11 @@ class _Fit:
 
 
 def _scales(state: CorrelationState, weights: str) -> dict[int, float]:
-    """sqrt(w) of each layer, w 1 on average; a layer without variance counts as one with little."""
+    """sqrt(w) of each layer."""
     if weights == "equal":
         return dict.fromkeys(state.widths, 1.0)
     variances = torch.stack([state.variance(layer).mean() for layer in state.widths])
-    w = 1 / variances.clamp(min=1e-6 * variances.max()).clamp(min=torch.finfo(torch.float32).tiny)
-    return dict(zip(state.widths, (w / w.mean()).sqrt().tolist(), strict=True))
+    return dict(zip(state.widths, stream_weights(variances).sqrt().tolist(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- the best round

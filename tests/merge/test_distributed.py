@@ -1,9 +1,10 @@
-"""collect and search in a torch.distributed job of two processes, each with data of its own."""
+"""collect, search and local_distill_ in a torch.distributed job of two processes, each with data of its own."""
 
 import pytest
 import torch
 
 import ffmerge_fast as ff
+from tests.merge.test_distill import reference_
 from tests.tiny import tiny_inputs, tiny_model
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:.*correlations are noisy")]
@@ -15,6 +16,18 @@ CASES = {
     "two stacks": ("marian", ([4], [5, 6]), dict(window=2)),
     "budget": ("gpt2", ([0, 1], [2, 3]), dict(window=2, max_tokens=21)),
 }
+PROXY = ([0, 1], [2])  # seeds of each rank's batches
+DISTILLED = {"distilled": ([0, 1, 2, 3], [4]), "distilled, one rank is empty": ([0, 1], [])}
+
+
+def pair():
+    """(merged model, teacher)"""
+    teacher = tiny_model("marian", layers=4).double()
+    return ff.merge(teacher, ff.plan(layers="0-2", method="average", model=teacher)), teacher
+
+
+def in_float64(data):
+    return [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in data]
 
 
 def batches(model, seeds):
@@ -51,6 +64,12 @@ def _work(rank, folder):
     plan = ff.search(model, stats, window=3, evaluate=evaluate, resume=f"{folder}/scores.json")
     found |= {"plan": plan.to_dict(), "evaluated": evaluated, "merged": ff.is_merged(model)}
     found["resumed"] = ff.search(model, stats, 3, lambda m: 1 / 0, resume=f"{folder}/scores.json").to_dict()
+    found["proxy"] = ff.search(model, stats, 3, "proxy", batches=batches(model, PROXY[rank]), max_tokens=41).to_dict()
+    for case, seeds in DISTILLED.items():
+        merged, teacher = pair()
+        options = dict(steps=20, lr=3e-3, batch_tokens=10_000)
+        report = ff.local_distill_(merged, teacher, in_float64(batches(teacher, seeds[rank])), **options)
+        found[case] = (merged.state_dict(), report.to_dict())
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -111,3 +130,39 @@ def test_windows_are_shared_out_and_all_ranks_return_the_same_plan(job):
     for (layers, score), (expected_layers, expected) in zip(a["plan"]["search"], alone["search"], strict=True):
         assert layers == expected_layers and score == pytest.approx(expected, rel=1e-6)
     assert a["plan"]["groups"][0]["permutations"] == alone["groups"][0]["permutations"]
+
+
+def test_the_proxy_is_that_of_all_ranks_tokens(job):
+    found = [torch.load(job / f"{rank}.pt")["proxy"] for rank in range(2)]
+    assert found[0] == found[1]
+    model = tiny_model("gpt2", layers=6)
+    stats = ff.collect(model, batches(model, [0, 1]), window=3)
+    whole = [cut(batches(model, seeds), tokens) for seeds, tokens in zip(PROXY, (21, 20), strict=True)]
+    alone = ff.search(model, stats, 3, "proxy", batches=[*whole[0], *whole[1]]).search
+    for (layers, score), (expected_layers, expected) in zip(found[0]["search"], alone, strict=True):
+        assert layers == expected_layers and score == pytest.approx(expected, rel=1e-4)
+
+
+def cut(data, tokens):
+    """Batches whose mask ends after so many tokens; what a causal model computes for those before stays the same."""
+    cut_batches = []
+    for batch in data:
+        mask = batch["attention_mask"]
+        kept = mask * (mask.reshape(-1).cumsum(0) <= tokens).view_as(mask)
+        tokens -= int(kept.sum())
+        cut_batches.append(batch | {"attention_mask": kept})
+    return cut_batches
+
+
+@pytest.mark.parametrize("case", DISTILLED)
+def test_distillation_sums_the_gradients_of_all_ranks(job, case):
+    (weights, report), other = (torch.load(job / f"{rank}.pt")[case] for rank in range(2))
+    assert other[1] == report
+    expected, teacher = pair()
+    shares = reference_(expected, teacher, [in_float64(batches(teacher, s)) for s in DISTILLED[case] if s], 20, 3e-3)
+    for group in report["groups"]:
+        assert (group["before"], group["after"]) == pytest.approx(shares[group["stack"]], rel=1e-6)
+        assert group["best"] == 20
+    for key, wanted in expected.state_dict().items():
+        assert torch.equal(weights[key], other[0][key]), key
+        torch.testing.assert_close(weights[key], wanted, atol=1e-9, rtol=0)

@@ -80,12 +80,42 @@ def refit_round(rank, folder):
     refit(rank, batches([0, 1], False), rounds=1, evaluate=evaluate)
 
 
+def search_proxy(rank, folder):
+    model = tiny_model("gpt2", layers=4)
+    stats = ff.collect(model, batches([rank], False), window=2)
+    try:
+        ff.search(model, stats, 2, "proxy", batches=batches([0, 1], rank == 1))
+    finally:
+        assert not ff.is_merged(model)
+
+
+def distill(rank, data, **options):
+    teacher = tiny_model("gpt2", layers=4)
+    model = ff.merge(teacher, ff.plan(layers="0-2", method="average", model=teacher))
+    before = [p.clone() for p in model.parameters()]
+    try:
+        ff.local_distill_(model, teacher, data, steps=4, **options)
+    finally:
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def distill_data(rank, folder):
+    distill(rank, batches([0, 1], rank == 1))
+
+
+def distill_arguments(rank, folder):
+    distill(rank, batches([0, 1], False), lr=[1e-3, -1][rank])
+
+
 CASES = {  # what both ranks do: (rank that fails, its error, what the other rank says)
     collect_data: (1, "OSError: the disk\nis gone", "collect: rank 1 failed: OSError: the disk is gone"),
     collect_arguments: (1, "features: got 'past'", "collect: rank 1 failed: features: got 'past'"),
     search_window: (0, "RuntimeError: no memory", "search: rank 0 failed: RuntimeError: no memory"),
     search_resume: (1, "resume: ", "search: rank 1 failed: resume: "),
     refit_data: (0, "OSError: the disk\nis gone", "refit: rank 0 failed: OSError: the disk is gone"),
+    search_proxy: (1, "OSError: the disk\nis gone", "search: rank 1 failed: OSError: the disk is gone"),
+    distill_data: (1, "OSError: the disk\nis gone", "distill: rank 1 failed: OSError: the disk is gone"),
+    distill_arguments: (1, "lr: got -1", "distill: rank 1 failed: lr: got -1"),
     refit_round: (1, "RuntimeError: no memory", "refit: rank 1 failed: RuntimeError: no memory"),
 }
 

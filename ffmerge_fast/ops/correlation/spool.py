@@ -46,7 +46,7 @@ class Spool:
             ) from error
 
 
-def parse_bytes(value: int | str) -> int:
+def parse_bytes(value: int | str, name: str = "max_memory") -> int:
     """8589934592, "8GiB" or "500 MB" as a number of bytes.
 
     Raises:
@@ -54,7 +54,7 @@ def parse_bytes(value: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", str(value).strip().lower())
     if isinstance(value, bool) or not match or match[2] not in _UNITS or not float(match[1]):
-        raise FFMergeError(f"max_memory: got {value!r}, want a number of bytes or text such as '8GiB' or '500MB'")
+        raise FFMergeError(f"{name}: got {value!r}, want a number of bytes or text such as '8GiB' or '500MB'")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -1,0 +1,155 @@
+"""What the FFNs of the original model take and give, kept in memory; and a shared FFN on the inputs of its layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import FFMergeError
+from ..models import FFNSublayer, find_ffns, is_conv1d
+from ..ops._activations import FORWARD
+from .combine import is_merged, shared_groups
+from .passes import world_size
+from .streams import BlockPasses, Flow
+
+
+@dataclass
+class LayerData:
+    """One FFN's inputs and outputs, token by token, and the size of the stream that its output is added to.
+
+    Attributes:
+        x, y: [tokens, d_model], of this process.
+        moments: of the block's output, float64 [3, d_model]: count, Σ out, Σ out²; of this process's tokens, until
+            `sum_over_ranks`.
+    """
+
+    x: Tensor
+    y: Tensor
+    moments: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean variance of the stream after the block, over the features; float64 scalar."""
+        count, total, squares = self.moments
+        return (squares / count - (total / count).square()).clamp(min=0).mean()
+
+
+@dataclass
+class _Parts:
+    """The batches' pieces of one LayerData."""
+
+    x: list[Tensor] = field(default_factory=list)
+    y: list[Tensor] = field(default_factory=list)
+    moments: Tensor | float = 0.0
+
+    def add(self, flow: Flow, mask: Tensor) -> None:
+        x, y, out = (t.reshape(len(mask), -1)[mask] for t in (flow.x, flow.y, flow.out))
+        self.x.append(x)
+        self.y.append(y)
+        out = out.double()
+        self.moments += torch.stack([torch.ones_like(out).sum(0), out.sum(0), out.square().sum(0)])
+
+
+def record(
+    model: nn.Module, ffns: Sequence[FFNSublayer], batches: Iterable[Any], max_tokens: int, name: str
+) -> dict[str, LayerData]:
+    """What goes through each FFN in one forward pass over the first `max_tokens` tokens, by the FFNs' keys.
+
+    Memory: 2 · tokens · d_model numbers of the model's dtype per FFN. `max_tokens` and x, y are this process's own.
+    """
+    parts = {ffn.key: _Parts() for ffn in ffns}
+    with BlockPasses(model, ffns, max_tokens, lambda ffn, flow, mask: parts[ffn.key].add(flow, mask)) as passes:
+        for _ in passes.over(batches, name):
+            pass
+    data = {}
+    for ffn in ffns:
+        part, empty = parts[ffn.key], model.get_submodule(ffn.up_path).weight.new_empty(0, ffn.d_model)
+        moments = part.moments if part.x else empty.new_zeros(3, ffn.d_model, dtype=torch.float64)
+        data[ffn.key] = LayerData(torch.cat([empty, *part.x]), torch.cat([empty, *part.y]), moments)
+    return data
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's sum over all processes; itself without a `torch.distributed` job."""
+    if world_size() > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+    return list(tensors)
+
+
+def stream_weights(variances: Tensor) -> Tensor:
+    """Weights of layers' squared errors: 1 / variance, 1 on average; a layer without variance counts as with little.
+
+    Args:
+        variances: [layers].
+    """
+    w = 1 / variances.clamp(min=1e-6 * variances.max()).clamp(min=torch.finfo(torch.float32).tiny)
+    return w / w.mean()
+
+
+def ffn_parameters(model: nn.Module, ffn: FFNSublayer) -> list[Tensor]:
+    """The parameters of an FFN's projections, each once: weights (as the modules hold them), then biases."""
+    modules = [model.get_submodule(path) for path in (ffn.up_path, ffn.gate_path, ffn.down_path) if path]
+    return [m.weight for m in modules] + [m.bias for m in modules if m.bias is not None]
+
+
+def op_arguments(model: nn.Module, ffn: FFNSublayer, replaced: dict[int, Tensor] | None = None) -> dict[str, Any]:
+    """An FFN's weights as `ops.shared_ffn` takes them; views, through which gradients flow back.
+
+    Args:
+        replaced: {id(parameter): the tensor in its place}.
+    """
+    check_activation(ffn)
+
+    def tensors(path: str | None) -> tuple[Tensor | None, Tensor | None]:
+        if path is None:
+            return None, None
+        module = model.get_submodule(path)
+        weight, bias = ((replaced or {}).get(id(p), p) for p in (module.weight, module.bias))
+        return weight.T if is_conv1d(module) else weight, bias
+
+    (up, up_bias), (gate, gate_bias), (down, down_bias) = map(tensors, (ffn.up_path, ffn.gate_path, ffn.down_path))
+    if ffn.fused:
+        gate, up = up.chunk(2)
+        gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+    weights = {"up": up, "gate": gate, "down": down}
+    return weights | {"up_bias": up_bias, "gate_bias": gate_bias, "down_bias": down_bias, "activation": ffn.activation}
+
+
+def groups_to_recover(model: nn.Module, teacher: nn.Module, name: str) -> list[list[FFNSublayer]]:
+    """The layers of each merged group of `model`, which `teacher`, the original, must fit.
+
+    Raises:
+        FFMergeError: nothing is merged; the teacher is merged or of another layout; an activation is not known.
+    """
+    ffns, originals = find_ffns(model), find_ffns(teacher)
+    found = shared_groups(model)
+    if not found:
+        raise FFMergeError(f"{name}: this model has no merged FFNs; merge first, then {name}")
+    if is_merged(teacher):
+        raise FFMergeError(
+            f"{name}: the teacher's FFNs are merged too; give the original model (a copy made before merge_)"
+        )
+    of_model, of_teacher = ([(f.key, f.path, *f.signature) for f in x] for x in (ffns, originals))
+    if of_model != of_teacher:
+        differ = next(((a, b) for a, b in itertools.zip_longest(of_model, of_teacher) if a != b))
+        mine, other = (" ".join(map(str, x)) if x else "nothing" for x in differ)
+        raise FFMergeError(f"{name}: the teacher is another model: its FFN is {other}, where this one's is {mine}")
+    groups = [[f for f in ffns if f.stack == stack and f.index in layers] for stack, layers in found]
+    for members in groups:
+        check_activation(members[0])
+    return groups
+
+
+def check_activation(ffn: FFNSublayer) -> None:
+    """Raise FFMergeError unless the ops know the FFN's activation."""
+    if ffn.activation not in FORWARD:
+        raise FFMergeError(
+            f"activation {ffn.activation!r} of {ffn.key} is not known, wanted one of {', '.join(FORWARD)}; name it in "
+            "FFNSpec(activation=...)"
+        )
