@@ -134,7 +134,7 @@ class _Training:
         self._copies = [wide(p.detach()).clone().requires_grad_() for p in self._parameters]
         self._replaced = {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=True)}
         self._split(batch_tokens, seed)
-        variances = torch.stack([layer.variance for layer in self._layers])
+        variances = torch.stack([layer.variance.cpu() for layer in self._layers])
         self._weights = stream_weights(variances).tolist()
         self._kept = [c.detach().clone() for c in self._copies]
         self._history: list[tuple[int, float]] = []
@@ -184,7 +184,7 @@ class _Training:
 
     def _set_gradients(self) -> None:
         """Gradients of the mean weighted error of one step's tokens, of all ranks."""
-        with on_all_ranks("distill"):
+        with on_all_ranks("distill"), torch.enable_grad():
             tokens = self._next_tokens()
             loss = self._error(tokens)
             gradients = torch.autograd.grad(loss, self._copies)
@@ -216,7 +216,7 @@ class _Training:
         """Note the error on the held-out tokens, and keep the weights if it is the smallest."""
         with on_all_ranks("distill"):
             error = self._error(self._held_out).double()
-        share = (sum_over_ranks([error])[0] / self._total).item()
+        share = sum_over_ranks([error])[0].item() / self._total
         if not math.isfinite(share):
             raise FFMergeError(
                 f"distill: the error of {self._name} is {share} at step {step}"
@@ -228,15 +228,15 @@ class _Training:
                 kept.copy_(copy)
         self._history.append((step, share))
 
-    def _variance(self) -> Tensor:
+    def _variance(self) -> float:
         """Σ w ‖y − mean y‖² over the layers and the held-out tokens of all ranks."""
         total = 0.0
         for w, layer in zip(self._weights, self._layers, strict=True):
             y = layer.y[self._held_out].double()
             moments = torch.stack([torch.ones_like(y).sum(0), y.sum(0), y.square().sum(0)])
             count, first, second = sum_over_ranks([moments])[0]
-            total = total + w * (second - first.square() / count).sum()
-        return total.clamp(min=torch.finfo(torch.float32).tiny)
+            total += w * (second - first.square() / count).sum().item()
+        return max(total, torch.finfo(torch.float32).tiny)
 
     @property
     def _name(self) -> str:
