@@ -34,7 +34,8 @@ class PrefixOutputs:
     arguments equal those of the n-th call then, gets the kept output of the deepest block that no window had merged,
     bit for bit, and the blocks up to it do not run. Calls run whole where that could show: with other arguments, with
     gradients, in training mode, with a key-value cache, with hooks in the blocks, with hidden states or attentions
-    asked for, on offloaded or sharded models. Of encoder-decoder models only the encoder is branched off.
+    asked for, under torch.compile, on offloaded or sharded models. Of encoder-decoder models only the encoder is
+    branched off.
 
     Args:
         model: only calls of this module itself count.
@@ -83,7 +84,8 @@ class PrefixOutputs:
         asked = any(kwargs.get(name) or getattr(config, name, False) for name in _WIDE_OUTPUTS)
         modules = [m for block in self._blocks.values() for m in block.modules()]
         seen = any(m.training or m._forward_hooks or m._forward_pre_hooks for m in modules)
-        return not (torch.is_grad_enabled() or asked or seen) and _is_plain((args, kwargs))
+        traced = torch.compiler.is_compiling()
+        return not (torch.is_grad_enabled() or traced or asked or seen) and _is_plain((args, kwargs))
 
     def _forward(self, layer: int, last: bool, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """In place of an unmerged block's forward."""

@@ -220,6 +220,19 @@ def test_a_model_with_a_forward_of_its_own_runs_whole(counted):
     assert blocks == WHOLE and "forward" in vars(block) and logits(model, batches[0]).isfinite().all()
 
 
+def test_compiled_models_run_whole(counted):
+    model, stats, (batch, _) = case("sequential")
+    runs = counted(model)
+
+    @torch.no_grad()
+    def evaluate(m):
+        torch.compiler.reset()
+        return torch.compile(m, backend="eager")(batch["input"]).square().mean().item()
+
+    whole, _ = searched(model, runs, evaluate, stats=stats, prefix_memory=0)
+    assert searched(model, runs, evaluate, stats=stats)[0] == whole
+
+
 def test_bad_memory_is_refused():
     model, stats, loss = setting(window=3)
     with pytest.raises(ff.FFMergeError, match="prefix_memory: got 'much', want a number of bytes"):

@@ -10,7 +10,7 @@ import ffmerge_fast as ff
 from tests.tiny import tiny_inputs, tiny_model
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:.*correlations are noisy")]
-TIMEOUT = timedelta(seconds=60)  # of the process group: what a rank that waits for the other one would take
+TIMEOUT = timedelta(seconds=180)  # of the process group: what a rank that waits for the other one would take
 
 
 def batches(seeds, fails):
