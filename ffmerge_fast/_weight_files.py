@@ -128,7 +128,9 @@ def write(weights: dict[str, Tensor], folder: Path, stem: str, reader: Reader) -
         save_file({name: weights[name].detach().cpu().contiguous() for name in once.values()}, beside)
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
-        raise FFMergeError(f"{reader.argument}: {path} cannot be written ({error}); give another {reader.folder}") from error
+        raise FFMergeError(
+            f"{reader.argument}: {path} cannot be written ({error}); give another {reader.folder}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()

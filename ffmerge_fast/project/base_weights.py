@@ -110,7 +110,9 @@ class BaseWeights:
     def _read(self, name: str) -> Tensor:
         return self._host[name] if name in self._host else self._entries[name].read(self._side is not None)
 
-    def _on_disk(self, weights: dict[str, Tensor], folders: Sequence[str | os.PathLike | None]) -> dict[str, WeightEntry]:
+    def _on_disk(
+        self, weights: dict[str, Tensor], folders: Sequence[str | os.PathLike | None]
+    ) -> dict[str, WeightEntry]:
         found: dict[str, WeightEntry] = {}
         for folder in folders:
             if folder is not None:
