@@ -174,7 +174,7 @@ class WeightStream:
             self._move(buffer, buffer.data.to(self._device))
         for weight in self._fixed:
             value = self._source.value(weight).to(self._device)
-            self._leave_meta(weight)
+            self._leave_meta(weight, value)
             for parameter in weight.parameters:
                 self._move(parameter, value)
         for weight in self._weights():
@@ -186,7 +186,7 @@ class WeightStream:
         for module in self._model.modules():
             self._hook(module.register_state_dict_post_hook(partial(self._complete)))
             self._hook(module.register_load_state_dict_pre_hook(partial(self._refuse_load)))
-        parameters = weakref.WeakSet(self._model.parameters())
+        parameters = frozenset(map(id, self._model.parameters()))
         refusal = register_optimizer_step_pre_hook(partial(_refuse_step, parameters))
         self._undo.callback(weakref.finalize(self, refusal.remove))
 
@@ -203,7 +203,7 @@ class WeightStream:
     def _send_away(self, weight: Weight) -> None:
         origin, is_meta = weight.parameters[0].device, weight.is_meta
         self._source.keep(weight)
-        self._leave_meta(weight)
+        self._leave_meta(weight, self._blank_like(weight.parameters[0]))
         if not is_meta:
             self._away.add(weight)
         for parameter in weight.parameters:
@@ -211,12 +211,12 @@ class WeightStream:
                 self._undo.callback(_move_back, parameter, origin)
             self._put(parameter, self._blank_like(parameter))
 
-    def _leave_meta(self, weight: Weight) -> None:
+    def _leave_meta(self, weight: Weight, value: Tensor) -> None:
         """Parameters on "meta" can get no data: others take their place, and give it back at the end."""
         if not weight.is_meta:
             return
         (old,) = weight.parameters
-        new = nn.Parameter(self._blank_like(old), requires_grad=False)
+        new = nn.Parameter(value, requires_grad=False)
         for name in weight.names:
             path, _, attribute = name.rpartition(".")
             owner = self._model.get_submodule(path)
@@ -330,6 +330,6 @@ def _move_back(tensor: Tensor, device: torch.device) -> None:
     tensor.data = tensor.data.to(device)
 
 
-def _refuse_step(parameters: weakref.WeakSet, optimizer: torch.optim.Optimizer, *_args) -> None:
-    if any(parameter in parameters for group in optimizer.param_groups for parameter in group["params"]):
+def _refuse_step(parameters: frozenset[int], optimizer: torch.optim.Optimizer, *_args) -> None:
+    if any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
         raise FFMergeError(_REFUSED.format("optimizer.step"))
