@@ -1,10 +1,10 @@
 """Decode steps of a model whose weights are streamed from disk: untied, and with windows of tied FFNs, same streamer.
 
-`python -m benchmarks.bench_stream` builds 12 layers of GPT-2 Large's width (random weights), ties 4, 6 and 12 FFNs, saves
-all models under TMPDIR, and times decode steps under one budget: what the untied model needs to load a block while
-another one runs. Logits must be bit-equal to the model's in memory before any time is taken. Wall time, in turns. Before
-every step the kernel is asked to drop the files from its page cache (`--keep-cache`: it is not); a cache below the
-machine, of a virtual disk for instance, cannot be dropped from here, so the GB/s are printed, too.
+`python -m benchmarks.bench_stream` builds 12 layers of GPT-2 Large's width (random weights), ties 4, 6 and 12 FFNs,
+saves all models under TMPDIR, and times decode steps under one budget: what the untied model needs to load a block
+while another one runs. Logits must be bit-equal to the model's in memory before any time is taken. Wall time, in turns.
+Before every step the kernel is asked to drop the files from its page cache (`--keep-cache`: it is not); a cache below
+the machine, of a virtual disk for instance, cannot be dropped from here, so the GB/s are printed, too.
 """
 
 from __future__ import annotations
