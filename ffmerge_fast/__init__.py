@@ -20,6 +20,7 @@ from .models import FFNSpec, FFNSublayer, find_ffns, register_family, supported_
 from .ops.correlation import CorrelationState
 from .project.importance import Importance, importance
 from .project.projector import Projector, project
+from .stream import WeightStream, stream_, unstream_
 
 __all__ = [
     "CorrelationState",
@@ -35,6 +36,7 @@ __all__ = [
     "Projector",
     "RefitGroup",
     "RefitReport",
+    "WeightStream",
     "backends",
     "collect",
     "expand_",
@@ -58,9 +60,11 @@ __all__ = [
     "save_pretrained",
     "search",
     "shared_groups",
+    "stream_",
     "supported_families",
     "sweep",
     "tie_without_average",
+    "unstream_",
     "use_backend",
     "verify",
 ]

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .._errors import FFMergeError
+from .._weight_files import Reader, WeightEntry, entries_of, matching, memory, write
 from .units import Unit
 
 PLACES = (None, "cpu", "disk")
 _ALIGNMENT = 64  # of what torch allocates on a CPU, in bytes
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READER = Reader("offload_base", "weights of the base", "put it back and resume the run", "offload_dir")
 
 
 class BaseWeights:
@@ -52,7 +49,7 @@ class BaseWeights:
         self._device = next((m.parameter.device for m in matrices), torch.device("cpu"))
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, "ffmerge-base")
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, WeightEntry] = {}
         self._host: dict[str, Tensor] = {}
         weights = {m.name: m.weight for m in matrices}
         if place == "disk":
@@ -113,131 +110,27 @@ class BaseWeights:
     def _read(self, name: str) -> Tensor:
         return self._host[name] if name in self._host else self._entries[name].read(self._side is not None)
 
-    def _on_disk(self, weights: dict[str, Tensor], folders: Sequence[str | os.PathLike | None]) -> dict[str, _Entry]:
-        found: dict[str, _Entry] = {}
+    def _on_disk(
+        self, weights: dict[str, Tensor], folders: Sequence[str | os.PathLike | None]
+    ) -> dict[str, WeightEntry]:
+        found: dict[str, WeightEntry] = {}
         for folder in folders:
             if folder is not None:
-                entries = _entries_of(Path(folder))
-                found |= _matching({n: w for n, w in weights.items() if n not in found}, entries)
+                entries = entries_of(Path(folder), _READER)
+                found |= matching({n: w for n, w in weights.items() if n not in found}, entries)
         missing = {name: weight for name, weight in weights.items() if name not in found}
         if missing:
             folder = folders[-1]
             if folder is None:
                 self._temporary = tempfile.TemporaryDirectory(prefix="ffmerge-base-")
                 folder = self._temporary.name
-            found |= _matching(missing, _write(missing, Path(folder)))
+            found |= matching(missing, write(missing, Path(folder), "base", _READER))
         return found
-
-
-@dataclass(frozen=True)
-class _File:
-    """A safetensors file and what it was when it was opened first."""
-
-    path: Path
-    identity: tuple[int, ...]
-
-    def check(self, now: os.stat_result | None = None) -> None:
-        try:
-            now = os.stat(self.path) if now is None else now
-        except OSError as error:
-            raise FFMergeError(self._told(f"cannot be read any more ({error.strerror})")) from error
-        if _identity(now) != self.identity:
-            raise FFMergeError(self._told("was changed"))
-
-    def _told(self, what: str) -> str:
-        return f"offload_base: {self.path}, which holds weights of the base, {what}; put it back and resume the run"
-
-
-def _identity(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a file."""
-
-    file: _File
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self, pin: bool = False) -> Tensor:
-        """The tensor in memory of its own: a map of the file would be a crash when that is cut short."""
-        tensor = torch.empty(self.shape, dtype=self.dtype, pin_memory=pin)
-        try:
-            with open(self.file.path, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-                while left and (count := file.readinto(left)):
-                    left = left[count:]
-                self.file.check(os.fstat(file.fileno()))  # after reading: that is what was read
-        except OSError:
-            self.file.check()
-            raise
-        return tensor
-
-
-def _entries_of(folder: Path) -> dict[str, _Entry]:
-    """{name: entry} of all tensors in the safetensors files of a folder."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or none of ours
-            with open(path, "rb") as raw:
-                file = _File(path, _identity(os.fstat(raw.fileno())))
-                size = int.from_bytes(raw.read(8), "little")
-                header = json.loads(raw.read(min(size, 10**8)))
-            for name, entry in header.items():
-                if name != "__metadata__" and entry["dtype"] in _DTYPES:
-                    shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
-                    found[name] = _Entry(file, offset, _DTYPES[entry["dtype"]], shape)
-    return found
-
-
-def _matching(weights: dict[str, Tensor], entries: dict[str, _Entry]) -> dict[str, _Entry]:
-    """The entries that hold just these weights, under their own name, without the base model's prefix, or under the
-    name of another weight that is the same tensor."""
-    found: dict[str, _Entry] = {}
-    names: dict[tuple, list[str]] = {}
-    for name, weight in weights.items():
-        names.setdefault(_memory(weight), []).append(name)
-    for same in names.values():
-        weight = weights[same[0]]
-        for candidate in [form for name in same for form in (name, name.partition(".")[2])]:
-            entry = entries.get(candidate)
-            alike = entry is not None and (entry.dtype, entry.shape) == (weight.dtype, tuple(weight.shape))
-            if alike and torch.equal(entry.read(), weight.cpu()):
-                found |= dict.fromkeys(same, entry)
-                break
-    return found
-
-
-def _write(weights: dict[str, Tensor], folder: Path) -> dict[str, _Entry]:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    once = {_memory(weight): name for name, weight in reversed(weights.items())}
-    path = folder / f"base-{uuid.uuid4().hex[:8]}.safetensors"
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weights[name].detach().cpu().contiguous() for name in once.values()}, beside)
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise FFMergeError(f"offload_base: {path} cannot be written ({error}); give another offload_dir") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-    return _entries_of(folder)
 
 
 def _in_host_memory(weights: dict[str, Tensor], pin: bool) -> dict[str, Tensor]:
     moved: dict[tuple, Tensor] = {}
     for weight in weights.values():
-        if _memory(weight) not in moved:
-            moved[_memory(weight)] = weight.cpu().pin_memory() if pin else weight.cpu()
-    return {name: moved[_memory(weight)] for name, weight in weights.items()}
-
-
-def _memory(tensor: Tensor) -> tuple:
-    """Equal for tensors that are one."""
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if memory(weight) not in moved:
+            moved[memory(weight)] = weight.cpu().pin_memory() if pin else weight.cpu()
+    return {name: moved[memory(weight)] for name, weight in weights.items()}

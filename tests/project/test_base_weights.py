@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast.project import base_weights
+from ffmerge_fast._weight_files import WeightEntry
 from tests.project.helpers import batches, equal, projector, scores, tied_layers, train, weights
 from tests.tiny import tiny_model
 
@@ -107,7 +107,7 @@ def test_one_unit_ahead(monkeypatch):
     proj = ff.project(model, d_model=8, d_ff=12, importance=scores(model))
     optimizer = proj.optimizer(**OPTIONS, offload_base="disk")
     alive, most = weakref.WeakSet(), []
-    read = base_weights._Entry.read
+    read = WeightEntry.read
 
     def counted(entry, pin=False):
         tensor = read(entry, pin)
@@ -115,7 +115,7 @@ def test_one_unit_ahead(monkeypatch):
         most.append(sum(t.nbytes for t in alive))
         return tensor
 
-    monkeypatch.setattr(base_weights._Entry, "read", counted)
+    monkeypatch.setattr(WeightEntry, "read", counted)
     train(proj.student, optimizer, batches(model, 2))
     largest = max(sum(m.weight.nbytes for m in unit.matrices) for unit in proj.units)
     assert len(most) == 2 * 2 * len(base_tensors(proj)) and max(most) <= 2 * largest

@@ -1,0 +1,172 @@
+"""Decode steps of a model whose weights are streamed from disk: untied, and with windows of tied FFNs, same streamer.
+
+`python -m benchmarks.bench_stream` builds 12 layers of GPT-2 Large's width (random weights), ties 4, 6 and 12 FFNs,
+saves all models under TMPDIR, and times decode steps under one budget: what the untied model needs to load a block
+while another one runs. Logits must be bit-equal to the model's in memory before any time is taken. Wall time, in turns.
+Before every step the kernel is asked to drop the files from its page cache (`--keep-cache`: it is not); a cache below
+the machine, of a virtual disk for instance, cannot be dropped from here, so the GB/s are printed, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import ffmerge_fast as ff
+from ffmerge_fast._table import format_table
+
+from . import measure
+from .run import RESULTS, write
+
+
+@dataclass
+class Side:
+    """One streamed model: `window` of its FFNs are one (0: none are)."""
+
+    window: int
+    model: nn.Module
+    stream: ff.WeightStream
+    files: list[Path]
+    token: Tensor
+    wanted: Tensor
+    past: object = None
+
+    def step(self) -> Tensor:
+        """One decode step; the cache grows by one token."""
+        with torch.no_grad():
+            output = self.model(self.token, past_key_values=self.past, use_cache=True)
+        self.past = output.past_key_values
+        return output.logits
+
+    def drop_cache(self) -> None:
+        for path in self.files:
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print and write the table; exit 1 where streamed logits differ."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    header = measure.machine()
+    case = f"{args.layers} layers, d_model {args.width}, d_ff {4 * args.width}, decode, page cache "
+    case += "kept" if args.keep_cache else "dropped"
+    print("\n".join(f"# {key}: {value}" for key, value in header.items()) + f"\n# {case}")
+    with tempfile.TemporaryDirectory(prefix="ffmerge-bench-") as folder:
+        sides = [build(args, window, Path(folder) / str(window)) for window in (0, *args.windows)]
+        wrong = [side.window for side in sides if not torch.equal(side.step(), side.wanted)]
+        if wrong:
+            print(f"RED: streamed logits differ with windows {wrong}", file=sys.stderr)
+            return 1
+        rows = compare(sides, args)
+        for side in sides:
+            side.stream.close()
+    print(format_table(list(rows[0]), [list(row.values()) for row in rows]))
+    path = args.output or RESULTS / f"stream_{measure.slug(header['machine'])}.csv"
+    write(path, header, [{"op": "stream", "case": case, **row} for row in rows])
+    print(f"# written: {path}")
+    return 0
+
+
+def build(args: argparse.Namespace, window: int, folder: Path) -> Side:
+    """A model with random weights, saved to `folder`, synced to disk and streamed from there."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=args.layers,
+        n_embd=args.width,
+        n_head=args.width // 64,
+        vocab_size=1000,
+        n_positions=512,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    budget = untied_budget(model)
+    if window:
+        start = (args.layers - window) // 2
+        model = ff.tie_without_average(model, f"{start}-{start + window - 1}")
+    token = torch.tensor([[7]])
+    with torch.no_grad():
+        wanted = model(token, use_cache=True).logits
+    ff.save_pretrained(model, folder)
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # pages that are not on disk yet cannot be dropped
+    stream = ff.stream_(model, "cpu", "disk", budget, folder=folder)
+    gc.collect()
+    return Side(window, model, stream, files, token, wanted)
+
+
+def untied_budget(model: nn.Module) -> int:
+    """Two blocks beside what lies outside of the blocks."""
+    blocks = model.transformer.h
+    outside = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in blocks.parameters())
+    return outside + sum(b.nbytes for b in model.buffers()) + 2 * sum(p.nbytes for p in blocks[0].parameters())
+
+
+def compare(sides: list[Side], args: argparse.Namespace) -> list[dict]:
+    """One row per side; its times are those of whole runs of `args.steps` steps, divided by the steps."""
+    seconds: dict[int, list[float]] = {side.window: [] for side in sides}
+    read = {}
+    for _ in range(args.runs):
+        for side in sides:
+            before, start = side.stream.read_bytes, time.perf_counter()
+            for _ in range(args.steps):
+                if not args.keep_cache:
+                    side.drop_cache()
+                side.step()
+            seconds[side.window].append((time.perf_counter() - start) / args.steps)
+            read[side.window] = (side.stream.read_bytes - before) / args.steps
+    untied = statistics.median(seconds[0])
+    rows = []
+    for side in sides:
+        median, ratio = statistics.median(seconds[side.window]), read[0] / read[side.window]
+        rows.append(
+            {
+                "tied FFNs": side.window,
+                "step s": f"{median:.3f}",
+                "min s": f"{min(seconds[side.window]):.3f}",
+                "max s": f"{max(seconds[side.window]):.3f}",
+                "MB read": f"{read[side.window] / 1e6:.1f}",
+                "GB/s": f"{read[side.window] / 1e9 / median:.2f}",
+                "times faster": f"{untied / median:.2f}",
+                "fewer bytes": f"{ratio:.2f}",
+                "share reached": f"{untied / median / ratio:.2f}",
+                "resident MB": f"{side.stream.fixed_bytes / 1e6:.1f}",
+                "runs": len(seconds[side.window]),
+            }
+        )
+    return rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_stream", description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=1280, help="d_model; d_ff is four times as much")
+    parser.add_argument("--windows", type=int, nargs="+", default=[4, 6, 12], help="how many FFNs are tied")
+    parser.add_argument("--steps", type=int, default=3, help="decode steps per run")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep-cache", action="store_true", help="files may lie in the page cache")
+    parser.add_argument("--output", type=Path, help="CSV file; default benchmarks/results/stream_<machine>.csv")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Weights in safetensors files: found by name and value, read one by one, written beside and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ._errors import FFMergeError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Whose files these are, for the errors: the argument at fault, what they hold, what to do, where they may go."""
+
+    argument: str
+    holds: str
+    remedy: str
+    folder: str
+
+    def lost(self, path: Path, what: str) -> FFMergeError:
+        return FFMergeError(f"{self.argument}: {path}, which holds {self.holds}, {what}; {self.remedy}")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A safetensors file and what it was when it was opened first."""
+
+    path: Path
+    identity: tuple[int, ...]
+    reader: Reader
+
+    def check(self, now: os.stat_result | None = None) -> None:
+        """Raise FFMergeError if the file is gone or is not what it was."""
+        try:
+            now = os.stat(self.path) if now is None else now
+        except OSError as error:
+            raise self.reader.lost(self.path, f"cannot be read any more ({error.strerror})") from error
+        if _identity(now) != self.identity:
+            raise self.reader.lost(self.path, "was changed")
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One tensor of a file."""
+
+    file: WeightFile
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, pin: bool = False) -> Tensor:
+        """The tensor in memory of its own: a map of the file would be a crash when that is cut short."""
+        tensor = torch.empty(self.shape, dtype=self.dtype, pin_memory=pin)
+        try:
+            with open(self.file.path, "rb", buffering=0) as file:
+                file.seek(self.offset)
+                left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                while left and (count := file.readinto(left)):
+                    left = left[count:]
+                self.file.check(os.fstat(file.fileno()))  # after reading: that is what was read
+        except OSError:
+            self.file.check()
+            raise
+        return tensor
+
+
+def entries_of(folder: Path, reader: Reader) -> dict[str, WeightEntry]:
+    """{name: entry} of all tensors in the safetensors files of a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or none of ours
+            with open(path, "rb") as raw:
+                file = WeightFile(path, _identity(os.fstat(raw.fileno())), reader)
+                size = int.from_bytes(raw.read(8), "little")
+                header = json.loads(raw.read(min(size, 10**8)))
+            for name, entry in header.items():
+                if name != "__metadata__" and entry["dtype"] in DTYPES:
+                    shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+                    found[name] = WeightEntry(file, offset, DTYPES[entry["dtype"]], shape)
+    return found
+
+
+def matching(weights: dict[str, Tensor], entries: dict[str, WeightEntry]) -> dict[str, WeightEntry]:
+    """The entries that hold just these weights, under their own name, without the base model's prefix, or under the
+    name of another weight that is the same tensor. Of a weight on "meta" only name, dtype and shape are compared."""
+    found: dict[str, WeightEntry] = {}
+    names: dict[tuple, list[str]] = {}
+    for name, weight in weights.items():
+        names.setdefault(memory(weight), []).append(name)
+    for same in names.values():
+        weight = weights[same[0]]
+        for candidate in [form for name in same for form in (name, name.partition(".")[2])]:
+            entry = entries.get(candidate)
+            alike = entry is not None and (entry.dtype, entry.shape) == (weight.dtype, tuple(weight.shape))
+            if alike and (weight.is_meta or torch.equal(entry.read(), weight.cpu())):
+                found |= dict.fromkeys(same, entry)
+                break
+    return found
+
+
+def write(weights: dict[str, Tensor], folder: Path, stem: str, reader: Reader) -> dict[str, WeightEntry]:
+    """Write each weight once to a new file `<stem>-<random>.safetensors`, and give the entries of the whole folder.
+
+    Raises:
+        FFMergeError: the folder cannot be written, or its disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    once = {memory(weight): name for name, weight in reversed(weights.items())}
+    path = folder / f"{stem}-{uuid.uuid4().hex[:8]}.safetensors"
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: weights[name].detach().cpu().contiguous() for name in once.values()}, beside)
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise FFMergeError(
+            f"{reader.argument}: {path} cannot be written ({error}); give another {reader.folder}"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+    return entries_of(folder, reader)
+
+
+def memory(tensor: Tensor) -> tuple:
+    """Equal for tensors that are one."""
+    if tensor.is_meta:
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
