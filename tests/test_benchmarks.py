@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure, pipeline, projection_quality, projection_step, quality, registry, run
+from benchmarks import bench_stream, measure, pipeline, projection_quality, projection_step, quality, registry, run
 
 
 def test_wrong_result_is_never_timed():
@@ -227,3 +227,14 @@ def test_rows_of_a_stopped_run_are_not_made_again(tmp_path):
     assert [again.validation("pruned", lr, 0) for lr in (3e-3, 1e-3)] == [2.0, 1.0]
     assert again.validation("pruned", 1e-3, seed=1) == 3.0
     assert len(projection_quality._read(first.path)) == 3
+
+
+@pytest.mark.parametrize("cache", [[], ["--keep-cache"]])
+def test_streamed_steps_read_what_they_should(tmp_path, cache):
+    pytest.importorskip("transformers")
+    sizes = ["--layers", "4", "--width", "64", "--windows", "2", "--runs", "3", "--steps", "2"]
+    assert bench_stream.main([*sizes, *cache, "--output", str(tmp_path / "stream.csv")]) == 0
+    untied, tied = csv.DictReader((tmp_path / "stream.csv").open())
+    block, ffn = 12 * 64**2 + 13 * 64, 8 * 64**2 + 5 * 64
+    assert float(untied["MB read"]) == pytest.approx(4 * 4 * block / 1e6, abs=0.05)
+    assert float(tied["fewer bytes"]) == pytest.approx(4 * block / (4 * block - ffn), abs=0.005)

@@ -85,6 +85,19 @@ def test_bit_equal_at_any_budget(family, place, merged):
         assert equal(model.state_dict(), before) and torch.equal(logits(model, batches[0]), wanted[0])
 
 
+def test_inference_mode_and_two_models_at_once():
+    models = [tiny_model("gpt2", seed=0), tiny_model("gpt2", seed=1)]
+    inputs = tiny_inputs(models[0])
+    wanted = [logits(model, inputs) for model in models]
+    for model in models:
+        ff.stream_(model, "cpu", "disk", needs(model)[1])
+    with torch.inference_mode():
+        for model, result in zip(models * 2, wanted * 2, strict=True):
+            assert torch.equal(model(**inputs).logits, result)
+    for model, result in zip(models, wanted, strict=True):
+        assert torch.equal(logits(ff.unstream_(model), inputs), result)
+
+
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "marian"])
