@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-<<<<<<< HEAD
 from benchmarks import (
+    bench_stream,
     measure,
     pipeline,
     projection_quality,
@@ -21,9 +21,6 @@ from benchmarks import (
     run,
     search_proxy,
 )
-=======
-from benchmarks import bench_stream, measure, pipeline, projection_quality, projection_step, quality, registry, run
->>>>>>> w-st
 
 
 def test_wrong_result_is_never_timed():
@@ -243,7 +240,6 @@ def test_rows_of_a_stopped_run_are_not_made_again(tmp_path):
     assert len(projection_quality._read(first.path)) == 3
 
 
-<<<<<<< HEAD
 def test_search_proxy_ranks_windows_of_a_real_model(shared):
     rows = list(search_proxy.rows_of("gpt2-pystdlib", shared, [2], tokens=512, limit=16))
     assert [row["layers"] for row in rows] == [f"{i}-{i + 1}" for i in range(11)]
@@ -271,7 +267,8 @@ def test_recovery_compares_the_same_merged_model(shared):
     for row in rows:
         assert row["recovered"] < 1 and (row["recovered"] > 0) == (row["loss"] < values["none"]["loss"])
     assert values["distill"]["steps"] == values["refit + distill"]["steps"] == 20
-=======
+
+
 @pytest.mark.parametrize("cache", [[], ["--keep-cache"]])
 def test_streamed_steps_read_what_they_should(tmp_path, cache):
     pytest.importorskip("transformers")
@@ -281,4 +278,3 @@ def test_streamed_steps_read_what_they_should(tmp_path, cache):
     block, ffn = 12 * 64**2 + 13 * 64, 8 * 64**2 + 5 * 64
     assert float(untied["MB read"]) == pytest.approx(4 * 4 * block / 1e6, abs=0.05)
     assert float(tied["fewer bytes"]) == pytest.approx(4 * block / (4 * block - ffn), abs=0.005)
->>>>>>> w-st
