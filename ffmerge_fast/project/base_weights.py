@@ -1,4 +1,4 @@
-"""Where the frozen base weights lie while a student is trained, and how they come to its device, unit by unit."""
+"""Where the frozen base weights lie while a student is trained, and how they come to its device, a few at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _READER = Reader("offload_base", "weights of the base", "put it back and resume 
 
 
 class BaseWeights:
-    """The base weights of some units; `stream` fetches those of the next unit while one is worked on.
+    """The base weights of some units; `stream` fetches those of the next ones while some are worked on.
 
     Args:
         units: of this process. Those in memory are kept; those read from disk are let go of (`weight` on "meta").
@@ -68,39 +68,40 @@ class BaseWeights:
         for file in {entry.file for entry in self._entries.values()}:
             file.check()
 
-    def stream(self, units: Iterable[Unit]) -> Iterator[Unit]:
-        """The units with their base weights on the student's device; a unit is good until the next one is asked for."""
+    def stream(self, bunches: Iterable[list[Unit]]) -> Iterator[list[Unit]]:
+        """The units with their base weights on the student's device; a bunch is good until the next is asked for."""
         if not self._fetches:
-            yield from units
+            yield from bunches
             return
-        ahead: list[tuple[Unit, Future]] = []
-        for unit in units:
-            ahead.append((unit, self._pool.submit(self._fetch, unit)))
+        ahead: list[tuple[list[Unit], Future]] = []
+        for units in bunches:
+            ahead.append((units, self._pool.submit(self._fetch, units)))
             if len(ahead) > 1:
                 yield from self._lent(*ahead.pop(0))
         for entry in ahead:
             yield from self._lent(*entry)
 
-    def _lent(self, unit: Unit, fetched: Future) -> Iterator[Unit]:
+    def _lent(self, units: list[Unit], fetched: Future) -> Iterator[list[Unit]]:
         weights, event = fetched.result()
         if event is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(event)
             for weight in weights.values():
                 weight.record_stream(current)
-        unit = unit.on(weights=weights)
+        units = [unit.on(weights=weights) for unit in units]
         del weights, fetched
-        yield unit
-        unit.matrices.clear()  # so that no more than two units are in memory, whoever still holds this one
+        yield units
+        for unit in units:
+            unit.matrices.clear()  # so that no more than two bunches are in memory, whoever still holds this one
 
     def _usable(self, weight: Tensor) -> bool:
         """Whether it need not be copied: it is on the student's device, and there where torch would have put it. One
         that was loaded from a file may lie at any address, and a product rounds by how its factors are aligned."""
         return weight.device == self._device and (not weight.is_cpu or weight.data_ptr() % _ALIGNMENT == 0)
 
-    def _fetch(self, unit: Unit) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    def _fetch(self, units: list[Unit]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Runs in a thread of its own, with a CUDA stream of its own."""
-        found = {m.name: self._read(m.name) for m in unit.matrices}
+        found = {m.name: self._read(m.name) for unit in units for m in unit.matrices}
         if self._side is None:
             return {n: w if self._usable(w) else w.to(self._device, copy=True) for n, w in found.items()}, None
         with torch.cuda.stream(self._side):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import MODEL, Layout
-from .matrix import ProjectedMatrix, Projection
+from .matrix import ProjectedMatrix, Projection, project_
 
 _ROWS = 8192  # of a matrix in float64 at a time
 
@@ -60,7 +60,7 @@ def start_from_basis_(
     for matrix in matrices:
         dtype, device = torch.promote_types(matrix.weight.dtype, torch.float32), matrix.parameter.device
         of = {p: deltas.get(p, torch.zeros(p.shape)).to(device, dtype) for p in matrix.projections}
-        matrix.project_(of, None)
+        project_([matrix], of)
     base = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in plain.items():
         for dim, axis in enumerate(layout.axes[name]):

@@ -1,4 +1,4 @@
-"""One projected matrix: W_C = P_out · W · P_in + R with P = S + Δ, and its chain rule.
+"""Projected matrices: W_C = P_out · W · P_in + R with P = S + Δ, and their chain rule.
 
 S is a selection, so its products are gathers: at the start, where Δ and R are zero, W_C is exactly the kept slice of
 W; and a bfloat16 product rounds only what was learned. The arithmetic is the `projection` op's (ops/projection/chain).
@@ -6,14 +6,16 @@ W; and a bfloat16 product rounds only what was learned. The arithmetic is the `p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..ops.projection.chain import Problem, Side, gradients, project_
+from ..ops.projection import chain
+from ..ops.projection.chain import Problem, Side
 from .selection import Choice
 
 
@@ -81,7 +83,13 @@ class ProjectedMatrix:
     def projections(self) -> list[Projection]:
         return [p for p in (self.rows, self.columns) if p is not None]
 
-    def problem(self, deltas: dict[Projection, Tensor]) -> Problem:
+    @property
+    def form(self) -> Hashable:
+        """Equal for matrices that the op takes at once."""
+        sides = [None if p is None else p.shape for p in (self.rows, self.columns)]
+        return (*sides, self.as_matrix, self.weight.shape, self.weight.dtype, self.parameter.dtype)
+
+    def problem(self, deltas: Mapping[Projection, Tensor]) -> Problem:
         """As the op takes it, W on the parameter's device."""
         weight = self.as_matrix(self.weight).to(self.parameter.device, non_blocking=True)
         if self.rows is not None:
@@ -90,21 +98,44 @@ class ProjectedMatrix:
             weight = self.columns.kept_blocks(weight.T).T
         return Problem(weight, *(None if p is None else p.side(deltas[p]) for p in (self.rows, self.columns)))
 
-    def project_(self, deltas: dict[Projection, Tensor], residual: Tensor | None) -> Tensor | None:
-        """Set the parameter to W_C: summed in at least float32, rounded once.
 
-        Returns the inner product (W · P_in or P_out · W, whichever is cheaper) for `gradients`, None with one P only.
-        """
-        out = self.as_matrix(self.parameter.detach())
-        inner = project_([self.problem(deltas)], [out], [] if residual is None else [residual])
-        return inner[0] if inner else None
+def alike(matrices: Iterable[ProjectedMatrix], most: int) -> Iterator[list[ProjectedMatrix]]:
+    """Matrices of one form together, as long as their Δ have at most `most` values; larger ones alone."""
+    by_form: dict[Hashable, list[ProjectedMatrix]] = {}
+    for matrix in matrices:
+        group = by_form.setdefault(matrix.form, [])
+        group.append(matrix)
+        if (len(group) + 1) * sum(p.numel for p in matrix.projections) > most:
+            yield by_form.pop(matrix.form)
+    yield from by_form.values()
 
-    def gradients(
-        self, deltas: dict[Projection, Tensor], grad: Tensor, inner: Tensor | None = None
-    ) -> list[tuple[Projection, Tensor]]:
-        """The gradient of each projection's Δ from that of W_C; the residual's is `grad` itself.
 
-        `inner` is what `project_` returned for the same deltas; without it, it is computed again.
-        """
-        rows, columns = gradients([self.problem(deltas)], [grad], [] if inner is None else [inner])
-        return list(zip(self.projections, rows + columns, strict=True))
+def project_(
+    matrices: Sequence[ProjectedMatrix], deltas: Mapping[Projection, Tensor], residuals: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """Set the parameters of matrices of one form to W_C: summed in at least float32, rounded once.
+
+    Args:
+        residuals: R of each as [out, in], or nothing.
+
+    Returns the inner products (W · P_in or P_out · W, whichever is cheaper) for `gradients`, nothing with one P only.
+    """
+    outs = [m.as_matrix(m.parameter.detach()) for m in matrices]
+    return chain.project_([m.problem(deltas) for m in matrices], outs, residuals)
+
+
+def gradients(
+    matrices: Sequence[ProjectedMatrix],
+    deltas: Mapping[Projection, Tensor],
+    grads: Sequence[Tensor],
+    inner: Sequence[Tensor] = (),
+) -> list[tuple[Projection, Tensor]]:
+    """What each matrix adds to the gradients of its Δ, from those of W_C; a residual's is that of W_C itself.
+
+    Args:
+        grads: of W_C, as [out, in].
+        inner: what `project_` returned for the same deltas; without it, it is computed again.
+    """
+    rows, columns = chain.gradients([m.problem(deltas) for m in matrices], grads, inner)
+    sides = [m.rows for m in matrices if rows], [m.columns for m in matrices if columns]
+    return list(zip(itertools.chain(*sides), rows + columns, strict=True))

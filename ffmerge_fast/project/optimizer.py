@@ -1,7 +1,8 @@
 """The optimiser of projected compression: it owns P and R, and the student's weights follow.
 
 `step()` takes the gradient of every W_C where the training loop left it (`parameter.grad`) and goes through the model
-matrix by matrix: chain rule, AdamW on P and R, projection again in place. There is no autograd graph through P, so
+unit by unit: chain rule, AdamW on P and R, projection again in place. On a GPU, small matrices of equal shapes are done
+several at a time, as far as their units are of one round (see `ownership`). There is no autograd graph through P, so
 the model, the loop, gradient accumulation, mixed precision and data parallelism (which exchanges gradients of W_C,
 4 to 8 times fewer than of P) are the plain small model's.
 """
@@ -9,7 +10,7 @@ the model, the loop, gradient accumulation, mixed precision and data parallelism
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor
 from .._errors import FFMergeError
 from .adamw import AdamWOptions, adamw_
 from .base_weights import BaseWeights
-from .matrix import ProjectedMatrix, Projection
+from .matrix import ProjectedMatrix, Projection, alike, gradients, project_
 from .owned_state import Entry, OwnedState, master_dtype
 from .ownership import Round, Sending, finish
 from .units import Unit, is_sharded, whole
+
+_AT_ONCE = {"cuda": 2**25}  # values of Δ of the matrices that are multiplied at once; elsewhere one at a time
 
 
 class ProjectionOptimizer(OwnedState):
@@ -69,19 +72,20 @@ class ProjectionOptimizer(OwnedState):
         scale = self._clip_factor()
         sendings: list[Sending] = []
         for of_round, units in self._rounds(_has_gradient):
-            gradients, values = self._whole_gradients(of_round), self._values(of_round)
-            for unit in units:
-                self._update_unit_(unit.on(parameters=values), gradients, scale, groups)
+            of_weights, values = self._whole_gradients(of_round), self._values(of_round)
+            for bunch in units:
+                self._update_units_([unit.on(parameters=values) for unit in bunch], of_weights, scale, groups)
             sendings += self._owners.send(of_round, values)
         finish(sendings)
         return loss
 
-    def _rounds(self, wanted: Callable[[Unit], bool]) -> Iterator[tuple[Round, Iterator[Unit]]]:
-        """Every round of the wanted units, and this rank's units of it with their base weights at hand."""
-        stream = self._base.stream(unit for unit in self._owners.mine if wanted(unit))
-        for of_round in self._owners.rounds:
-            of_round = of_round.only(wanted)
-            yield of_round, itertools.islice(stream, len(of_round.mine))
+    def _rounds(self, wanted: Callable[[Unit], bool]) -> Iterator[tuple[Round, Iterator[list[Unit]]]]:
+        """Every round of the wanted units, and this rank's units of it, as many at a time as are done together, with
+        their base weights at hand."""
+        rounds = [of_round.only(wanted) for of_round in self._owners.rounds]
+        stream = self._base.stream(bunch for of_round in rounds for bunch in _bunches(of_round.mine))
+        for of_round in rounds:
+            yield of_round, itertools.islice(stream, len(_bunches(of_round.mine)))
 
     def _whole_gradients(self, of_round: Round) -> dict[str, Tensor]:
         """{parameter name: gradient} of this rank's units; sharded ones are gathered by all ranks."""
@@ -107,36 +111,40 @@ class ProjectionOptimizer(OwnedState):
                     values[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         return values
 
-    def _unit_gradients(self, unit: Unit, gradients: Mapping[str, Tensor]) -> dict[Entry, Tensor]:
-        """Gradients of everything trained in a unit, by the chain rule from those of its parameters."""
-        deltas = self._deltas(unit)
+    def _gradients(self, units: list[Unit], of_weights: Mapping[str, Tensor]) -> dict[Entry, Tensor]:
+        """Gradients of everything trained in units, by the chain rule from those of their parameters."""
+        deltas = self._deltas(units)
         found: dict[Entry, Tensor] = {}
-        for matrix in unit.matrices:
-            gradient = gradients.get(matrix.name)
-            if gradient is None:
-                continue
-            inner = self._inner_product(matrix, deltas)
-            for projection, of_delta in matrix.gradients(deltas, matrix.as_matrix(gradient), inner):
+        for group in _alike(m for unit in units for m in unit.matrices if m.name in of_weights):
+            inner = self._inner_products(group, deltas)
+            grads = [m.as_matrix(of_weights[m.name]) for m in group]
+            for projection, of_delta in gradients(group, deltas, grads, inner):
                 key = (projection.owner, projection.entry)
-                found[key] = found[key] + of_delta if key in found else of_delta
-            if self._residual:
-                found[matrix.name, "residual"] = gradient.to(self._state(matrix.name)["residual"].dtype)
-        for name, parameter in unit.plain.items():
-            if name in gradients:
-                found[name, "master"] = gradients[name].to(master_dtype(parameter))
+                found[key] = found[key].add_(of_delta) if key in found else of_delta
+            for matrix in group if self._residual else ():
+                residual = self._state(matrix.name)["residual"]
+                found[matrix.name, "residual"] = of_weights[matrix.name].to(residual.dtype)
+        for name, parameter in ((n, p) for unit in units for n, p in unit.plain.items()):
+            if name in of_weights:
+                found[name, "master"] = of_weights[name].to(master_dtype(parameter))
         return found
 
-    def _update_unit_(
-        self, unit: Unit, gradients: Mapping[str, Tensor], scale: float | None, groups: dict[int, dict[str, Any]]
+    def _update_units_(
+        self,
+        units: list[Unit],
+        of_weights: Mapping[str, Tensor],
+        scale: float | None,
+        groups: dict[int, dict[str, Any]],
     ) -> None:
-        """Chain rule, AdamW and projection of one unit."""
-        parameters, found = unit.parameters, self._unit_gradients(unit, gradients)
+        """Chain rule, AdamW and projection of units."""
+        parameters = {name: p for unit in units for name, p in unit.parameters.items()}
+        found = self._gradients(units, of_weights)
         while found:  # each gradient is let go of once it is used
             (name, entry), gradient = found.popitem()
             gradient = gradient if scale is None else gradient * scale
             self._update_(name, entry, parameters[name], gradient, groups[id(self._named[name])])
             del gradient
-        self._project_(unit)
+        self._project_(units)
 
     def _update_(self, name: str, entry: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """One AdamW step of a trained tensor."""
@@ -148,23 +156,28 @@ class ProjectionOptimizer(OwnedState):
         if entry == "master" and value is not parameter:
             parameter.copy_(value)
 
-    def _project_(self, unit: Unit) -> None:
-        deltas = self._deltas(unit)
-        for matrix in unit.matrices:
-            self._inner.pop(matrix.name, None)
-            residual = self._state(matrix.name).get("residual")
-            inner = matrix.project_(deltas, None if residual is None else matrix.as_matrix(residual))
-            if inner is not None and not self._base.offloaded:
-                self._inner[matrix.name] = inner, [(deltas[p], deltas[p]._version) for p in matrix.projections]
+    def _project_(self, units: list[Unit]) -> None:
+        deltas = self._deltas(units)
+        for group in _alike(m for unit in units for m in unit.matrices):
+            for matrix in group:
+                self._inner.pop(matrix.name, None)
+            residuals = [m.as_matrix(self._state(m.name)["residual"]) for m in group if self._residual]
+            inner = project_(group, deltas, residuals)
+            if not self._base.offloaded:
+                for matrix, product in zip(group, inner, strict=False):
+                    made_of = [(deltas[p], deltas[p]._version) for p in matrix.projections]
+                    self._inner[matrix.name] = product, made_of
 
-    def _inner_product(self, matrix: ProjectedMatrix, deltas: dict[Projection, Tensor]) -> Tensor | None:
-        """The product that projecting left for the chain rule, if its deltas are still the same."""
-        inner, made_of = self._inner.get(matrix.name, (None, []))
-        same = all(deltas[p] is d and d._version == v for p, (d, v) in zip(matrix.projections, made_of, strict=False))
-        return inner if same else None
+    def _inner_products(self, group: list[ProjectedMatrix], deltas: dict[Projection, Tensor]) -> list[Tensor]:
+        """The products that projecting left for the chain rule, if the deltas of all are still the same."""
+        kept = [self._inner.get(m.name, (None, [])) for m in group]
+        made_of = [(deltas[p], *of) for m, (_, parts) in zip(group, kept, strict=True)
+                   for p, of in zip(m.projections, parts, strict=False)]  # fmt: skip
+        same = all(delta is of and of._version == version for delta, of, version in made_of)
+        return [inner for inner, _ in kept] if same and all(inner is not None for inner, _ in kept) else []
 
-    def _deltas(self, unit: Unit) -> dict[Projection, Tensor]:
-        return {p: self._state(p.owner)[p.entry] for p in unit.projections}
+    def _deltas(self, units: list[Unit]) -> dict[Projection, Tensor]:
+        return {p: self._state(p.owner)[p.entry] for unit in units for p in unit.projections}
 
     def _check_finite(self) -> None:
         names = [name for name, p in self._named.items() if p.grad is not None]
@@ -184,8 +197,9 @@ class ProjectionOptimizer(OwnedState):
             return None
         norms = {}
         for of_round, units in self._rounds(_has_gradient):
-            gradients = self._whole_gradients(of_round)
-            norms |= {k: g.norm() for unit in units for k, g in self._unit_gradients(unit, gradients).items()}
+            of_weights = self._whole_gradients(of_round)
+            for bunch in units:
+                norms |= {key: g.norm() for key, g in self._gradients(bunch, of_weights).items()}
         device = next(iter(self._named.values())).device
         zero = torch.zeros((), device=device)
         found = torch.stack([norms.get(key, zero).float() for key in self._trained])  # one place each: no order of sums
@@ -203,13 +217,28 @@ class ProjectionOptimizer(OwnedState):
         sendings: list[Sending] = []
         for of_round, units in self._rounds(lambda unit: True):
             values = self._values(of_round)
-            for unit in units:
-                self._project_(unit.on(parameters=values))
-                for name in unit.plain:
+            for bunch in units:
+                self._project_([unit.on(parameters=values) for unit in bunch])
+                for name in (name for unit in bunch for name in unit.plain):
                     if "master" in self._state(name):
                         values[name].copy_(self._state(name)["master"])
             sendings += self._owners.send(of_round, values)
         finish(sendings)
+
+
+def _at_once(parameter: Tensor) -> int:
+    return _AT_ONCE.get(parameter.device.type, 0)
+
+
+def _bunches(units: list[Unit]) -> list[list[Unit]]:
+    """Units that are done together: all of a round where matrices are multiplied several at a time."""
+    several = any(_at_once(p) for unit in units for p in unit.parameters.values())
+    return [units] if several else [[unit] for unit in units]
+
+
+def _alike(matrices: Iterable[ProjectedMatrix]) -> Iterator[list[ProjectedMatrix]]:
+    matrices = list(matrices)
+    return alike(matrices, _at_once(matrices[0].parameter) if matrices else 0)
 
 
 def _has_gradient(unit: Unit) -> bool:

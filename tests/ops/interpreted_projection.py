@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffmerge_fast.ops.projection import op, triton_backend
-from ffmerge_fast.project.matrix import ProjectedMatrix
+from ffmerge_fast.project.matrix import ProjectedMatrix, gradients, project_
 from tests.ops import projection_data as data
 from tests.ops.projection_checks import check_rows, check_selection, check_wider_kept
 from tests.ops.test_projection import SIDES, make, plain, with_gradients
@@ -83,8 +83,8 @@ def test_split_projection_loses_little_of_what_was_learned():
         wanted = formula(matrix, deltas, residual)
         wanted.backward(grad)
         masters = {p: d.detach().float() for p, d in deltas.items()}
-        inner = matrix.project_(masters, residual.float())
+        inner = project_([matrix], masters, [residual.float()])
         assert (parameter - wanted).norm() <= 4e-3 * wanted.norm()
-        for projection, gradient in matrix.gradients(masters, grad.bfloat16(), inner):
+        for projection, gradient in gradients([matrix], masters, [grad.bfloat16()], inner):
             exact = deltas[projection].grad
             assert gradient.dtype == torch.float32 and (gradient - exact).norm() <= 1e-2 * exact.norm()

@@ -5,7 +5,7 @@ import torch
 
 from ffmerge_fast import _backend
 from ffmerge_fast.ops.projection.chain import rows_first
-from ffmerge_fast.project.matrix import ProjectedMatrix, Projection
+from ffmerge_fast.project.matrix import ProjectedMatrix, Projection, gradients, project_
 from ffmerge_fast.project.selection import Choice
 
 
@@ -82,12 +82,14 @@ def test_value_and_gradients(case, dtype, backend):
     wanted = formula(matrix, deltas, residual)
     wanted.backward(grad)
     masters = {p: d.detach().to(dtype) for p, d in deltas.items()}
-    inner = matrix.project_(masters, residual.detach().to(dtype))
+    inner = project_([matrix], masters, [residual.detach().to(dtype)])
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(matrix.parameter.double(), wanted.detach(), **tolerance)
-    found = matrix.gradients(masters, grad.to(dtype))
-    assert {p for p, _ in found} == set(deltas) and (inner is not None) == (len(deltas) == 2)
-    for (projection, gradient), (_, again) in zip(found, matrix.gradients(masters, grad.to(dtype), inner), strict=True):
+    found = gradients([matrix], masters, [grad.to(dtype)])
+    assert {p for p, _ in found} == set(deltas) and bool(inner) == (len(deltas) == 2)
+    for (projection, gradient), (_, again) in zip(
+        found, gradients([matrix], masters, [grad.to(dtype)], inner), strict=True
+    ):
         assert torch.equal(gradient, again)
         assert gradient.dtype == dtype and gradient.shape == projection.shape
         torch.testing.assert_close(gradient.double(), deltas[projection].grad, **tolerance)
@@ -100,9 +102,9 @@ def test_a_parameter_that_is_stored_transposed():
     stored = torch.full(matrix.parameter.T.shape, torch.nan)
     turned = ProjectedMatrix("w", stored, matrix.weight.T.contiguous(), lambda t: t.T, matrix.rows, matrix.columns)
     masters = {p: d.float() for p, d in deltas.items()}
-    inner = [m.project_(masters, residual.float()) for m in (matrix, turned)]
+    inner = [project_([m], masters, [residual.float()]) for m in (matrix, turned)]
     torch.testing.assert_close(stored.T, matrix.parameter)
-    found = [m.gradients(masters, grad.float(), i) for m, i in zip((matrix, turned), inner, strict=True)]
+    found = [gradients([m], masters, [grad.float()], i) for m, i in zip((matrix, turned), inner, strict=True)]
     for (_, ours), (_, theirs) in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -117,7 +119,7 @@ def test_the_cheaper_order_is_chosen():
 @pytest.mark.parametrize("case", CASES)
 def test_without_anything_learned_it_is_a_gather(case, dtype, backend):
     matrix, deltas, residual, _ = make(case, dtype)
-    matrix.project_({p: torch.zeros_like(d, dtype=torch.float32) for p, d in deltas.items()}, None)
+    project_([matrix], {p: torch.zeros_like(d, dtype=torch.float32) for p, d in deltas.items()})
     kept = matrix.weight
     kept = kept[matrix.rows.choice.index] if matrix.rows else kept
     kept = kept[:, matrix.columns.choice.index] if matrix.columns else kept
@@ -135,5 +137,5 @@ def test_bfloat16_loses_little_of_what_was_learned(backend):
     deltas = {p: torch.randn(p.shape, generator=g) * 1e-3 for p in (rows, columns)}
     kept = weight.double()[rows.choice.index][:, columns.choice.index]
     update = formula(matrix, {p: d.double() for p, d in deltas.items()}, 0) - kept
-    matrix.project_(deltas, None)
+    project_([matrix], deltas)
     assert (parameter.double() - kept - update).norm() / update.norm() < 5e-3

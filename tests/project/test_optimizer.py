@@ -7,6 +7,8 @@ import torch
 from torch.func import functional_call
 
 import ffmerge_fast as ff
+from ffmerge_fast.ops.projection import chain
+from ffmerge_fast.project import optimizer as optimizers
 from tests.project.helpers import batches, equal, projector, tied_layers, train, weights
 from tests.project.test_matrix import dense
 from tests.tiny import logits, tiny_inputs, tiny_model
@@ -105,7 +107,7 @@ def test_accumulation(max_grad_norm):
     optimizer = proj.optimizer(lr=1e-3, max_grad_norm=max_grad_norm)
     projected = []
     original = optimizer._project_
-    optimizer._project_ = lambda unit: (projected.append(unit), original(unit))
+    optimizer._project_ = lambda units: (projected.extend(units), original(units))
     train(proj.student, optimizer, data, accumulate=4)
     train(other.student, other.optimizer(lr=1e-3, max_grad_norm=max_grad_norm), whole)
     assert len([unit for unit in projected if unit.matrices]) == 2 * len(proj.units)
@@ -143,6 +145,25 @@ def test_resume_is_bit_exact(tmp_path, dtype, share):
     assert equal(weights(again.student), middle)  # the rest follows from P and R
     steps(again, optimizer, schedule, data[3:])
     assert equal(weights(again.student), weights(proj.student))
+
+
+@pytest.mark.parametrize("family, options", [("llama", {}), ("gpt2", dict(share="qkv")), ("bert", {})])
+@pytest.mark.parametrize("settings", [{}, dict(offload_base="disk", max_grad_norm=0.05)])
+def test_matrices_at_once_are_as_one_at_a_time(family, options, settings, monkeypatch):
+    """What a GPU gets in one launch; the CPU's products of a list are those of its members."""
+    found, calls = [], []
+    real = chain.project_
+    monkeypatch.setattr(
+        chain, "project_", lambda problems, *rest: (calls.append(len(problems)), real(problems, *rest))[1]
+    )
+    for most in (0, 2000):
+        monkeypatch.setitem(optimizers._AT_ONCE, "cpu", most)
+        model, proj = projector(family, **options)
+        calls.clear()
+        train(proj.student, proj.optimizer(lr=1e-2, **settings), batches(model, 3))
+        found.append(weights(proj.student))
+        assert max(calls) == 1 if most == 0 else max(calls) >= 4
+    assert equal(*found)
 
 
 def test_loading_copies():
