@@ -11,6 +11,7 @@
 #include "assignment.h"
 #include "common/cpu.h"
 #include "correlation.h"
+#include "shared_ffn.h"
 
 namespace py = pybind11;
 
@@ -76,6 +77,14 @@ void multiply_tiles(const std::vector<std::tuple<Form, int64_t, std::vector<uint
   ffmerge::correlation_multiply_tiles(tiled, sums, emulated, threads);
 }
 
+// (data, bias, outputs, inputs, stride, transposed); a missing gate has the data 0
+using Weight = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, bool>;
+
+ffmerge::FFNWeight ffn_weight(const Weight& weight) {
+  const auto& [data, bias, outputs, inputs, stride, transposed] = weight;
+  return {pointer<const void>(data), pointer<const void>(bias), outputs, inputs, stride, transposed};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -126,6 +135,35 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t matrix, int64_t width_a, int64_t width_b, uintptr_t accumulator, int threads) {
         ffmerge::correlation_tile(pointer<const float>(matrix), width_a, width_b, pointer<float>(accumulator),
                                   threads);
+      },
+      no_gil);
+  m.def(
+      "shared_ffn_decode",
+      [](const Weight& up, const Weight& gate, const Weight& down, int dtype, int activation, uintptr_t x,
+         int64_t tokens, int64_t x_stride, uintptr_t y, const std::string& isa, int threads) {
+        const ffmerge::FFN ffn{ffn_weight(up), ffn_weight(gate), ffn_weight(down), static_cast<ffmerge::Dtype>(dtype),
+                               static_cast<ffmerge::Activation>(activation)};
+        ffmerge::shared_ffn_decode(ffn, pointer<const void>(x), tokens, x_stride, pointer<void>(y), usable_isa(isa),
+                                   threads);
+      },
+      no_gil);
+  m.def(
+      "shared_ffn_activate",
+      [](int activation, int dtype, uintptr_t up, uintptr_t gate, uintptr_t hidden, int64_t count,
+         const std::string& isa, int threads) {
+        ffmerge::shared_ffn_activate(static_cast<ffmerge::Activation>(activation), static_cast<ffmerge::Dtype>(dtype),
+                                     pointer<const void>(up), pointer<const void>(gate), pointer<void>(hidden), count,
+                                     usable_isa(isa), threads);
+      },
+      no_gil);
+  m.def(
+      "shared_ffn_activate_backward",
+      [](int activation, int dtype, uintptr_t d_hidden, uintptr_t up, uintptr_t gate, uintptr_t d_up, uintptr_t d_gate,
+         uintptr_t hidden, int64_t count, const std::string& isa, int threads) {
+        ffmerge::shared_ffn_activate_backward(
+            static_cast<ffmerge::Activation>(activation), static_cast<ffmerge::Dtype>(dtype),
+            pointer<const void>(d_hidden), pointer<const void>(up), pointer<const void>(gate), pointer<void>(d_up),
+            pointer<void>(d_gate), pointer<void>(hidden), count, usable_isa(isa), threads);
       },
       no_gil);
 }

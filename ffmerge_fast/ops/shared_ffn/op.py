@@ -12,6 +12,7 @@ from ... import _backend
 from ..._errors import FFMergeError
 from ..._library import define_op
 from .._activations import check_activation
+from .buffers import gradient_buffer
 
 _POLICIES = ("none", "activation", "full")
 _WEIGHTS = "Tensor up, Tensor? gate, Tensor down, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias"
@@ -68,19 +69,32 @@ class SharedFFNFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
-        dtype, x_dtypes = ctx.dtypes
-        tensors, n = ctx.saved_tensors, len(x_dtypes)
-        weights, xs, saved = tensors[:6], list(tensors[6 : 6 + n]), list(tensors[6 + n :])
-        needs_weight, needs_x = ctx.needs_input_grad[3:9], ctx.needs_input_grad[9:]
-        needs = [any(needs_x), *needs_weight]
-        grads = [g.to(dtype) for g in grads]
-        dxs, sums = _backward_op(grads, xs, saved, *_cast(weights, dtype), *ctx.options, needs)
-        sums = list(sums)
-        d_weights = [sums.pop(0).to(w.dtype) if need else None for w, need in zip(weights, needs_weight, strict=True)]
-        d_xs = [dxs[i].to(x_dtypes[i]) if needs_x[i] else None for i in range(n)]
-        return None, None, None, *d_weights, *d_xs
+        eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())  # enabled by create_graph
+        weights = ctx.saved_tensors[:6]
+        needs = ctx.needs_input_grad[3:9]
+        buffers = [gradient_buffer(w) if eager and need else None for w, need in zip(weights, needs, strict=True)]
+        return _gradients(ctx, buffers, *grads)
+
+
+@once_differentiable
+def _gradients(ctx, buffers: list[Tensor | None], *grads: Tensor):
+    """The gradients of `SharedFFNFunction`'s inputs; None for those that were added to their buffers."""
+    dtype, x_dtypes = ctx.dtypes
+    tensors, n = ctx.saved_tensors, len(x_dtypes)
+    weights, xs, saved = tensors[:6], list(tensors[6 : 6 + n]), list(tensors[6 + n :])
+    needs_weight, needs_x = ctx.needs_input_grad[3:9], ctx.needs_input_grad[9:]
+    arguments = [g.to(dtype) for g in grads], xs, saved, *_cast(weights, dtype), *ctx.options
+    needs = [any(needs_x), *needs_weight]
+    if any(buffer is not None for buffer in buffers):
+        dxs, sums = _backward(*arguments, needs, buffers)
+    else:
+        dxs, sums = _backward_op(*arguments, needs)
+    sums = iter(sums)
+    d_weights = [next(sums).to(w.dtype) if need else None for w, need in zip(weights, needs_weight, strict=True)]
+    d_weights = [None if added is not None else d for d, added in zip(d_weights, buffers, strict=True)]
+    d_xs = [dxs[i].to(x_dtypes[i]) if needs_x[i] else None for i in range(n)]
+    return None, None, None, *d_weights, *d_xs
 
 
 def shared_ffn(
@@ -128,10 +142,12 @@ def shared_ffn(
             raise FFMergeError(f"x: got shape {list(one.shape)}, want [..., {up.shape[1]}], the input width of up")
     if not xs:
         return []
-    if not torch.is_grad_enabled():
-        recompute = "full"  # nothing will be needed again
     flat = [one.reshape(-1, up.shape[1]) for one in xs]
-    outputs = SharedFFNFunction.apply(activation, recompute, dtype, *weights, *flat)
+    if torch.is_grad_enabled():
+        outputs = SharedFFNFunction.apply(activation, recompute, dtype, *weights, *flat)
+    else:  # nothing will be needed again
+        inputs = [one.to(dtype) for one in flat]
+        outputs, _ = _forward_op(inputs, *_cast(weights, dtype), activation, "full")
     outputs = [y.reshape(*one.shape[:-1], down.shape[0]) for y, one in zip(outputs, xs, strict=True)]
     return outputs[0] if isinstance(x, Tensor) else outputs
 
