@@ -1,6 +1,8 @@
 // The FFN's loops, compiled for every instruction set.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-trapping-math")  // nobody watches floating-point traps; with them, no select is vectorised
+// Nobody watches floating-point traps; with them, no select is vectorised. Threading jumps through the clamps of exp
+// would make several selects of each.
+#pragma GCC optimize("no-trapping-math", "no-thread-jumps")
 #endif
 
 #include "shared_ffn_kernels.h"

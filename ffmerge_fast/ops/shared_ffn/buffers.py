@@ -15,8 +15,12 @@ def gradient_buffer(weight: Tensor | None) -> Tensor | None:
     backward. None, so that autograd does its own work: where `.grad` is not what this backward fills (autograd.grad),
     the parameter is no float32 leaf, or hooks wait for its gradient.
     """
-    parameter, transposed = _parameter(weight)
-    if parameter is None or not parameter.requires_grad or _has_hooks(parameter) or not _fills_grad(parameter):
+    leaf, transposed = _leaf(weight)
+    if leaf is None or not leaf.requires_grad:
+        return None
+    node = torch.autograd.graph.get_gradient_edge(leaf).node
+    parameter = node.variable  # not `leaf`, which is a stand-in where hooks unpacked it (checkpointing)
+    if _has_hooks(parameter) or not _will_run(node):
         return None
     buffer = getattr(parameter, "main_grad", None)
     if buffer is not None:
@@ -31,7 +35,7 @@ def gradient_buffer(weight: Tensor | None) -> Tensor | None:
     return buffer.T if transposed else buffer
 
 
-def _parameter(weight: Tensor | None) -> tuple[Tensor | None, bool]:
+def _leaf(weight: Tensor | None) -> tuple[Tensor | None, bool]:
     if weight is None or weight.is_leaf:
         return weight, False
     base = weight._base
@@ -45,9 +49,9 @@ def _has_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-def _fills_grad(parameter: Tensor) -> bool:
-    """Whether the backward that runs now ends at the parameter's `.grad`."""
+def _will_run(node) -> bool:
+    """Whether the backward that runs now ends at this node, which fills a parameter's `.grad`."""
     try:
-        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+        return torch._C._will_engine_execute_node(node)
     except (AttributeError, RuntimeError):  # a torch without it; autograd.grad, which refuses to answer for leaves
         return False

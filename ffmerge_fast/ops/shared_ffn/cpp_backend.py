@@ -100,25 +100,32 @@ def _hidden_gradients(weights: Weights, activation: str, recompute: str, x: Tens
 
 def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
     """[T, d] -> [T, d_out], keeping nothing."""
-    if len(x) <= most_decoded_tokens(x.dtype):
+    if x.shape[0] <= most_decoded_tokens(x.dtype):
         return _decode(x, weights, activation)
     y = x.new_empty(len(x), len(weights.down))
     wide = weights.to(_gemm_dtype(x.dtype))
     for part in _pieces(len(x), _PIECE):
         pre = wide.pre_activations(x[part].to(wide.up.dtype))
-        y[part] = F.linear(_activate(pre, pre[0], activation), wide.down, wide.down_bias)
+        hidden = _activate(pre, pre[0], activation)
+        if wide.up.dtype != x.dtype:
+            y[part] = F.linear(hidden, wide.down, wide.down_bias)
+        elif wide.down_bias is None:
+            torch.mm(hidden, wide.down.T, out=y[part])
+        else:
+            torch.addmm(wide.down_bias, hidden, wide.down.T, out=y[part])
     return y
 
 
 def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    readable = [_readable(w) for w in weights]
-    y = x.new_empty(len(x), len(weights.down))
+    x = x if x.stride(1) == 1 else x.contiguous()
+    up, gate, down, up_bias, gate_bias, down_bias = map(_readable, weights)
+    tokens, outputs = x.shape[0], down.shape[0]
+    y = x.new_empty(tokens, outputs)
     _backend.extension().shared_ffn_decode(
-        _weight(readable[0], readable[3]),
-        _NO_WEIGHT if readable[1] is None else _weight(readable[1], readable[4]),
-        _weight(readable[2], readable[5]),
-        *(_DTYPE[x.dtype], _ACTIVATION[activation], x.data_ptr(), len(x), x.stride(0), y.data_ptr()),
+        _weight(up, up_bias),
+        _NO_WEIGHT if gate is None else _weight(gate, gate_bias),
+        _weight(down, down_bias),
+        *(_DTYPE[x.dtype], _ACTIVATION[activation], x.data_ptr(), tokens, x.stride(0), y.data_ptr()),
         *(_backend.native_isa(), torch.get_num_threads()),
     )
     return y
@@ -186,12 +193,16 @@ def _groups(tokens: list[int]) -> Iterator[slice]:
 
 def _stacked(tensors: list[Tensor]) -> list[Tensor]:
     """Small neighbours as one tensor, large ones as they are."""
+    if len(tensors) == 1:
+        return tensors
     groups = [tensors[group] for group in _groups([len(t) for t in tensors])]
     return [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
 
 
 def _like(xs: list[Tensor], stacked: list[Tensor]) -> list[Tensor]:
     """The inverse of `_stacked`, on results for `xs`. Copies: outputs of an op are no views of each other."""
+    if len(xs) == 1:
+        return stacked
     results = []
     for group, result in zip(_groups([len(x) for x in xs]), stacked, strict=True):
         sizes = [len(x) for x in xs[group]]
