@@ -164,7 +164,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _readable(weight: Tensor | None) -> Tensor | None:
     """A weight with one dimension contiguous: nn.Linear's, the transposed one of Conv1D, and most views are."""
-    return weight if weight is None or 1 in weight.stride() else weight.contiguous()
+    return weight if weight is None or weight.is_contiguous() or 1 in weight.stride() else weight.contiguous()
 
 
 def _weight(weight: Tensor, bias: Tensor | None) -> tuple:
