@@ -13,6 +13,7 @@
 #include "common/memory.h"
 #include "correlation.h"
 #include "projection.h"
+#include "shared_ffn.h"
 
 namespace py = pybind11;
 
@@ -76,6 +77,14 @@ void multiply_tiles(const std::vector<std::tuple<Form, int64_t, std::vector<uint
   std::vector<ffmerge::TileProduct> sums;
   for (const auto& [accumulator, a, b] : products) sums.push_back({pointer<float>(accumulator), a, b});
   ffmerge::correlation_multiply_tiles(tiled, sums, emulated, threads);
+}
+
+// (data, bias, outputs, inputs, stride, transposed); a missing gate has the data 0
+using Weight = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, bool>;
+
+ffmerge::FFNWeight ffn_weight(const Weight& weight) {
+  const auto& [data, bias, outputs, inputs, stride, transposed] = weight;
+  return {pointer<const void>(data), pointer<const void>(bias), outputs, inputs, stride, transposed};
 }
 
 }  // namespace
@@ -155,6 +164,35 @@ PYBIND11_MODULE(_C, m) {
             {std::get<0>(shape), std::get<1>(shape), pointer<const float>(y), strides(y_strides),
              pointer<const int64_t>(rows), pointer<const int64_t>(columns), pointer<float>(out), out_stride},
             threads);
+      },
+      no_gil);
+  m.def(
+      "shared_ffn_decode",
+      [](const Weight& up, const Weight& gate, const Weight& down, int dtype, int activation, uintptr_t x,
+         int64_t tokens, int64_t x_stride, uintptr_t y, const std::string& isa, int threads) {
+        const ffmerge::FFN ffn{ffn_weight(up), ffn_weight(gate), ffn_weight(down), static_cast<ffmerge::Dtype>(dtype),
+                               static_cast<ffmerge::Activation>(activation)};
+        ffmerge::shared_ffn_decode(ffn, pointer<const void>(x), tokens, x_stride, pointer<void>(y), usable_isa(isa),
+                                   threads);
+      },
+      no_gil);
+  m.def(
+      "shared_ffn_activate",
+      [](int activation, int dtype, uintptr_t up, uintptr_t gate, uintptr_t hidden, int64_t count,
+         const std::string& isa, int threads) {
+        ffmerge::shared_ffn_activate(static_cast<ffmerge::Activation>(activation), static_cast<ffmerge::Dtype>(dtype),
+                                     pointer<const void>(up), pointer<const void>(gate), pointer<void>(hidden), count,
+                                     usable_isa(isa), threads);
+      },
+      no_gil);
+  m.def(
+      "shared_ffn_activate_backward",
+      [](int activation, int dtype, uintptr_t d_hidden, uintptr_t up, uintptr_t gate, uintptr_t d_up, uintptr_t d_gate,
+         uintptr_t hidden, int64_t count, const std::string& isa, int threads) {
+        ffmerge::shared_ffn_activate_backward(
+            static_cast<ffmerge::Activation>(activation), static_cast<ffmerge::Dtype>(dtype),
+            pointer<const void>(d_hidden), pointer<const void>(up), pointer<const void>(gate), pointer<void>(d_up),
+            pointer<void>(d_gate), pointer<void>(hidden), count, usable_isa(isa), threads);
       },
       no_gil);
 }

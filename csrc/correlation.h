@@ -8,11 +8,9 @@
 #include <vector>
 
 #include "common/cpu.h"
+#include "common/dtype.h"
 
 namespace ffmerge {
-
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-enum class Activation : int { none = 0, relu, gelu, gelu_tanh, silu, relu2, quick_gelu };
 
 // Features of one layer, one batch, and where their sums go.
 struct Features {

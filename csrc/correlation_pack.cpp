@@ -17,13 +17,6 @@
 namespace ffmerge {
 namespace {
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 namespace portable {
 #include "correlation_pack.inc"
 }

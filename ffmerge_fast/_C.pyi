@@ -141,3 +141,43 @@ def projection_scatter_f32(
     threads: int,
 ) -> None:
     """out[rows[i], columns[j]] += y[i, j] for float32 matrices. `shape` is that of y; rows of out are contiguous."""
+
+# Shared FFN (csrc/shared_ffn.h). A weight is (data, bias, outputs, inputs, stride, transposed): rows of inputs `stride`
+# elements apart, or transposed, rows of outputs; bias 0 if there is none, data 0 for the gate of a plain FFN.
+
+_Weight = tuple[int, int, int, int, int, bool]
+
+def shared_ffn_decode(
+    up: _Weight,
+    gate: _Weight,
+    down: _Weight,
+    dtype: int,
+    activation: int,
+    x: int,
+    tokens: int,
+    x_stride: int,
+    y: int,
+    isa: str,
+    threads: int,
+) -> None:
+    """y [tokens, down.outputs] = down(act(up x)), or down(act(gate x) · up x), all of one dtype; for few tokens."""
+
+def shared_ffn_activate(
+    activation: int, dtype: int, up: int, gate: int, hidden: int, count: int, isa: str, threads: int
+) -> None:
+    """hidden = act(up), or act(gate) · up unless gate is 0, elementwise; hidden may be up or gate."""
+
+def shared_ffn_activate_backward(
+    activation: int,
+    dtype: int,
+    d_hidden: int,
+    up: int,
+    gate: int,
+    d_up: int,
+    d_gate: int,
+    hidden: int,
+    count: int,
+    isa: str,
+    threads: int,
+) -> None:
+    """d_up, d_gate (gated only) and, unless 0, hidden again; outputs may be the memory of any input."""

@@ -5,6 +5,7 @@ from importlib import metadata as _metadata
 from . import nn, ops
 from ._backend import backends, use_backend
 from ._errors import FFMergeError
+from .accelerate import accelerate_, restore_
 from .baselines import from_scratch, hard_prune, tie_without_average
 from .checkpoint import from_pretrained, save_pretrained, verify
 from .driver.finetune import finetune
@@ -37,6 +38,7 @@ __all__ = [
     "RefitGroup",
     "RefitReport",
     "WeightStream",
+    "accelerate_",
     "backends",
     "collect",
     "expand_",
@@ -57,6 +59,7 @@ __all__ = [
     "project",
     "refit_",
     "register_family",
+    "restore_",
     "save_pretrained",
     "search",
     "shared_groups",

@@ -17,6 +17,7 @@ OPS = ("correlation", "assignment", "shared_ffn", "projection")
 _MODULES = {op: {"reference": f"ops.{op}.reference"} for op in OPS}
 _MODULES["assignment"]["cpp"] = "ops.assignment.cpp_backend"
 _MODULES["correlation"]["cpp"] = "ops.correlation.cpp_backend"
+_MODULES["shared_ffn"]["cpp"] = "ops.shared_ffn.cpp_backend"
 _MODULES["correlation"]["triton"] = "ops.correlation.triton_backend"
 _MODULES["projection"]["cpp"] = "ops.projection.cpp_backend"
 _MODULES["projection"]["triton"] = "ops.projection.triton_backend"

@@ -1,30 +1,41 @@
-"""Ops are tested on every backend and instruction set of the machine."""
+"""Ops with C++ kernels are tested on every backend and instruction set of the machine."""
 
 import pytest
 
 from ffmerge_fast import _backend
 
-BACKENDS = ["reference", "cpp portable", "cpp avx2", "cpp avx512", "cpp amx", "cpp amx-emulated"]
+BACKENDS = ["reference", "cpp portable", "cpp avx2", "cpp avx512"]
+AMX_BACKENDS = ["cpp amx", "cpp amx-emulated"]
 
 
-@pytest.fixture(params=BACKENDS, scope="module")
-def op_backend(request):
-    """Every test runs on every backend and instruction set of this machine, forced in turn."""
-    name, _, isa = request.param.partition(" ")
-    if name == "cpp":
+def _forced(name):
+    """Force a backend and an instruction set ("cpp avx2") by the environment while a test runs, or skip it."""
+    backend, _, isa = name.partition(" ")
+    if backend == "cpp":
         if reason := _backend.why_no_extension():
             pytest.skip(reason)
-        usable = _backend.extension().cpu_isas()
-        if isa not in [*usable, "amx-emulated"]:
+        if isa not in [*_backend.extension().cpu_isas(), "amx-emulated"]:
             pytest.skip(f"this CPU has no {isa.upper()}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FFMERGE_BACKEND", name)
+        patch.setenv("FFMERGE_BACKEND", backend)
         patch.setenv("FFMERGE_CPU_ISA", isa or "portable")
         if not isa:
             patch.delenv("FFMERGE_CPU_ISA")
-        yield request.param
+        yield name
+
+
+@pytest.fixture(params=[*BACKENDS, *AMX_BACKENDS], scope="module")
+def op_backend(request):
+    """Every test runs on every backend and instruction set of this machine, forced in turn."""
+    yield from _forced(request.param)
 
 
 @pytest.fixture(scope="module")
 def correlation_backend(op_backend):
     return op_backend
+
+
+@pytest.fixture(params=BACKENDS)
+def shared_ffn_backend(request):
+    """The same; this op has no kernels of its own for AMX."""
+    yield from _forced(request.param)

@@ -4,62 +4,17 @@ from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import ffmerge_fast as ff
 from ffmerge_fast.ops.shared_ffn import op
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
-
-ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu2": lambda x: F.relu(x) ** 2,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-POLICIES = ("none", "activation", "full")
-
-
-def make(d, d_ff, gated, bias, dtype=torch.float32, seed=0):
-    """Weights by their argument names."""
-    g = torch.Generator().manual_seed(seed)
-    random = lambda *shape: (torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype)  # noqa: E731
-    weights = {"up": random(d_ff, d), "down": random(d, d_ff)}
-    if gated:
-        weights["gate"] = random(d_ff, d)
-    if bias:
-        weights |= {"up_bias": random(d_ff), "down_bias": random(d)}
-        if gated:
-            weights["gate_bias"] = random(d_ff)
-    return weights
-
-
-def plain(x, up, down, gate=None, up_bias=None, gate_bias=None, down_bias=None, activation="gelu"):
-    act = ACTIVATIONS[activation]
-    hidden = F.linear(x, up, up_bias)
-    hidden = act(hidden) if gate is None else act(F.linear(x, gate, gate_bias)) * hidden
-    return F.linear(hidden, down, down_bias)
-
-
-def with_gradients(function, xs, weights, dtype=None, **options):
-    """Outputs and gradients of all inputs and weights, of fresh copies in `dtype`; loss = Σ y · fixed noise."""
-    xs = [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in xs]
-    weights = {name: w.detach().to(dtype or w.dtype).clone().requires_grad_() for name, w in weights.items()}
-    ys = function(xs, **weights, **options)
-    g = torch.Generator().manual_seed(7)
-    loss = sum((y * torch.randn(y.shape, generator=g).to(y.dtype)).sum() for y in ys)
-    return [*ys, *torch.autograd.grad(loss, [*xs, *weights.values()])]
-
-
-def plain_list(xs, **options):
-    return [plain(x, **options) for x in xs]
+from tests.ops.shared_ffn_data import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
 
 
 @pytest.mark.parametrize("gated, bias", list(product([False, True], repeat=2)))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recompute", POLICIES)
-def test_two_times_rule_on_values_and_gradients(gated, bias, dtype, recompute):
+def test_two_times_rule_on_values_and_gradients(gated, bias, dtype, recompute, shared_ffn_backend):
     weights = make(63, 100, gated, bias, dtype)
     g = torch.Generator().manual_seed(1)
     xs = [torch.randn(tokens, 63, generator=g).to(dtype) for tokens in (1, 100, 431)]
@@ -72,7 +27,7 @@ def test_two_times_rule_on_values_and_gradients(gated, bias, dtype, recompute):
         assert_close_to_float64(kernel, torch_same, float64)
 
 
-def test_weight_gradients_of_many_bfloat16_inputs_are_summed_in_float32():
+def test_weight_gradients_of_many_bfloat16_inputs_are_summed_in_float32(shared_ffn_backend):
     weights = make(16, 32, False, True, torch.bfloat16)
     g = torch.Generator().manual_seed(1)
     xs = [torch.randn(20, 16, generator=g).bfloat16() for _ in range(60)]
@@ -98,7 +53,7 @@ def test_gradcheck(activation, gated):
         assert torch.autograd.gradcheck(function, [t.clone().requires_grad_() for t in (*xs, *weights.values())])
 
 
-def test_input_shapes_agree():
+def test_input_shapes_agree(shared_ffn_backend):
     weights = make(12, 20, True, True)
     x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(2))
     y = ff.ops.shared_ffn(x, **weights, activation="silu")
@@ -114,14 +69,14 @@ def test_input_shapes_agree():
 
 
 @pytest.mark.parametrize("recompute", POLICIES)
-def test_zero_tokens(recompute):
+def test_zero_tokens(recompute, shared_ffn_backend):
     weights = make(12, 20, True, True)
     results = with_gradients(ff.ops.shared_ffn, [torch.empty(0, 12)], weights, recompute=recompute)
     assert results[0].shape == results[1].shape == (0, 12)
     assert all(not gradient.any() for gradient in results[2:])
 
 
-def test_only_the_gradients_that_are_needed():
+def test_only_the_gradients_that_are_needed(shared_ffn_backend):
     weights = make(12, 20, True, True)
     x = torch.randn(5, 12)
     full = with_gradients(ff.ops.shared_ffn, [x], weights)
@@ -172,7 +127,7 @@ def test_second_derivative_is_refused():
         dx.sum().backward()
 
 
-def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
+def test_autocast_computes_in_bfloat16_and_returns_float32_gradients(shared_ffn_backend):
     weights = {name: w.requires_grad_() for name, w in make(63, 100, True, True).items()}
     x = torch.randn(50, 63, generator=torch.Generator().manual_seed(1), requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -184,18 +139,22 @@ def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
     assert torch.equal(y, ff.ops.shared_ffn(x.detach().bfloat16(), **low))
     rounded = weights["up"].grad.bfloat16().float()
     assert not torch.equal(weights["up"].grad, rounded)  # not rounded on the way
+
+
+def test_autocast_leaves_float64_alone():
+    weights = {name: w.double() for name, w in make(63, 100, True, True).items()}
     with torch.autocast("cpu", torch.bfloat16):
-        assert ff.ops.shared_ffn(x.double(), **{n: w.double() for n, w in weights.items()}).dtype == torch.float64
+        assert ff.ops.shared_ffn(torch.randn(5, 63).double(), **weights).dtype == torch.float64
 
 
-def test_equal_inputs_give_equal_bits():
+def test_equal_inputs_give_equal_bits(shared_ffn_backend):
     weights, x = make(63, 100, True, True), [torch.randn(40, 63), torch.randn(7, 63)]
     first, second = (with_gradients(ff.ops.shared_ffn, x, weights) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_opcheck(gated):
+def test_opcheck(gated, shared_ffn_backend):
     w = make(6, 8, gated, True)
     order = [w["up"], w.get("gate"), w["down"], w["up_bias"], w.get("gate_bias"), w["down_bias"]]
     xs = [torch.randn(5, 6), torch.randn(3, 6)]
@@ -207,7 +166,7 @@ def test_opcheck(gated):
 
 
 @pytest.mark.parametrize("recompute", POLICIES)
-def test_compiles_whole_and_not_again_for_other_token_counts(recompute):
+def test_compiles_whole_and_not_again_for_other_token_counts(recompute, shared_ffn_backend):
     weights = {name: w.requires_grad_() for name, w in make(12, 20, True, True).items()}
     call = lambda x: ff.ops.shared_ffn(x, **weights, activation="silu", recompute=recompute)  # noqa: E731
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)

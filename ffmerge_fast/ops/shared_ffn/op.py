@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,14 +13,23 @@ from ... import _backend
 from ..._errors import FFMergeError
 from ..._library import define_op
 from .._activations import check_activation
+from .buffers import gradient_buffer
 
 _POLICIES = ("none", "activation", "full")
 _WEIGHTS = "Tensor up, Tensor? gate, Tensor down, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias"
 
 
-def _forward(xs, *rest):
-    with torch.autocast(rest[0].device.type, enabled=False):
-        return _backend.select("shared_ffn", rest[0]).forward(xs, *rest)
+def _forward(xs, up, *rest):
+    with _no_autocast(up):
+        return _backend.select("shared_ffn", up).forward(xs, up, *rest)
+
+
+_AS_IT_IS = nullcontext()
+
+
+def _no_autocast(tensor):
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
 
 
 def _forward_fake(xs, up, gate, down, up_bias, gate_bias, down_bias, activation, recompute):
@@ -29,7 +39,7 @@ def _forward_fake(xs, up, gate, down, up_bias, gate_bias, down_bias, activation,
 
 
 def _backward(grads, xs, saved, up, *rest):
-    with torch.autocast(up.device.type, enabled=False):
+    with _no_autocast(up):
         return _backend.select("shared_ffn", up).backward(grads, xs, saved, up, *rest)
 
 
@@ -68,19 +78,32 @@ class SharedFFNFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
-        dtype, x_dtypes = ctx.dtypes
-        tensors, n = ctx.saved_tensors, len(x_dtypes)
-        weights, xs, saved = tensors[:6], list(tensors[6 : 6 + n]), list(tensors[6 + n :])
-        needs_weight, needs_x = ctx.needs_input_grad[3:9], ctx.needs_input_grad[9:]
-        needs = [any(needs_x), *needs_weight]
-        grads = [g.to(dtype) for g in grads]
-        dxs, sums = _backward_op(grads, xs, saved, *_cast(weights, dtype), *ctx.options, needs)
-        sums = list(sums)
-        d_weights = [sums.pop(0).to(w.dtype) if need else None for w, need in zip(weights, needs_weight, strict=True)]
-        d_xs = [dxs[i].to(x_dtypes[i]) if needs_x[i] else None for i in range(n)]
-        return None, None, None, *d_weights, *d_xs
+        eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())  # enabled by create_graph
+        tensors = ctx.saved_tensors  # once: checkpointing computes them when asked, and only one time
+        needs = ctx.needs_input_grad[3:9]
+        buffers = [gradient_buffer(w) if eager and need else None for w, need in zip(tensors[:6], needs, strict=True)]
+        return _gradients(ctx, tensors, buffers, *grads)
+
+
+@once_differentiable
+def _gradients(ctx, tensors: tuple, buffers: list[Tensor | None], *grads: Tensor):
+    """The gradients of `SharedFFNFunction`'s inputs; None for those that were added to their buffers."""
+    dtype, x_dtypes = ctx.dtypes
+    n = len(x_dtypes)
+    weights, xs, saved = tensors[:6], list(tensors[6 : 6 + n]), list(tensors[6 + n :])
+    needs_weight, needs_x = ctx.needs_input_grad[3:9], ctx.needs_input_grad[9:]
+    arguments = [g.to(dtype) for g in grads], xs, saved, *_cast(weights, dtype), *ctx.options
+    needs = [any(needs_x), *needs_weight]
+    if any(buffer is not None for buffer in buffers):
+        dxs, sums = _backward(*arguments, needs, buffers)
+    else:
+        dxs, sums = _backward_op(*arguments, needs)
+    sums = iter(sums)
+    d_weights = [next(sums).to(w.dtype) if need else None for w, need in zip(weights, needs_weight, strict=True)]
+    d_weights = [None if added is not None else d for d, added in zip(d_weights, buffers, strict=True)]
+    d_xs = [dxs[i].to(x_dtypes[i]) if needs_x[i] else None for i in range(n)]
+    return None, None, None, *d_weights, *d_xs
 
 
 def shared_ffn(
@@ -117,8 +140,7 @@ def shared_ffn(
         FFMergeError: unknown activation or policy; a shape, dtype or device does not fit.
     """
     check_activation(activation)
-    if recompute not in _POLICIES:
-        raise FFMergeError(f"recompute: got {recompute!r}, want one of {', '.join(_POLICIES)}")
+    check_recompute(recompute)
     xs = [x] if isinstance(x, Tensor) else list(x)
     weights = (up, gate, down, up_bias, gate_bias, down_bias)
     _check_weights(*weights)
@@ -128,41 +150,67 @@ def shared_ffn(
             raise FFMergeError(f"x: got shape {list(one.shape)}, want [..., {up.shape[1]}], the input width of up")
     if not xs:
         return []
-    if not torch.is_grad_enabled():
-        recompute = "full"  # nothing will be needed again
-    flat = [one.reshape(-1, up.shape[1]) for one in xs]
-    outputs = SharedFFNFunction.apply(activation, recompute, dtype, *weights, *flat)
-    outputs = [y.reshape(*one.shape[:-1], down.shape[0]) for y, one in zip(outputs, xs, strict=True)]
+    flat = [one if one.ndim == 2 else one.reshape(-1, up.shape[1]) for one in xs]
+    if torch.is_grad_enabled():
+        outputs = SharedFFNFunction.apply(activation, recompute, dtype, *weights, *flat)
+    else:  # nothing will be needed again
+        run = _forward if _is_eager() else _forward_op  # the dispatcher takes 13 µs, a small FFN in cache 100
+        outputs, _ = run(_cast(flat, dtype), *_cast(weights, dtype), activation, "full")
+    outputs = [
+        y if one.ndim == 2 else y.reshape(*one.shape[:-1], down.shape[0]) for y, one in zip(outputs, xs, strict=True)
+    ]
     return outputs[0] if isinstance(x, Tensor) else outputs
+
+
+def check_recompute(policy: str) -> None:
+    """Raise FFMergeError unless `policy` is a known one."""
+    if policy not in _POLICIES:
+        raise FFMergeError(f"recompute: got {policy!r}, want one of {', '.join(_POLICIES)}")
 
 
 def _check_weights(up, gate, down, up_bias, gate_bias, down_bias) -> None:
     if up.ndim != 2 or down.ndim != 2:
         raise FFMergeError(f"up, down: got shapes {list(up.shape)}, {list(down.shape)}, want [d_ff, d] and [d, d_ff]")
     d_ff, d = up.shape
-    wanted = {"gate": (gate, (d_ff, d)), "down": (down, (down.shape[0], d_ff)), "up_bias": (up_bias, (d_ff,))}
-    wanted |= {"gate_bias": (gate_bias, (d_ff,)), "down_bias": (down_bias, (down.shape[0],))}
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise FFMergeError(f"{name}: got shape {list(tensor.shape)}, want {list(shape)} beside up {[d_ff, d]}")
+    _check_shape("gate", gate, (d_ff, d), up)
+    _check_shape("down", down, (down.shape[0], d_ff), up)
+    _check_shape("up_bias", up_bias, (d_ff,), up)
+    _check_shape("gate_bias", gate_bias, (d_ff,), up)
+    _check_shape("down_bias", down_bias, (down.shape[0],), up)
     if gate is None and gate_bias is not None:
         raise FFMergeError("gate_bias: given without gate; give gate too or leave it out")
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], up: Tensor) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise FFMergeError(f"{name}: got shape {list(tensor.shape)}, want {list(shape)} beside up {list(up.shape)}")
 
 
 def _compute_dtype(xs, weights) -> torch.dtype:
     """The dtype to run in: autocast's, or the one that all tensors share."""
     up = weights[0]
+    device, dtype = up.device, up.dtype
     tensors = [*xs, *(w for w in weights if w is not None)]
-    device = next((t.device for t in tensors if t.device != up.device), None)
-    if device is not None:
-        raise FFMergeError(f"x and weights: on {device} and {up.device}; move them to one device")
-    if torch.is_autocast_enabled(up.device.type) and all(t.dtype != torch.float64 for t in tensors):
-        return torch.get_autocast_dtype(up.device.type)
-    other = next((t.dtype for t in tensors if t.dtype != up.dtype), None)
-    if other is not None or not up.is_floating_point():
-        raise FFMergeError(f"x and weights: got {up.dtype} and {other or up.dtype}, want one floating-point dtype")
-    return up.dtype
+    for tensor in tensors:
+        if tensor.device != device:
+            raise FFMergeError(f"x and weights: on {tensor.device} and {device}; move them to one device")
+    if torch.is_autocast_enabled(device.type) and all(t.dtype != torch.float64 for t in tensors):
+        return torch.get_autocast_dtype(device.type)
+    other = next((t.dtype for t in tensors if t.dtype != dtype), None)
+    if other is not None or not dtype.is_floating_point:
+        raise FFMergeError(f"x and weights: got {dtype} and {other or dtype}, want one floating-point dtype")
+    return dtype
+
+
+def _is_eager() -> bool:
+    """Whether nobody traces, compiles or intercepts ops."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._functorch.peek_interpreter_stack()
+    )
 
 
 def _cast(weights, dtype) -> list[Tensor | None]:
-    return [None if w is None else w.to(dtype) for w in weights]
+    return [w if w is None or w.dtype == dtype else w.to(dtype) for w in weights]

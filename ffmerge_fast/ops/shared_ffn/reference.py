@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._activations import BACKWARD, FORWARD
+from .weights import GradientSums, Weights
 
 
 def can_run(tensor: Tensor | None = None) -> str | None:
@@ -27,9 +27,10 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs [T_i, d_out] and what the policy keeps of each input: nothing ("full"), the pre-activations of up (and
     gate) ("activation"), or these and the hidden features ("none")."""
+    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
     outputs, saved = [], []
     for x in xs:
-        pre = _pre_activations(x, up, gate, up_bias, gate_bias)
+        pre = weights.pre_activations(x)
         hidden = _hidden(pre, activation)
         outputs.append(F.linear(hidden, down, down_bias))
         saved += {"none": [*pre, hidden], "activation": pre, "full": []}[recompute]
@@ -49,33 +50,23 @@ def backward(
     activation: str,
     recompute: str,
     needs: list[bool],  # a gradient for: any x, up, gate, down, up_bias, gate_bias, down_bias
+    into: list[Tensor | None] | None = None,  # buffers, one for each weight, that its gradient is added to
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the inputs, and of each weight that needs one: the sum over all inputs in one buffer, which is
     float32 (float64 for float64 weights)."""
-    weights = (up, gate, down, up_bias, gate_bias, down_bias)
-    sum_dtype = torch.float64 if up.dtype == torch.float64 else torch.float32
-    sums = [torch.zeros_like(w, dtype=sum_dtype) if need else None for w, need in zip(weights, needs[1:], strict=True)]
+    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
+    sums = GradientSums(weights, needs[1:], into)
     kept = len(saved) // max(len(xs), 1)
     dxs = []
     for i, (dy, x) in enumerate(zip(grads, xs, strict=True)):
-        mine = saved[i * kept : (i + 1) * kept] or _pre_activations(x, up, gate, up_bias, gate_bias)
-        pre = mine[: 1 if gate is None else 2]
+        mine = saved[i * kept : (i + 1) * kept] or weights.pre_activations(x)
+        pre = mine[: weights.halves]
         hidden = mine[len(pre)] if recompute == "none" else _hidden(pre, activation)
         d_up, d_gate = _pre_activation_grads(dy @ down, pre, activation)
-        for total, d_out, inputs in zip(sums[:3], (d_up, d_gate, dy), (x, x, hidden), strict=True):
-            if total is not None:
-                total.addmm_(d_out.T.to(sum_dtype), inputs.to(sum_dtype))
-        for total, d_out in zip(sums[3:], (d_up, d_gate, dy), strict=True):
-            if total is not None:
-                total += d_out.sum(0, dtype=sum_dtype)
+        sums.add_(x, d_up, d_gate, hidden, dy)
         if needs[0]:
-            dxs.append(d_up @ up if gate is None else (d_up @ up).addmm_(d_gate, gate))
-    return dxs, [total for total in sums if total is not None]
-
-
-def _pre_activations(x, up, gate, up_bias, gate_bias) -> list[Tensor]:
-    pre = [F.linear(x, up, up_bias)]
-    return pre if gate is None else [*pre, F.linear(x, gate, gate_bias)]
+            dxs.append(weights.input_gradient(d_up, d_gate))
+    return dxs, sums.needed()
 
 
 def _hidden(pre: list[Tensor], activation: str) -> Tensor:

@@ -1,0 +1,210 @@
+"""The shared FFN on CPUs: own kernels for few tokens and for the activation, torch's GEMM for many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import _backend
+from .weights import GradientSums, Weights
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
+_NO_WEIGHT = (0, 0, 0, 0, 0, False)
+_PIECE = 512  # tokens whose hidden features exist at a time, where none are kept; and that are stacked at most
+
+
+def can_run(tensor: Tensor | None = None) -> str | None:
+    """Runs on CPU tensors of at most 32 bits wherever the extension is built."""
+    if tensor is not None and tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device}"
+    if tensor is not None and tensor.dtype not in _DTYPE:
+        return f"the tensors are {tensor.dtype}"
+    return _backend.why_no_extension()
+
+
+def forward(
+    xs: list[Tensor], up, gate, down, up_bias, gate_bias, down_bias, activation: str, recompute: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the reference."""
+    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
+    if recompute == "full":
+        ys = [_forward(x, weights, activation) for x in _stacked(xs)]
+        return _like(xs, ys), []
+    outputs, saved = [], []
+    wide = weights.to(_gemm_dtype(up.dtype))
+    for x in xs:
+        pre = wide.pre_activations(x.to(wide.up.dtype))
+        hidden = _activate(pre, torch.empty_like(pre[0]), activation)
+        outputs.append(F.linear(hidden, wide.down, wide.down_bias).to(up.dtype))
+        saved += [kept.to(up.dtype) for kept in ([*pre, hidden] if recompute == "none" else pre)]
+    return outputs, saved
+
+
+def backward(
+    grads: list[Tensor],
+    xs: list[Tensor],
+    saved: list[Tensor],
+    up,
+    gate,
+    down,
+    up_bias,
+    gate_bias,
+    down_bias,
+    activation: str,
+    recompute: str,
+    needs: list[bool],
+    into: list[Tensor | None] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the reference. Only the hidden features of 512 tokens exist at a time, unless they were kept."""
+    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
+    wide = weights.to(_gemm_dtype(up.dtype))
+    sums = GradientSums(wide, needs[1:], into, rounded=True)
+    kept = len(saved) // max(len(xs), 1)
+    columns = [xs, grads, *(saved[i::kept] for i in range(kept))]
+    dxs = []
+    for x, dy, *mine in zip(*map(_stacked, columns), strict=True):
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+        for part in _pieces(len(x), _PIECE):
+            piece = (tensor[part].to(wide.up.dtype) for tensor in (x, dy, *mine))
+            d_up, d_gate, hidden, x_part, dy_part = _hidden_gradients(wide, activation, recompute, *piece)
+            sums.add_(x_part, d_up, d_gate, hidden, dy_part)
+            if dx is not None:
+                dx[part] = wide.input_gradient(d_up, d_gate)
+        dxs.append(dx)
+    return _like(xs, dxs) if needs[0] else [], sums.needed()
+
+
+def _hidden_gradients(weights: Weights, activation: str, recompute: str, x: Tensor, dy: Tensor, *saved: Tensor):
+    """d_up, d_gate (or None), hidden of one piece, then x and dy again; in as little memory as the policy allows."""
+    pre = saved[: weights.halves] or weights.pre_activations(x)
+    hidden = saved[weights.halves] if recompute == "none" else None
+    d_up = dy @ weights.down
+
+    def room(i: int) -> Tensor:
+        return pre[i] if recompute == "full" else torch.empty_like(d_up)  # what was kept must stay as it is
+
+    d_gate = None if weights.gate is None else room(1)
+    written = room(0) if hidden is None else None
+    _backend.extension().shared_ffn_activate_backward(
+        *(_ACTIVATION[activation], _DTYPE[d_up.dtype], d_up.data_ptr()),
+        *map(_address, (pre[0], None if d_gate is None else pre[1], d_up, d_gate, written)),
+        *(d_up.numel(), _backend.native_isa(), torch.get_num_threads()),
+    )
+    return d_up, d_gate, hidden if written is None else written, x, dy
+
+
+def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
+    """[T, d] -> [T, d_out], keeping nothing."""
+    if x.shape[0] <= most_decoded_tokens(x.dtype):
+        return _decode(x, weights, activation)
+    y = x.new_empty(len(x), len(weights.down))
+    wide = weights.to(_gemm_dtype(x.dtype))
+    for part in _pieces(len(x), _PIECE):
+        pre = wide.pre_activations(x[part].to(wide.up.dtype))
+        hidden = _activate(pre, pre[0], activation)
+        if wide.up.dtype != x.dtype:
+            y[part] = F.linear(hidden, wide.down, wide.down_bias)
+        elif wide.down_bias is None:
+            torch.mm(hidden, wide.down.T, out=y[part])
+        else:
+            torch.addmm(wide.down_bias, hidden, wide.down.T, out=y[part])
+    return y
+
+
+def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    up, gate, down, up_bias, gate_bias, down_bias = map(_readable, weights)
+    tokens, outputs = x.shape[0], down.shape[0]
+    y = x.new_empty(tokens, outputs)
+    _backend.extension().shared_ffn_decode(
+        _weight(up, up_bias),
+        _NO_WEIGHT if gate is None else _weight(gate, gate_bias),
+        _weight(down, down_bias),
+        *(_DTYPE[x.dtype], _ACTIVATION[activation], x.data_ptr(), tokens, x.stride(0), y.data_ptr()),
+        *(_backend.native_isa(), torch.get_num_threads()),
+    )
+    return y
+
+
+@cache
+def most_decoded_tokens(dtype: torch.dtype) -> int:
+    """Up to how many tokens our kernels are faster than torch's GEMM; README.md has the figures."""
+    if dtype == torch.float32:
+        return 32
+    return 8 if _gemm_dtype(dtype) == dtype else 64
+
+
+@cache
+def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 where torch multiplies `dtype` by plain loops: the CPU has no instructions for it."""
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype not in native or native[dtype]() else torch.float32
+
+
+def _activate(pre: list[Tensor], hidden: Tensor, activation: str) -> Tensor:
+    """act(up), or act(gate) · up, in one pass; `hidden` may be pre[0]."""
+    _backend.extension().shared_ffn_activate(
+        *(_ACTIVATION[activation], _DTYPE[hidden.dtype], pre[0].data_ptr(), _address(pre[1]) if len(pre) > 1 else 0),
+        *(hidden.data_ptr(), hidden.numel(), _backend.native_isa(), torch.get_num_threads()),
+    )
+    return hidden
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _readable(weight: Tensor | None) -> Tensor | None:
+    """A weight with one dimension contiguous: nn.Linear's, the transposed one of Conv1D, and most views are."""
+    return weight if weight is None or weight.is_contiguous() or 1 in weight.stride() else weight.contiguous()
+
+
+def _weight(weight: Tensor, bias: Tensor | None) -> tuple:
+    """As csrc/bindings.cpp takes it. Of a matrix with both strides 1 the other one is the larger size."""
+    outputs, inputs = weight.shape
+    across, along = weight.stride()
+    transposed = along != 1
+    return weight.data_ptr(), _address(bias), outputs, inputs, along if transposed else across, transposed
+
+
+def _pieces(tokens: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
+
+
+def _groups(tokens: list[int]) -> Iterator[slice]:
+    """Neighbours of together at most `_PIECE` tokens, or single ones."""
+    first, total = 0, 0
+    for i, count in enumerate(tokens):
+        if i > first and total + count > _PIECE:
+            yield slice(first, i)
+            first, total = i, 0
+        total += count
+    if tokens:
+        yield slice(first, len(tokens))
+
+
+def _stacked(tensors: list[Tensor]) -> list[Tensor]:
+    """Small neighbours as one tensor, large ones as they are."""
+    if len(tensors) == 1:
+        return tensors
+    groups = [tensors[group] for group in _groups([len(t) for t in tensors])]
+    return [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
+
+
+def _like(xs: list[Tensor], stacked: list[Tensor]) -> list[Tensor]:
+    """The inverse of `_stacked`, on results for `xs`. Copies: outputs of an op are no views of each other."""
+    if len(xs) == 1:
+        return stacked
+    results = []
+    for group, result in zip(_groups([len(x) for x in xs]), stacked, strict=True):
+        sizes = [len(x) for x in xs[group]]
+        results += [result] if len(sizes) == 1 else [part.clone() for part in result.split(sizes)]
+    return results

@@ -1,0 +1,85 @@
+"""The weights of one FFN, and the sums of their gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """In nn.Linear's layout: up and gate [f, d], down [d_out, f]."""
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    up_bias: Tensor | None
+    gate_bias: Tensor | None
+    down_bias: Tensor | None
+
+    @property
+    def halves(self) -> int:
+        """How many pre-activations there are: of up, and of gate."""
+        return 1 if self.gate is None else 2
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        return self if self.up.dtype == dtype else Weights(*(None if w is None else w.to(dtype) for w in self))
+
+    def pre_activations(self, x: Tensor) -> list[Tensor]:
+        """[T, d] -> [T, f] of up, and of gate if there is one."""
+        pre = [F.linear(x, self.up, self.up_bias)]
+        return pre if self.gate is None else [*pre, F.linear(x, self.gate, self.gate_bias)]
+
+    def input_gradient(self, d_up: Tensor, d_gate: Tensor | None) -> Tensor:
+        """[T, f] -> [T, d]."""
+        return d_up @ self.up if d_gate is None else (d_up @ self.up).addmm_(d_gate, self.gate)
+
+
+class GradientSums:
+    """One buffer for each weight that needs a gradient, float32 (float64 for float64), over all tokens.
+
+    Args:
+        weights: six tensors or None.
+        needs: which of them need a gradient.
+        into: buffers that gradients are added to, where given; the others are new.
+        rounded: in a lower precision, multiply in it and round what each call of `add_` contributes, where the
+            processor cannot add such products to float32; else they are multiplied in float32.
+    """
+
+    def __init__(
+        self, weights: Weights, needs: list[bool], into: list[Tensor | None] | None = None, rounded: bool = False
+    ):
+        self._rounded = rounded
+        self._dtype = torch.float64 if weights.up.dtype == torch.float64 else torch.float32
+        self._weights, self._needs = weights, needs
+        self._sums = [given if need else None for given, need in zip(into or [None] * 6, needs, strict=True)]
+
+    def add_(self, x: Tensor, d_up: Tensor, d_gate: Tensor | None, hidden: Tensor, dy: Tensor) -> None:
+        """Add what some tokens contribute; the gradients of the pre-activations and the output are [T, ...]."""
+        outer = ((d_up, x), (d_gate, x), (dy, hidden), (d_up, None), (d_gate, None), (dy, None))
+        for i, (d_out, inputs) in enumerate(outer):
+            if self._needs[i]:
+                self._sums[i] = self._added(self._sums[i], d_out, inputs)
+
+    def needed(self) -> list[Tensor]:
+        """The sums, without those that nobody needs."""
+        pairs = zip(self._sums, self._weights, self._needs, strict=True)
+        return [self._zeros(weight) if total is None else total for total, weight, need in pairs if need]
+
+    def _added(self, total: Tensor | None, d_out: Tensor, inputs: Tensor | None) -> Tensor:
+        if inputs is None:
+            part = d_out.sum(0, dtype=self._dtype)
+            return part if total is None else total.add_(part)
+        if d_out.is_cuda and d_out.dtype != self._dtype and hasattr(torch.ops.aten.addmm, "dtype_out"):
+            total = inputs.new_zeros(d_out.shape[1], inputs.shape[1], dtype=self._dtype) if total is None else total
+            return torch.addmm(total, d_out.T, inputs, out_dtype=self._dtype, out=total)
+        if d_out.dtype != self._dtype and self._rounded:
+            part = (d_out.T @ inputs).to(self._dtype)
+            return part if total is None else total.add_(part)
+        d_out, inputs = d_out.to(self._dtype), inputs.to(self._dtype)
+        return d_out.T @ inputs if total is None else total.addmm_(d_out.T, inputs)
+
+    def _zeros(self, weight: Tensor) -> Tensor:
+        return torch.zeros(weight.shape, dtype=self._dtype, device=weight.device)
