@@ -19,6 +19,7 @@ _MODULES["assignment"]["cpp"] = "ops.assignment.cpp_backend"
 _MODULES["correlation"]["cpp"] = "ops.correlation.cpp_backend"
 _MODULES["shared_ffn"]["cpp"] = "ops.shared_ffn.cpp_backend"
 _MODULES["correlation"]["triton"] = "ops.correlation.triton_backend"
+_MODULES["shared_ffn"]["triton"] = "ops.shared_ffn.triton_backend"
 _MODULES["projection"]["cpp"] = "ops.projection.cpp_backend"
 _MODULES["projection"]["triton"] = "ops.projection.triton_backend"
 _forced: str | None = None

@@ -174,7 +174,7 @@ class TensorCoreLayout(RowLayout):
         sides = ([p.a.blocks[0], p.b.blocks[0], p.accumulator] for p in (*products, *unused))
         a, b, c = (tuple(column) for column in zip(*sides, strict=True))
         _run(
-            "_correlation_accumulate_pairs_kernel",
+            kernels._correlation_accumulate_pairs_kernel,
             (schedule.programs,),
             self.device,
             *(a, b, c, schedule.problems, schedule.tiles, len(products), tokens),
@@ -272,7 +272,7 @@ def _accumulate_layer_(
     mask = None if mask is None else mask.view(torch.uint8)
     pitch = 0 if out is None else out.stride(0)
     _run(
-        "_correlation_accumulate_layer_kernel",
+        _kernels()._correlation_accumulate_layer_kernel,
         (blocks, chunks),
         x.device,
         *(x, mask, pivot, out, flags, partial, counts, tokens, rows, _CHUNK, width, *x.stride(), pitch),
@@ -284,7 +284,7 @@ def _accumulate_layer_(
         num_warps=4,
     )
     _run(
-        "_correlation_layer_sums_kernel",
+        _kernels()._correlation_layer_sums_kernel,
         (blocks,),
         x.device,
         *(partial, counts, count, total, squares, chunks, width),
@@ -314,9 +314,9 @@ def _addmm_adds_to_float32(accumulator: Tensor) -> bool:
     return accumulator.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
-def _run(kernel: str, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
+def _run(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
     """Launch a kernel on `device`; scratch memory (tensor descriptors) comes from torch, as CUDA graphs want it."""
-    launch = getattr(_kernels(), kernel)[grid]
+    launch = kernel[grid]
     if device.type != "cuda":
         launch(*arguments, **options)
         return

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _backend
+from .pieces import backward_in_pieces, like, pieces, stacked
 from .weights import GradientSums, Weights
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
 _NO_WEIGHT = (0, 0, 0, 0, 0, False)
-_PIECE = 512  # tokens whose hidden features exist at a time, where none are kept; and that are stacked at most
+_PIECE = 512  # tokens whose hidden features exist at a time, where none are kept
 
 
 def can_run(tensor: Tensor | None = None) -> str | None:
@@ -33,8 +33,8 @@ def forward(
     """As the reference."""
     weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
     if recompute == "full":
-        ys = [_forward(x, weights, activation) for x in _stacked(xs)]
-        return _like(xs, ys), []
+        ys = [_forward(x, weights, activation) for x in stacked(xs)]
+        return like(xs, ys), []
     outputs, saved = [], []
     wide = weights.to(_gemm_dtype(up.dtype))
     for x in xs:
@@ -64,23 +64,13 @@ def backward(
     weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
     wide = weights.to(_gemm_dtype(up.dtype))
     sums = GradientSums(wide, needs[1:], into, rounded=True)
-    kept = len(saved) // max(len(xs), 1)
-    columns = [xs, grads, *(saved[i::kept] for i in range(kept))]
-    dxs = []
-    for x, dy, *mine in zip(*map(_stacked, columns), strict=True):
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-        for part in _pieces(len(x), _PIECE):
-            piece = (tensor[part].to(wide.up.dtype) for tensor in (x, dy, *mine))
-            d_up, d_gate, hidden, x_part, dy_part = _hidden_gradients(wide, activation, recompute, *piece)
-            sums.add_(x_part, d_up, d_gate, hidden, dy_part)
-            if dx is not None:
-                dx[part] = wide.input_gradient(d_up, d_gate)
-        dxs.append(dx)
-    return _like(xs, dxs) if needs[0] else [], sums.needed()
+    hidden_gradients = partial(_hidden_gradients, wide, activation, recompute)
+    dxs = backward_in_pieces(hidden_gradients, wide, sums, xs, grads, saved, _PIECE, needs[0])
+    return dxs, sums.needed()
 
 
 def _hidden_gradients(weights: Weights, activation: str, recompute: str, x: Tensor, dy: Tensor, *saved: Tensor):
-    """d_up, d_gate (or None), hidden of one piece, then x and dy again; in as little memory as the policy allows."""
+    """What `GradientSums.add_` takes of one piece, in as little memory as the policy allows."""
     pre = saved[: weights.halves] or weights.pre_activations(x)
     hidden = saved[weights.halves] if recompute == "none" else None
     d_up = dy @ weights.down
@@ -95,7 +85,7 @@ def _hidden_gradients(weights: Weights, activation: str, recompute: str, x: Tens
         *map(_address, (pre[0], None if d_gate is None else pre[1], d_up, d_gate, written)),
         *(d_up.numel(), _backend.native_isa(), torch.get_num_threads()),
     )
-    return d_up, d_gate, hidden if written is None else written, x, dy
+    return d_up, d_gate, hidden if written is None else written
 
 
 def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
@@ -104,7 +94,7 @@ def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
         return _decode(x, weights, activation)
     y = x.new_empty(len(x), len(weights.down))
     wide = weights.to(_gemm_dtype(x.dtype))
-    for part in _pieces(len(x), _PIECE):
+    for part in pieces(len(x), _PIECE):
         pre = wide.pre_activations(x[part].to(wide.up.dtype))
         hidden = _activate(pre, pre[0], activation)
         if wide.up.dtype != x.dtype:
@@ -173,38 +163,3 @@ def _weight(weight: Tensor, bias: Tensor | None) -> tuple:
     across, along = weight.stride()
     transposed = along != 1
     return weight.data_ptr(), _address(bias), outputs, inputs, along if transposed else across, transposed
-
-
-def _pieces(tokens: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
-
-
-def _groups(tokens: list[int]) -> Iterator[slice]:
-    """Neighbours of together at most `_PIECE` tokens, or single ones."""
-    first, total = 0, 0
-    for i, count in enumerate(tokens):
-        if i > first and total + count > _PIECE:
-            yield slice(first, i)
-            first, total = i, 0
-        total += count
-    if tokens:
-        yield slice(first, len(tokens))
-
-
-def _stacked(tensors: list[Tensor]) -> list[Tensor]:
-    """Small neighbours as one tensor, large ones as they are."""
-    if len(tensors) == 1:
-        return tensors
-    groups = [tensors[group] for group in _groups([len(t) for t in tensors])]
-    return [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
-
-
-def _like(xs: list[Tensor], stacked: list[Tensor]) -> list[Tensor]:
-    """The inverse of `_stacked`, on results for `xs`. Copies: outputs of an op are no views of each other."""
-    if len(xs) == 1:
-        return stacked
-    results = []
-    for group, result in zip(_groups([len(x) for x in xs]), stacked, strict=True):
-        sizes = [len(x) for x in xs[group]]
-        results += [result] if len(sizes) == 1 else [part.clone() for part in result.split(sizes)]
-    return results

@@ -63,7 +63,7 @@ def backward(
         pre = mine[: weights.halves]
         hidden = mine[len(pre)] if recompute == "none" else _hidden(pre, activation)
         d_up, d_gate = _pre_activation_grads(dy @ down, pre, activation)
-        sums.add_(x, d_up, d_gate, hidden, dy)
+        sums.add_(x, dy, d_up, d_gate, hidden)
         if needs[0]:
             dxs.append(weights.input_gradient(d_up, d_gate))
     return dxs, sums.needed()

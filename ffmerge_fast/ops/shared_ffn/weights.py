@@ -56,9 +56,22 @@ class GradientSums:
         self._weights, self._needs = weights, needs
         self._sums = [given if need else None for given, need in zip(into or [None] * 6, needs, strict=True)]
 
-    def add_(self, x: Tensor, d_up: Tensor, d_gate: Tensor | None, hidden: Tensor, dy: Tensor) -> None:
-        """Add what some tokens contribute; the gradients of the pre-activations and the output are [T, ...]."""
-        outer = ((d_up, x), (d_gate, x), (dy, hidden), (d_up, None), (d_gate, None), (dy, None))
+    def add_(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        d_up: Tensor,
+        d_gate: Tensor | None,
+        hidden: Tensor,
+        d_up_parts: Tensor | None = None,
+        d_gate_parts: Tensor | None = None,
+    ) -> None:
+        """Add what some tokens contribute; the gradients of the pre-activations and the output are [T, ...].
+
+        Parts: matrices with the column sums of d_up and d_gate but fewer rows, where somebody summed already.
+        """
+        rows = d_up if d_up_parts is None else d_up_parts, d_gate if d_gate_parts is None else d_gate_parts
+        outer = ((d_up, x), (d_gate, x), (dy, hidden), (rows[0], None), (rows[1], None), (dy, None))
         for i, (d_out, inputs) in enumerate(outer):
             if self._needs[i]:
                 self._sums[i] = self._added(self._sums[i], d_out, inputs)
