@@ -77,12 +77,12 @@ def closed_form(shared: int, halves: int) -> _tuning.Config:
 
     halves: 2 with a gate, whose products share a tile with those of up.
     """
-    for rows, columns, warps, least_stages in ((128, 256, 8, 4), (128, 128, 8, 2), (64, 64, 4, 1)):
+    for rows, columns, least in ((128, 256, 4), (128, 128, 2), (64, 64, 1)):
         stages = min(4, (shared - 4096) // (2 * 64 * (rows + columns)))
-        if stages >= least_stages:
+        if stages >= least:
             break
     tile = {"BLOCK_M": rows, "BLOCK_N": columns // halves, "BLOCK_K": 64, "PARTS": max(1, columns // halves // 64)}
-    return tile | {"num_warps": warps, "num_stages": stages}
+    return tile | {"num_warps": rows // 16, "num_stages": stages}
 
 
 def narrow(config: _tuning.Config, halves: int) -> _tuning.Config:

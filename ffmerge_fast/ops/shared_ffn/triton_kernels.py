@@ -157,7 +157,6 @@ def _shared_ffn_hidden_kernel(
     row = (first + inside_group % height) * BLOCK_M
     column = inside_group // height * BLOCK_N
     m = row + tl.arange(0, BLOCK_M)
-    n = column + tl.arange(0, BLOCK_N)
 
     if TMA == "":
         xs = x
