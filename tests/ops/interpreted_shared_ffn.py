@@ -153,7 +153,7 @@ def test_non_finite_values_are_not_swallowed(value, tokens, activation):
 def test_gradients_in_pieces_and_stacks(policy, gated, dtype, monkeypatch):
     monkeypatch.setattr(backend, "_PIECE", 100)
     weights = transposed(make(40, 72, gated, True, dtype))
-    xs = [random(tokens, 40, dtype, tokens) for tokens in (3, 0, 16, 530, 7)]
+    xs = [random(tokens, 40, dtype, tokens) for tokens in (30, 0, 16, 530, 70)]
     with nan_poisoned_empty():
         ours, again = (with_gradients(ff.ops.shared_ffn, xs, weights, recompute=policy) for _ in range(2))
     same, true = (with_gradients(plain_list, xs, weights, kind) for kind in (dtype, torch.float64))
