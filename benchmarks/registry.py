@@ -404,6 +404,7 @@ FFN_SHAPES = {  # d, d_ff, activation, gated
     "gpt2-large": (1280, 5120, "gelu_tanh", False),
     "vit-b": (768, 3072, "gelu", False),
     "llama-1b": (2048, 8192, "silu", True),
+    "llama-8b": (4096, 14336, "silu", True),
 }
 ACTIVATIONS = {
     "gelu": F.gelu,

@@ -169,11 +169,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "shared_ffn_decode",
       [](const Weight& up, const Weight& gate, const Weight& down, int dtype, int activation, uintptr_t x,
-         int64_t tokens, int64_t x_stride, uintptr_t y, const std::string& isa, int threads) {
+         int64_t tokens, int64_t x_stride, uintptr_t y, const std::string& isa, int tiles, int threads) {
         const ffmerge::FFN ffn{ffn_weight(up), ffn_weight(gate), ffn_weight(down), static_cast<ffmerge::Dtype>(dtype),
                                static_cast<ffmerge::Activation>(activation)};
         ffmerge::shared_ffn_decode(ffn, pointer<const void>(x), tokens, x_stride, pointer<void>(y), usable_isa(isa),
-                                   threads);
+                                   static_cast<ffmerge::Tiles>(tiles), threads);
       },
       no_gil);
   m.def(

@@ -8,14 +8,6 @@
 
 #include "correlation_tiles.h"
 
-#if defined(__GNUC__)
-#define FFMERGE_INLINE inline __attribute__((always_inline))
-#define FFMERGE_PREFETCH(address) __builtin_prefetch(address, 0, 2)
-#else
-#define FFMERGE_INLINE inline
-#define FFMERGE_PREFETCH(address) static_cast<void>(address)
-#endif
-
 namespace ffmerge {
 namespace {
 

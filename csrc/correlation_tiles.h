@@ -9,13 +9,8 @@
 
 #include <cstdint>
 
+#include "common/inline.h"
 #include "correlation.h"
-
-#if defined(__GNUC__)
-#define FFMERGE_RESTRICT __restrict__
-#else
-#define FFMERGE_RESTRICT
-#endif
 
 namespace ffmerge {
 

@@ -24,9 +24,13 @@ struct FFN {
   Activation activation;
 };
 
-// y [tokens, down.outputs] of x [tokens, up.inputs], rows `x_stride` apart; both in the FFN's dtype. Sums, activation
-// and hidden features are float32.
-void shared_ffn_decode(const FFN& ffn, const void* x, int64_t tokens, int64_t x_stride, void* y, Isa isa, int threads);
+// The matrix unit, for bfloat16 and up to 16 tokens. `emulated` runs the same schedule without one, bit for bit.
+enum class Tiles : int { none = 0, amx = 1, emulated = 2 };
+
+// y [tokens, down.outputs] of x [tokens, up.inputs], rows `x_stride` apart; both in the FFN's dtype. Sums and activation
+// are float32, and so are the hidden features, except on a matrix unit, which takes bfloat16.
+void shared_ffn_decode(const FFN& ffn, const void* x, int64_t tokens, int64_t x_stride, void* y, Isa isa, Tiles tiles,
+                       int threads);
 
 // hidden = act(up), or act(gate) · up if gate is not null. All [count] of one dtype; hidden may be one of the others.
 void shared_ffn_activate(Activation activation, Dtype dtype, const void* up, const void* gate, void* hidden,

@@ -9,16 +9,10 @@
 
 #include <cstring>
 
+#include "common/inline.h"
+
 #if FFMERGE_X86
 #include <immintrin.h>
-#endif
-
-#if defined(__GNUC__)
-#define FFMERGE_RESTRICT __restrict__
-#define FFMERGE_PREFETCH(address) __builtin_prefetch(address, 0, 2)
-#else
-#define FFMERGE_RESTRICT
-#define FFMERGE_PREFETCH(address) static_cast<void>(address)
 #endif
 
 namespace ffmerge {

@@ -158,9 +158,13 @@ def shared_ffn_decode(
     x_stride: int,
     y: int,
     isa: str,
+    tiles: int,
     threads: int,
 ) -> None:
-    """y [tokens, down.outputs] = down(act(up x)), or down(act(gate x) · up x), all of one dtype; for few tokens."""
+    """y [tokens, down.outputs] = down(act(up x)), or down(act(gate x) · up x), all of one dtype; for few tokens.
+
+    tiles: 1 for AMX in bfloat16 up to 16 tokens, 2 for its emulation, 0 for neither.
+    """
 
 def shared_ffn_activate(
     activation: int, dtype: int, up: int, gate: int, hidden: int, count: int, isa: str, threads: int

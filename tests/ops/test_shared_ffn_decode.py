@@ -6,6 +6,7 @@ import torch
 import ffmerge_fast as ff
 from ffmerge_fast import _backend
 from ffmerge_fast.ops.shared_ffn import cpp_backend
+from ffmerge_fast.ops.shared_ffn.weights import Weights
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty
 from tests.ops.shared_ffn_data import ACTIVATIONS, make, plain
 
@@ -180,3 +181,18 @@ def test_float64_is_left_to_the_reference(monkeypatch, shared_ffn_backend):
             ff.ops.shared_ffn(torch.zeros(1, 4).double(), torch.zeros(8, 4).double(), torch.zeros(4, 8).double())
     monkeypatch.delenv("FFMERGE_BACKEND")
     assert _backend.select("shared_ffn", torch.zeros(1).double()).__name__.endswith("reference")
+
+
+def test_matrix_units_take_up_to_sixteen_tokens_in_bfloat16(shared_ffn_backend):
+    if shared_ffn_backend == "reference":
+        pytest.skip("torch rounds the hidden features")
+    rounds = "amx" in shared_ffn_backend  # a matrix unit rounds them too, our other kernels do not
+    up, down = torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, -1.0]])
+    for dtype, tokens, expected in (
+        (torch.bfloat16, 16, 0 if rounds else 2**-10),
+        (torch.bfloat16, 17, 2**-10),
+        (torch.float32, 16, 2**-10),
+    ):
+        x = torch.tensor([[1.0, 2**-10]]).expand(tokens, 2).to(dtype)  # hidden: 1 + 2^-10 and 1
+        y = cpp_backend._decode(x, Weights(up.to(dtype), None, down.to(dtype), None, None, None), "relu")
+        assert (y == expected).all()

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _backend
+from ... import _backend, _env
 from .pieces import backward_in_pieces, like, pieces, stacked
 from .weights import GradientSums, Weights
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
+_TILES = {"amx": 1, _env.AMX_EMULATED: 2}  # matrix units of csrc/shared_ffn.h
 _NO_WEIGHT = (0, 0, 0, 0, 0, False)
 _PIECE = 512  # tokens whose hidden features exist at a time, where none are kept
 
@@ -116,7 +117,7 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
         _NO_WEIGHT if gate is None else _weight(gate, gate_bias),
         _weight(down, down_bias),
         *(_DTYPE[x.dtype], _ACTIVATION[activation], x.data_ptr(), tokens, x.stride(0), y.data_ptr()),
-        *(_backend.native_isa(), torch.get_num_threads()),
+        *(_backend.native_isa(), _TILES.get(_backend.cpu_isa(), 0), torch.get_num_threads()),
     )
     return y
 
@@ -126,7 +127,9 @@ def most_decoded_tokens(dtype: torch.dtype) -> int:
     """Up to how many tokens our kernels are faster than torch's GEMM; README.md has the figures."""
     if dtype == torch.float32:
         return 32
-    return 8 if _gemm_dtype(dtype) == dtype else 64
+    if _gemm_dtype(dtype) != dtype:
+        return 64
+    return 16 if dtype == torch.bfloat16 and _backend.extension().cpu_isa() == "amx" else 8
 
 
 @cache
