@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 import ffmerge_fast as ff
 from ffmerge_fast.ops.projection import chain
 
-from . import projection_step
+from . import cuda_graphs, projection_step
 from .measure import Candidates
 
 
@@ -476,6 +476,26 @@ def shared_ffn_forward_case(
     return Case("shared_ffn", f"{shape} forward T{tokens} {_short(dtype)}", size, build)
 
 
+def shared_ffn_layers_case(size: str, shape: str, tokens: int, dtype: torch.dtype, layers: int = 24) -> Case:
+    """Without gradients, `layers` times one after the other, on CUDA in one graph: a tied FFN in a decode step."""
+
+    def build(device: str) -> Job:
+        weights = ffn_weights(shape, dtype, device)
+        x = torch.randn(tokens, FFN_SHAPES[shape][0], generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        options = {"activation": FFN_SHAPES[shape][2]}
+        torch_compile = cuda_graphs.compiled(partial(ffn_torch, **options), device)
+        once = {
+            "ffmerge": lambda: ff.ops.shared_ffn(x, **weights, **options),
+            "torch": lambda: ffn_torch(x, **weights, **options),
+            "torch.compile": lambda: torch_compile(x, **weights),
+        }
+        with torch.inference_mode():
+            runs = {name: cuda_graphs.calls(run, layers, device) for name, run in once.items()}
+        return _ffn_job(runs, ffn_torch(x.double(), **_double(weights), **options))
+
+    return Case("shared_ffn", f"{shape} forward x{layers} T{tokens} {_short(dtype)}", size, build)
+
+
 def _ffn_job(runs: dict[str, Callable], truth: torch.Tensor) -> Job:
     def inference(run):
         def once():
@@ -523,6 +543,8 @@ def shared_ffn_training_case(size: str, shape: str, tokens: int, dtype: torch.dt
             "ffmerge, recompute full": steps(partial(ff.ops.shared_ffn, recompute="full")),
             "torch": steps(ffn_torch),
         }
+        if size == "large":
+            candidates["torch.compile"] = steps(cuda_graphs.compiled(ffn_torch, device))
         plain = _relative_error(candidates["torch"](), truth)
         return Job(candidates, lambda r: _relative_error(r, truth), limit=2 * plain + 8 * torch.finfo(dtype).eps)
 
@@ -586,6 +608,14 @@ CASES = [
         for forward in (True, False)
     ),
     shared_ffn_training_case("full", "gpt2", 128, BF16),
+    *(
+        shared_ffn_layers_case("large", shape, tokens, BF16)
+        for shape in ("gpt2", "gpt2-large")
+        for tokens in (1, 4, 16)
+    ),
+    shared_ffn_layers_case("large", "llama-1b", 1, BF16),
+    *(shared_ffn_layers_case("large", shape, 8192, BF16, layers=1) for shape in ("gpt2-large", "llama-1b", "llama-8b")),
+    *(shared_ffn_training_case("large", shape, 8192, BF16) for shape in ("gpt2-large", "llama-1b")),
 ]
 
 

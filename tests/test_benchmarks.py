@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     bench_stream,
+    cuda_graphs,
     measure,
     pipeline,
     projection_quality,
@@ -101,6 +102,22 @@ def test_projection_error_sees_a_wrong_gradient():
         assert job.error(result) <= job.limit, name
     result[2][3, 5] += 1.0
     assert job.error(result) > job.limit
+
+
+def test_calls_in_a_row_return_the_last_result():
+    seen = []
+    assert cuda_graphs.calls(lambda: seen.append(0) or len(seen), 3, "cpu")() == 3
+
+
+def test_tied_layers_do_the_same_work(monkeypatch):
+    monkeypatch.setitem(registry.FFN_SHAPES, "tiny", (16, 32, "silu", True))
+    monkeypatch.setattr(cuda_graphs, "compiled", lambda function, device: function)
+    job = registry.shared_ffn_layers_case("large", "tiny", 3, torch.bfloat16, layers=2).build("cpu")
+    assert list(job.candidates) == ["ffmerge", "torch", "torch.compile"]
+    results = measure.check(job.candidates, job.error, job.limit)
+    assert max(results.values()) > 0
+    wrong = job.candidates["ffmerge"]() * 1.1
+    assert job.error(wrong) > job.limit
 
 
 def test_run_writes_a_table_and_keeps_other_cases(tmp_path, capsys, monkeypatch):

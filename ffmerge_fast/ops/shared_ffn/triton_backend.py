@@ -20,8 +20,8 @@ __all__ = ["backward", "can_run", "forward"]
 
 _HALF = (torch.bfloat16, torch.float16)
 _DECODED = 16  # tokens of the kernel for few: the least rows that tensor cores multiply
-_DECODED_BYTES = 128 * 2**20  # of weights, which take 27 µs to read; beyond, a launch or two saved are less than 15 %
-_WIDEST = 3072  # d up to which the pass over hidden that the epilogue saves is 1/9 of the GEMM or more; README.md
+_DECODED_BYTES = 128 * 2**20  # of weights, which take 34 µs to read; beyond, two launches saved are less than 15 %
+_WIDEST = 3072  # d up to which the traffic that the epilogue saves is worth a GEMM at 90 % of cuBLAS; README.md
 _PIECE = 8192  # tokens whose hidden features exist at a time in backward, where none are kept
 _ROWS, _COLUMNS = 64, 128  # of hidden features that one program activates
 _PREFETCHED_BYTES = 16 * 2**20  # of down: what the L2 cache can hold beside the rest
