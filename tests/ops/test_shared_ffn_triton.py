@@ -57,9 +57,8 @@ def pointers_of(names, half, given):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["wide", "narrow"])
 @pytest.mark.parametrize("halves", [1, 2], ids=["plain", "gated"])
-@pytest.mark.parametrize("stored", ["rows", "columns", ""])
+@pytest.mark.parametrize("size, stored", [("wide", "rows"), ("wide", "columns"), ("wide", ""), ("narrow", "")])
 @pytest.mark.parametrize("keep, half", [(False, "bf16"), (True, "fp16")])
 def test_hidden_features_compile_for_hopper(stored, halves, size, keep, half):
     from ffmerge_fast.ops.shared_ffn import triton_kernels as kernels

@@ -129,9 +129,9 @@ def _fused_hidden(x: Tensor, weights: Weights, activation: str, outs: list[Tenso
     (m, depth), n, device = x.shape, len(up), x.device
     key = "shared_ffn_hidden" + "_gated" * (halves - 1)
     config = _tuning.config(key, device, partial(closed_form, halves=halves))
-    tiles = _tiles(m, n, config)
-    if tiles < _multiprocessors(device):
-        config = narrow(config, halves)
+    tiles, tma = _tiles(m, n, config), _tma(x, up, gate)
+    if tiles < _multiprocessors(device):  # to describe matrices to TMA would take as long as a small tile
+        config, tma = narrow(config, halves), ""
         tiles = _tiles(m, n, config)
     if not tiles:
         return
@@ -139,12 +139,12 @@ def _fused_hidden(x: Tensor, weights: Weights, activation: str, outs: list[Tenso
     kept += [None] * (2 - len(kept))
     _run(
         kernels._shared_ffn_hidden_kernel,
-        (tiles,),
+        (min(tiles, _multiprocessors(device)) if tma else tiles,),
         device,
         *(x, up, gate, *map(_vector, (weights.up_bias, weights.gate_bias)), hidden, *kept),
         *(m, n, depth, *x.stride(), *up.stride(), *_strides(gate)),
         ACTIVATION=activation,
-        TMA=_tma(x, up, gate),
+        TMA=tma,
         INTERPRETED=_env.triton_interpreter(),
         **config,
     )

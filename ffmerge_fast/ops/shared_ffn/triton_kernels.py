@@ -147,43 +147,44 @@ def _shared_ffn_hidden_kernel(
     PARTS: tl.constexpr,  # of a tile that are activated and written one after the other
     INTERPRETED: tl.constexpr,
 ):
-    """hidden = act(x · upᵀ), or act(x · gateᵀ) · (x · upᵀ) from one pass over x: one program, one tile."""
+    """hidden = act(x · upᵀ), or act(x · gateᵀ) · (x · upᵀ) from one pass over x.
+
+    Program p of P takes tiles p, p + P, ...: what it costs to describe matrices to TMA is paid once.
+    """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    first = tile // (8 * tiles_n) * 8  # eight rows of tiles at a time: what they read of the weights stays in the cache
-    height = tl.minimum(tiles_m - first, 8)
-    inside_group = tile % (8 * tiles_n)
-    row = (first + inside_group % height) * BLOCK_M
-    column = inside_group // height * BLOCK_N
-    m = row + tl.arange(0, BLOCK_M)
-
-    if TMA == "":
-        xs = x
-    else:
+    pointers = (gate, up_bias, gate_bias, hidden, kept_up, kept_gate)
+    xs = x
+    if TMA != "":
         xs = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
     ups = _weights(up, N, K, stride_un, stride_uk, TMA, BLOCK_N, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if gate is not None:
         gates = _weights(gate, N, K, stride_gn, stride_gk, TMA, BLOCK_N, BLOCK_K)
-        acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if TMA == "":
-            k = start + tl.arange(0, BLOCK_K)[None, :]
-            at = xs + m[:, None].to(tl.int64) * stride_xm + k.to(tl.int64) * stride_xk
-            a = tl.load(at, mask=(m < M)[:, None] & (k < K), other=0.0)
-        else:
-            a = xs.load([row, start])
-        b = _load_weights(ups, column, start, N, K, stride_un, stride_uk, TMA, BLOCK_N, BLOCK_K)
-        acc = _dot(a, b, acc, INTERPRETED)
-        if gate is not None:
-            b = _load_weights(gates, column, start, N, K, stride_gn, stride_gk, TMA, BLOCK_N, BLOCK_K)
-            acc_gate = _dot(a, b, acc_gate, INTERPRETED)
-
-    if gate is None:
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        # Eight rows of tiles at a time: what they read of the weights stays in the cache.
+        first = tile // (8 * tiles_n) * 8
+        height = tl.minimum(tiles_m - first, 8)
+        inside_group = tile % (8 * tiles_n)
+        row = (first + inside_group % height) * BLOCK_M
+        column = inside_group // height * BLOCK_N
+        m = row + tl.arange(0, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc_gate = acc
-    pointers = (gate, up_bias, gate_bias, hidden, kept_up, kept_gate)
-    _write_hidden(pointers, row, column, M, N, acc, acc_gate, ACTIVATION, PARTS, INTERPRETED)
+        for start in range(0, K, BLOCK_K):
+            if TMA == "":
+                k = start + tl.arange(0, BLOCK_K)[None, :]
+                at = xs + m[:, None].to(tl.int64) * stride_xm + k.to(tl.int64) * stride_xk
+                a = tl.load(at, mask=(m < M)[:, None] & (k < K), other=0.0)
+            else:
+                a = xs.load([row, start])
+            b = _load_weights(ups, column, start, N, K, stride_un, stride_uk, TMA, BLOCK_N, BLOCK_K)
+            acc = _dot(a, b, acc, INTERPRETED)
+            if gate is not None:
+                b = _load_weights(gates, column, start, N, K, stride_gn, stride_gk, TMA, BLOCK_N, BLOCK_K)
+                acc_gate = _dot(a, b, acc_gate, INTERPRETED)
+        if gate is None:
+            acc_gate = acc
+        _write_hidden(pointers, row, column, M, N, acc, acc_gate, ACTIVATION, PARTS, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["M"])
