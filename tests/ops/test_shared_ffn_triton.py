@@ -82,14 +82,13 @@ def test_hidden_features_compile_for_hopper(stored, halves, size, keep, half):
 @pytest.mark.parametrize("halves", [1, 2], ids=["plain", "gated"])
 @pytest.mark.parametrize("stored", ["rows", "columns"])
 def test_decode_compiles_for_hopper(stored, halves, half):
-    from ffmerge_fast.ops.shared_ffn import triton_kernels as kernels
+    from ffmerge_fast.ops.shared_ffn.triton_decode_kernel import _shared_ffn_decode_kernel as kernel
 
     config = triton_backend.decode_closed_form(SHARED_BYTES, halves)
     given = ["x", "up", "down", "up_bias", "down_bias", "hidden", "y"] + ["gate", "gate_bias"] * (halves - 1)
     pointers = pointers_of("x up gate down up_bias gate_bias down_bias hidden y", half, given) | {"counters": "i32"}
     units = ["stride_uf", "stride_gf", "stride_dn"] if stored == "columns" else ["stride_ud", "stride_gd", "stride_df"]
     constants = {"ACTIVATION": "silu", "PREFETCH": stored, "WARPS": config["num_warps"]}
-    kernel = kernels._shared_ffn_decode_kernel
     shared, ptx = compiled(kernel, pointers, ["stride_xd", *units], constants, config)
     assert 2 * shared <= SHARED_BYTES  # readers and writers find room on one multiprocessor
     assert f"mma.sync.aligned.m16n8k16.row.col.f32.{half.replace('fp', 'f')}" in ptx and "cp.async.cg" in ptx

@@ -13,8 +13,8 @@ _STACKED = 512  # tokens that are stacked at most
 
 
 def pieces(tokens: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` tokens; one empty slice of none."""
-    return (slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
+    """Slices of at most `size` tokens."""
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def stacked(tensors: list[Tensor]) -> list[Tensor]:
@@ -58,18 +58,18 @@ def backward_in_pieces(
     columns = [xs, grads, *(saved[i::kept] for i in range(kept))]
     dxs = []
     for x, *rest in zip(*map(stacked, columns), strict=True):
-        dx = None
+        whole = 0 < len(x) <= size
+        dx = None if whole or not needs_x else torch.empty_like(x, memory_format=torch.contiguous_format)
         for part in pieces(len(x), size):
             x_part, dy, *mine = (tensor[part].to(weights.up.dtype) for tensor in (x, *rest))
             d_up, d_gate, *others = hidden_gradients(x_part, dy, *mine)
             sums.add_(x_part, dy, d_up, d_gate, *others)
             if needs_x:
-                gradient = weights.input_gradient(d_up, d_gate).to(x.dtype)
-                if len(gradient) == len(x):
-                    dx = gradient
-                    continue
-                dx = torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx
-                dx[part] = gradient
+                gradient = weights.input_gradient(d_up, d_gate)
+                if whole:
+                    dx = gradient.to(x.dtype)
+                else:
+                    dx[part] = gradient
         dxs.append(dx)
     return like(xs, dxs) if needs_x else []
 

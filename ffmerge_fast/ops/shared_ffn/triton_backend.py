@@ -186,7 +186,7 @@ def _decodes(x: Tensor, weights: Weights) -> bool:
 
 
 def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
-    from . import triton_kernels as kernels
+    from .triton_decode_kernel import _shared_ffn_decode_kernel
 
     up, gate, down = weights.up, weights.gate, weights.down
     (m, d), f, n, device = x.shape, len(up), len(down), x.device
@@ -196,7 +196,7 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
     readers = max(1, min(-(-n // config["BLOCK_N"]), _multiprocessors(device) - 1))  # not all: somebody must write
     hidden, y = x.new_empty(m, f), x.new_empty(m, n)
     _run(
-        kernels._shared_ffn_decode_kernel,
+        _shared_ffn_decode_kernel,
         (writers + readers,),
         device,
         *(x, up, gate, down, *map(_vector, weights[3:]), hidden, y, counters(device)),
