@@ -544,7 +544,7 @@ def shared_ffn_training_case(size: str, shape: str, tokens: int, dtype: torch.dt
             "torch": steps(ffn_torch),
         }
         if size == "large":
-            candidates["torch.compile"] = steps(cuda_graphs.compiled(ffn_torch, device))
+            candidates["torch.compile"] = steps(torch.compile(ffn_torch, dynamic=False))
         plain = _relative_error(candidates["torch"](), truth)
         return Job(candidates, lambda r: _relative_error(r, truth), limit=2 * plain + 8 * torch.finfo(dtype).eps)
 
@@ -608,13 +608,10 @@ CASES = [
         for forward in (True, False)
     ),
     shared_ffn_training_case("full", "gpt2", 128, BF16),
-    *(
-        shared_ffn_layers_case("large", shape, tokens, BF16)
-        for shape in ("gpt2", "gpt2-large")
-        for tokens in (1, 4, 16)
-    ),
+    shared_ffn_layers_case("large", "gpt2", 1, BF16),
+    *(shared_ffn_layers_case("large", "gpt2-large", tokens, BF16) for tokens in (1, 4, 16)),
     shared_ffn_layers_case("large", "llama-1b", 1, BF16),
-    *(shared_ffn_layers_case("large", shape, 8192, BF16, layers=1) for shape in ("gpt2-large", "llama-1b", "llama-8b")),
+    *(shared_ffn_layers_case("large", shape, 8192, BF16, layers=1) for shape in ("gpt2-large", "llama-1b")),
     *(shared_ffn_training_case("large", shape, 8192, BF16) for shape in ("gpt2-large", "llama-1b")),
 ]
 
