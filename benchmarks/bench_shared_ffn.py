@@ -211,26 +211,16 @@ def main(argv: list[str] | None = None) -> int:
     """Exit 1 where a result was wrong."""
     args = parse(argv)
     torch.set_num_threads(1)
-    header = measure.machine()
-    path = args.output or run.RESULTS / f"{measure.slug(header['machine'])}.csv"
     todo = compile_cases() if "compile" in args.parts else []
     if "decode" in args.parts:
         kinds = [(b, t) for t in (registry.FP32, registry.BF16) for b in (1, 4)]
         todo += [decode_case(shape, *kind) for shape in args.shapes for kind in kinds]
-    rows, red = [], 0
-    for case in todo:
-        try:
-            rows += run.time_case(case, "cpu", args.runs)
-        except measure.RedGate as error:
-            red += 1
-            print(f"RED {case.name}: {error}", file=sys.stderr)
-    print(run.table(rows))
-    run.write(path, header, rows)
+    red = run.time_cases(todo, args) if todo else 0
     if "memory" in args.parts:
         memory = [row for shape in args.shapes for row in training_memory(shape, 1024, 6)]
         print(format_table(list(memory[0]), [list(row.values()) for row in memory]))
         write_memory(memory)
-    return 1 if red else 0
+    return red
 
 
 if __name__ == "__main__":

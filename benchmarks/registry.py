@@ -600,7 +600,8 @@ CASES = [
         for tokens in (1, 2, 4, 8, 16)
     ),
     *(shared_ffn_forward_case("full", shape, 128, BF16) for shape in ("gpt2", "llama-1b")),
-    *(shared_ffn_forward_case("full", "gpt2", tokens, FP32) for tokens in (32, 128, 512, 2048)),
+    *(shared_ffn_forward_case("full", "gpt2", tokens, FP32) for tokens in (32, 128, 512, 2048, 8192)),
+    shared_ffn_forward_case("full", "llama-8b", 128, FP32),
     *(shared_ffn_forward_case("full", shape, 512, FP32) for shape in ("vit-b", "gpt2-large", "llama-1b")),
     *(
         shared_ffn_training_case("full", shape, tokens, FP32, forward)
