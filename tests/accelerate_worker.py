@@ -1,0 +1,114 @@
+"""One of two processes that train accelerated tied models on data of their own; writes what it found to <rank>.pt."""
+
+import sys
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+import ffmerge_fast as ff
+from ffmerge_fast.integrations.fsdp2 import copy_whole_, shard_
+from tests.tiny import tiny_inputs, tiny_model
+
+FAMILIES = {"gpt2": "1-2", "llama": "0-2"}  # what is tied; the weights of the first are kept transposed
+STEPS = 3
+DDP = {
+    "plain": {},
+    "bucket views": dict(gradient_as_bucket_view=True),
+    "unused": dict(find_unused_parameters=True),
+    "static": dict(static_graph=True),
+    "static views": dict(static_graph=True, gradient_as_bucket_view=True),
+}
+FSDP = {"fp32": {}, "bf16": dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))}
+
+
+def tied(family, layers=4):
+    return ff.tie_without_average(tiny_model(family, layers), FAMILIES[family])
+
+
+def batch(model, step, part):
+    return tiny_inputs(model, batch=2, length=8, seed=100 * step + part)
+
+
+def train(model, step_loss, synchronised, keep=False, checkpointed=False):
+    """Three steps of two micro-batches each; {name: gradient} of the first step."""
+    if checkpointed:
+        (model.module if hasattr(model, "module") else model).gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    first = {}
+    for step in range(STEPS):
+        for micro in range(2):
+            with synchronised(micro == 1):
+                step_loss(model, step, micro).backward()
+        if step == 0:
+            first = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not keep)
+    return {name.removeprefix("module."): gradient for name, gradient in first.items()}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
+def on_this_rank(rank):
+    return lambda model, step, micro: model(**batch(getattr(model, "module", model), step, 2 * rank + micro)).loss
+
+
+def ddp(family, rank, options, accelerate=True, **settings):
+    model = without_dropout(tied(family))
+    wrapped = DistributedDataParallel(ff.accelerate_(model) if accelerate else model, **options)
+    every = nullcontext if options.get("static_graph") else wrapped.no_sync
+    gradients = train(wrapped, on_this_rank(rank), lambda last: nullcontext() if last else every(), **settings)
+    return gradients, dict(model.named_parameters())
+
+
+def fsdp(family, rank, options, accelerate=True):
+    model, copy = tied(family), tied(family)
+    if accelerate:
+        ff.accelerate_(model)
+    shard_(model, mesh=init_device_mesh("cpu", (2,)), **options)
+    reduced, reduce = [], dist.reduce_scatter_tensor
+    dist.reduce_scatter_tensor = lambda *a, **k: reduced.append(1) or reduce(*a, **k)
+
+    def synchronised(last):
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    gradients = train(model, on_this_rank(rank), synchronised)
+    dist.reduce_scatter_tensor = reduce
+    return gradients, dict(copy_whole_(model, copy).named_parameters()), len(reduced)
+
+
+def main(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {}
+    for family in FAMILIES:
+        for name, options in DDP.items():
+            found[family, "ddp", name] = ddp(family, rank, options)
+        found[family, "ddp", "kept"] = ddp(family, rank, dict(gradient_as_bucket_view=True), keep=True)
+        found[family, "ddp", "checkpointed"] = ddp(family, rank, {}, checkpointed=True)
+        for name, options in FSDP.items():
+            found[family, "fsdp2", name] = fsdp(family, rank, options)
+            found[family, "fsdp2", f"{name} by autograd"] = fsdp(family, rank, options, accelerate=False)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
