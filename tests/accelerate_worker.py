@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ffmerge_fast as ff
 from ffmerge_fast.integrations.fsdp2 import copy_whole_, shard_
@@ -82,16 +83,24 @@ def fsdp(family, rank, options, accelerate=True):
     if accelerate:
         ff.accelerate_(model)
     shard_(model, mesh=init_device_mesh("cpu", (2,)), **options)
-    reduced, reduce = [], dist.reduce_scatter_tensor
-    dist.reduce_scatter_tensor = lambda *a, **k: reduced.append(1) or reduce(*a, **k)
 
     def synchronised(last):
         model.set_requires_gradient_sync(last)
         return nullcontext()
 
-    gradients = train(model, on_this_rank(rank), synchronised)
-    dist.reduce_scatter_tensor = reduce
-    return gradients, dict(copy_whole_(model, copy).named_parameters()), len(reduced)
+    with Reductions() as reductions:
+        gradients = train(model, on_this_rank(rank), synchronised)
+    return gradients, dict(copy_whole_(model, copy).named_parameters()), reductions.count
+
+
+class Reductions(TorchDispatchMode):
+    """Counts reduce-scatters."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.c10d._reduce_scatter_base_
+        return function(*args, **kwargs or {})
 
 
 def main(rank, folder):

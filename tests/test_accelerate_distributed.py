@@ -74,7 +74,7 @@ def test_fsdp2(found, family):
         *got, reductions = rank[family, "fsdp2", "fp32"]
         for ours, wanted in zip(got, expected, strict=True):
             assert_same(ours, wanted)
-        assert reductions == rank[family, "fsdp2", "fp32 by autograd"][2]
+        assert reductions == rank[family, "fsdp2", "fp32 by autograd"][2] > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,7 +83,7 @@ def test_fsdp2_in_bfloat16_rounds_the_sum_of_all_layers_once(found, family):
     for rank in found:
         ours, _, reductions = rank[family, "fsdp2", "bf16"]
         autograd, _, expected = rank[family, "fsdp2", "bf16 by autograd"]
-        assert reductions == expected
+        assert reductions == expected > 0
         for name, gradient in true.items():
             floor = 2**-9 * gradient.abs().max().item()
             assert max_error(ours[name], gradient) <= 2 * max_error(autograd[name], gradient) + floor, name

@@ -147,9 +147,10 @@ def shared_ffn(
     weights = (up, gate, down, up_bias, gate_bias, down_bias)
     _check_weights(*weights)
     dtype = _compute_dtype(xs, weights)
-    for one in xs:
+    for i, one in enumerate(xs):
         if one.ndim == 0 or one.shape[-1] != up.shape[1]:
-            raise FFMergeError(f"x: got shape {list(one.shape)}, want [..., {up.shape[1]}], the input width of up")
+            name = "x" if isinstance(x, Tensor) else f"x[{i}]"
+            raise FFMergeError(f"{name}: got shape {list(one.shape)}, want [..., {up.shape[1]}], the input width of up")
     if not xs:
         return []
     flat = [one if one.ndim == 2 else one.reshape(-1, up.shape[1]) for one in xs]
@@ -158,10 +159,13 @@ def shared_ffn(
     else:  # nothing will be needed again
         run = _forward if _is_eager() else _forward_op  # the dispatcher takes 13 µs, a small FFN in cache 100
         outputs, _ = run(_cast(flat, dtype), *_cast(weights, dtype), activation, "full")
-    outputs = [
-        y if one.ndim == 2 else y.reshape(*one.shape[:-1], down.shape[0]) for y, one in zip(outputs, xs, strict=True)
-    ]
+    outputs = [_in_shape_of(one, y) for y, one in zip(outputs, xs, strict=True)]
     return outputs[0] if isinstance(x, Tensor) else outputs
+
+
+def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
+    """[T, d_out] -> [..., d_out]; like the output of F.linear no view, which FSDP2 warns of."""
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
 
 def check_recompute(policy: str) -> None:
