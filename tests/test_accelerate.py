@@ -27,7 +27,7 @@ def ffns(model):
 def calls(monkeypatch):
     """How often the op ran."""
     seen = []
-    monkeypatch.setattr("ffmerge_fast.accelerate.shared_ffn", lambda *a, **k: seen.append(1) or shared_ffn(*a, **k))
+    monkeypatch.setattr("ffmerge_fast._ffn_layout.shared_ffn", lambda *a, **k: seen.append(1) or shared_ffn(*a, **k))
     return seen
 
 
