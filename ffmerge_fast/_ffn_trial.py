@@ -105,7 +105,8 @@ def _try_inside(clone: nn.Module, layout: FFNInside) -> str | None:
     x, reached = _input(clone, layout), []
     record = _Recorder(clone.eval(), layout)
     try:
-        expected = _call(clone, x)
+        arguments = _arguments(clone, x)
+        expected = _first(clone(*arguments))
     except Exception as error:
         return f"its layer's forward does not run on random hidden states ({type(error).__name__}: {error})"
     reason = record.what_is_wrong()
@@ -121,27 +122,32 @@ def _try_inside(clone: nn.Module, layout: FFNInside) -> str | None:
         return layout.run(clone, x)
 
     try:
-        ours = _call(layout.twin(clone, ffn), x)
+        ours = _first(layout.twin(clone, ffn)(*arguments))
     except Exception as error:
         return f"its layer's forward needs more of the projections than their outputs ({type(error).__name__})"
     if len(reached) != 1 or not _equal(ours, expected):
         return "its layer's forward does more than an FFN with the projections"
-    _find_dropouts(clone.train(), layout, record, x)
+    _find_dropouts(clone.train(), layout, record, arguments)
     return None
 
 
-def _call(module, x: Tensor):
-    """Its output for hidden states; what else it must be given is None (masks), or the same (a residual)."""
-    signature = inspect.signature(module.forward if isinstance(module, nn.Module) else module._module.forward)
+def _arguments(module: nn.Module, x: Tensor) -> list:
+    """With which its forward runs: hidden states, and what else it wants is None (masks), or the same (a residual)."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in kinds][1:]
+    parameters = inspect.signature(module.forward).parameters.values()
+    others = len([p for p in parameters if p.default is p.empty and p.kind in kinds]) - 1
     try:
-        output = module(x, *[None] * len(required))
+        module(x, *[None] * others)
+        return [x] + [None] * others
     except Exception:
-        if not required:
+        if not others:
             raise
-        output = module(x, *[x] * len(required))
-    return output if isinstance(output, Tensor) else output[0]
+    module(x, *[x] * others)
+    return [x] * (1 + others)
+
+
+def _first(output: object) -> object:
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 class _Recorder:
@@ -180,11 +186,11 @@ class _Recorder:
         return _equal(FORWARD[self.layout.activation](hidden), given)
 
 
-def _find_dropouts(clone: nn.Module, layout: FFNInside, record: _Recorder, x: Tensor) -> None:
+def _find_dropouts(clone: nn.Module, layout: FFNInside, record: _Recorder, arguments: list) -> None:
     """Try every probability of the layer on its own."""
 
     def is_between() -> bool:
-        _call(clone, x)
+        clone(*arguments)
         return not record.down_gets_the_activation()
 
     probabilities = list(_probabilities(clone))
