@@ -25,6 +25,8 @@ class Layout:
         up, gate, down: paths; `fused`: `up` holds gate and up, gate first.
         activation, recompute: as in `ops.shared_ffn`.
         parts: types of all modules that the op stands for; another type means that somebody replaced one.
+        dropouts: module and attribute of each probability of dropout inside the FFN.
+        only_eval: something else is random in training.
     """
 
     up: str
@@ -34,21 +36,31 @@ class Layout:
     activation: str
     recompute: str
     parts: dict[str, type] = field(default_factory=dict)
+    dropouts: tuple[tuple[str, str], ...] = ()
+    only_eval: bool = False
 
     @property
     def projections(self) -> list[str]:
         return [path for path in (self.up, self.gate, self.down) if path]
 
     def is_intact(self, module: nn.Module) -> bool:
-        """Whether the parts are still those that were tried, and nobody looks at what passes between them."""
+        """Whether the parts are still those that were tried, and nobody changes or sees what passes between them."""
         if _has_any_global_hook() or _is_transformed():
             return False
         for path, kind in self.parts.items():
             part = at(module, path)
             if type(part) is not kind or (part is not None and is_watched(part)):
                 return False
+        if self._has_dropout(module):
+            return False
         weights = (at(module, path).weight for path in self.projections)
         return all(type(weight) in (nn.Parameter, Tensor) for weight in weights)  # not quantised, not sharded
+
+    def _has_dropout(self, module: nn.Module) -> bool:
+        if module.training and self.only_eval:
+            return True
+        owners = ((at(module, path), probability) for path, probability in self.dropouts)
+        return any(owner is None or (owner.training and getattr(owner, p) > 0) for owner, p in owners)
 
     def takes(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the op computes in the dtype of the modules."""
@@ -75,12 +87,10 @@ class WholeFFN(Layout):
     """A module that is an FFN and nothing else, but for dropout."""
 
     last_dropout: str | None = None  # applied to the output
-    inner_dropout: bool = False
 
     def forward(self, module: nn.Module, own: Callable, x: Tensor, *args, **kwargs) -> Tensor:
         """`own` is the forward that the module's class has."""
-        random = self.inner_dropout and module.training
-        if args or kwargs or random or not (self.is_intact(module) and self.takes(module, x)):
+        if args or kwargs or not (self.is_intact(module) and self.takes(module, x)):
             return own(module, x, *args, **kwargs)
         y = self.run(module, x)
         return y if self.last_dropout is None else at(module, self.last_dropout)(y)
@@ -95,11 +105,9 @@ class FFNInside(Layout):
     """
 
     act: str = ""
-    dropouts: tuple[tuple[str, str], ...] = ()  # module and attribute of each probability between act and down
-    only_eval: bool = False  # something else is random in training
 
     def forward(self, module: nn.Module, own: Callable, *args, **kwargs):
-        if not self.is_intact(module) or self._has_dropout(module):
+        if not self.is_intact(module):
             return own(module, *args, **kwargs)
         return own(self.twin(module, partial(self.ffn, module)), *args, **kwargs)
 
@@ -115,12 +123,6 @@ class FFNInside(Layout):
             holders.setdefault(holder, {})[name] = part
         parts = holders.pop("")
         return Twin(module, parts | {path: Twin(at(module, path), inner) for path, inner in holders.items()})
-
-    def _has_dropout(self, module: nn.Module) -> bool:
-        if module.training and self.only_eval:
-            return True
-        owners = ((at(module, path), probability) for path, probability in self.dropouts)
-        return any(owner is None or (owner.training and getattr(owner, p) > 0) for owner, p in owners)
 
 
 class Twin:

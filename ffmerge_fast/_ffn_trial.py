@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -86,17 +86,27 @@ def _try_whole(clone: nn.Module, layout: WholeFFN) -> str | None:
         return f"its forward does not take x alone ({type(error).__name__})"
     if not _equal(layout.run(clone, x), expected):
         return "its forward does more than an FFN"
-    clone.train()
-    dropouts = [n for n, m in clone._modules.items() if isinstance(m, nn.Dropout) and m.p > 0]
-    layout.inner_dropout = bool(dropouts)
-    for name in dropouts:
-        torch.manual_seed(0)
-        expected = clone(x)
-        torch.manual_seed(0)
-        if _equal(getattr(clone, name)(layout.run(clone, x)), expected):
-            layout.last_dropout, layout.inner_dropout = name, False
+    _find_dropouts(clone.train(), layout, lambda: not _equal(layout.run(clone, x), clone(x)))
+    for path, name in layout.dropouts:
+        if _is_last(path, clone, layout, x):
+            layout.last_dropout = path
+            layout.dropouts = tuple(other for other in layout.dropouts if other != (path, name))
             break
     return None
+
+
+def _is_last(path: str, clone: nn.Module, layout: WholeFFN, x: Tensor) -> bool:
+    """Whether the child at `path` is dropout of the output: it has the same random numbers there."""
+    dropout = clone._modules.get(path)
+    if not isinstance(dropout, nn.Dropout):
+        return False
+    dropout.p = 0.5
+    torch.manual_seed(0)
+    expected = clone(x)
+    torch.manual_seed(0)
+    ours = dropout(layout.run(clone, x))
+    dropout.p = 0.0
+    return _equal(ours, expected)
 
 
 @torch.no_grad()
@@ -127,7 +137,8 @@ def _try_inside(clone: nn.Module, layout: FFNInside) -> str | None:
         return f"its layer's forward needs more of the projections than their outputs ({type(error).__name__})"
     if len(reached) != 1 or not _equal(ours, expected):
         return "its layer's forward does more than an FFN with the projections"
-    _find_dropouts(clone.train(), layout, record, arguments)
+    clone.train()
+    _find_dropouts(clone, layout, lambda: clone(*arguments) is None or not record.down_gets_the_activation())
     return None
 
 
@@ -186,21 +197,16 @@ class _Recorder:
         return _equal(FORWARD[self.layout.activation](hidden), given)
 
 
-def _find_dropouts(clone: nn.Module, layout: FFNInside, record: _Recorder, arguments: list) -> None:
-    """Try every probability of the layer on its own."""
-
-    def is_between() -> bool:
-        clone(*arguments)
-        return not record.down_gets_the_activation()
-
+def _find_dropouts(clone: nn.Module, layout: Layout, differs: Callable[[], bool]) -> None:
+    """Try every probability of a module in training on its own: does the FFN then compute something else?"""
     probabilities = list(_probabilities(clone))
     for path, name in probabilities:
         setattr(at(clone, path), name, 0.0)
-    layout.only_eval = is_between()
+    layout.only_eval = differs()
     found = []
     for path, name in probabilities:
         setattr(at(clone, path), name, 0.5)
-        if is_between():
+        if differs():
             found.append((path, name))
         setattr(at(clone, path), name, 0.0)
     layout.dropouts = tuple(found)
