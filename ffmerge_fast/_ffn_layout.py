@@ -157,7 +157,9 @@ def at(module: nn.Module, path: str) -> nn.Module | None:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, or another forward (offloading)."""
-    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
+    forward = module.__dict__.get("forward")  # left there, and the class's own, by hooks that were removed
+    replaced = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    return replaced or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def clear_hooks(module: nn.Module) -> None:
