@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import MethodType
 
 import torch
@@ -13,8 +13,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .models import is_conv1d
 from .ops import shared_ffn
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -39,9 +37,9 @@ class Layout:
     dropouts: tuple[tuple[str, str], ...] = ()
     only_eval: bool = False
 
-    @property
-    def projections(self) -> list[str]:
-        return [path for path in (self.up, self.gate, self.down) if path]
+    @cached_property
+    def projections(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.up, self.gate, self.down) if path)
 
     def is_intact(self, module: nn.Module) -> bool:
         """Whether the parts are still those that were tried, and nobody changes or sees what passes between them."""
@@ -53,21 +51,28 @@ class Layout:
                 return False
         if self._has_dropout(module):
             return False
-        weights = (at(module, path).weight for path in self.projections)
-        return all(type(weight) in (nn.Parameter, Tensor) for weight in weights)  # not quantised, not sharded
+        for path in self.projections:
+            if type(at(module, path).weight) not in (nn.Parameter, Tensor):  # quantised, sharded
+                return False
+        return True
 
     def _has_dropout(self, module: nn.Module) -> bool:
         if module.training and self.only_eval:
             return True
-        owners = ((at(module, path), probability) for path, probability in self.dropouts)
-        return any(owner is None or (owner.training and getattr(owner, p) > 0) for owner, p in owners)
+        for path, probability in self.dropouts:
+            owner = at(module, path)
+            if owner is None or (owner.training and getattr(owner, probability) > 0):
+                return True
+        return False
 
     def takes(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the op computes in the dtype of the modules."""
         if not isinstance(x, Tensor):
             return False
-        same = all(at(module, path).weight.dtype == x.dtype for path in self.projections)
-        return same or torch.is_autocast_enabled(x.device.type)
+        for path in self.projections:
+            if at(module, path).weight.dtype != x.dtype:
+                return torch.is_autocast_enabled(x.device.type)
+        return True
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model] by the op, without dropout."""
@@ -129,6 +134,9 @@ class Twin:
     """A module with other parts, as `self` for the forward of its class; all else is the module's."""
 
     def __init__(self, module: nn.Module, parts: dict[str, Callable]):
+        if not torch.compiler.is_compiling():  # what forward will ask for, without a call of __getattr__ for each
+            for found in (module.__dict__, module._parameters, module._buffers, module._modules, parts):
+                self.__dict__.update(found)
         self.__dict__.update(_module=module, _parts=parts)
 
     def __getattr__(self, name: str):
@@ -141,6 +149,7 @@ class Twin:
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(self._module, name, value)
+        self.__dict__.pop(name, None)
 
     def forward(self, *args, **kwargs):
         return type(self._module).forward(self, *args, **kwargs)
@@ -150,6 +159,8 @@ class Twin:
 
 def at(module: nn.Module, path: str) -> nn.Module | None:
     """The module at a dotted path, "" for itself, or None."""
+    if path and "." not in path:
+        return module._modules.get(path)
     for name in path.split(".") if path else ():
         module = None if module is None else module._modules.get(name)
     return module
@@ -157,16 +168,17 @@ def at(module: nn.Module, path: str) -> nn.Module | None:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, or another forward (offloading)."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
     forward = module.__dict__.get("forward")  # left there, and the class's own, by hooks that were removed
-    replaced = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-    return replaced or any(getattr(module, hooks) for hooks in _HOOKS)
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def clear_hooks(module: nn.Module) -> None:
     """Of it and all modules within."""
     for part in module.modules():
-        for hooks in _HOOKS:
-            getattr(part, hooks).clear()
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
 
 
 def _projection(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

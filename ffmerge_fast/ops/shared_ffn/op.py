@@ -164,8 +164,11 @@ def shared_ffn(
 
 
 def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
-    """[T, d_out] -> [..., d_out]; like the output of F.linear no view, which FSDP2 warns of."""
-    return y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+    """[T, d_out] -> [..., d_out]; no view where gradients are needed, FSDP2 warns of these."""
+    if x.ndim == 2:
+        return y
+    shape = [*x.shape[:-1], y.shape[1]]
+    return torch.ops.aten._unsafe_view.default(y, shape) if y.requires_grad else y.view(shape)
 
 
 def check_recompute(policy: str) -> None:
