@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from types import MethodType
 
 import torch
@@ -37,9 +37,8 @@ class Layout:
     dropouts: tuple[tuple[str, str], ...] = ()
     only_eval: bool = False
 
-    @cached_property
-    def projections(self) -> tuple[str, ...]:
-        return tuple(path for path in (self.up, self.gate, self.down) if path)
+    def __post_init__(self):
+        self.projections = tuple(path for path in (self.up, self.gate, self.down) if path)
 
     def is_intact(self, module: nn.Module) -> bool:
         """Whether the parts are still those that were tried, and nobody changes or sees what passes between them."""
