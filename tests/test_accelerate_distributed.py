@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffmerge_fast.testing import max_error
-
 pytest.importorskip("transformers")
 
 from .accelerate_worker import DDP, FAMILIES, batch, tied, train, without_dropout  # noqa: E402
@@ -54,8 +52,8 @@ def alone(family, dtype=torch.float32):
 def assert_same(got, expected):
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        error = (got[name] - tensor).abs().max()
-        assert error <= 1e-6 * tensor.abs().max(), f"{name}: {error:.2g} beside {tensor.abs().max():.2g}"
+        error, largest = (got[name] - tensor).abs().max(), tensor.abs().max()
+        assert error <= 1e-6 * largest + 1e-8, f"{name}: {error:.2g} beside {largest:.2g}"  # a key's bias has 0 ± 1e-9
 
 
 @pytest.mark.parametrize("case", [*DDP, "kept", "checkpointed"])
@@ -78,12 +76,13 @@ def test_fsdp2(found, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fsdp2_in_bfloat16_rounds_the_sum_of_all_layers_once(found, family):
+def test_fsdp2_in_bfloat16_is_as_accurate_as_autograd(found, family):
     true, _ = alone(family, torch.float64)
     for rank in found:
         ours, _, reductions = rank[family, "fsdp2", "bf16"]
         autograd, _, expected = rank[family, "fsdp2", "bf16 by autograd"]
         assert reductions == expected > 0
-        for name, gradient in true.items():
-            floor = 2**-9 * gradient.abs().max().item()
-            assert max_error(ours[name], gradient) <= 2 * max_error(autograd[name], gradient) + floor, name
+        errors = [
+            sum((got[name] - gradient).square().sum() for name, gradient in true.items()) for got in (ours, autograd)
+        ]
+        assert errors[0] <= 1.5**2 * errors[1]
