@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import ffmerge_fast as ff
+from ffmerge_fast._ffn_trial import host_path
 from ffmerge_fast.accelerate import AcceleratedFFN
 from ffmerge_fast.ops import shared_ffn
 from ffmerge_fast.testing import no_recompile
 from tests.tiny import ALL, features_of, logits, tiny_inputs, tiny_model
 
 pytest.importorskip("transformers")
-SPLIT = [name for name, family in ALL.items() if family.parts > 1]  # no module of its own for the FFN
-WHOLE = [name for name in ALL if name not in SPLIT]
+FAMILIES = [name for name in ALL if name != "transformer_encoder"]
 
 
 def ffns(model):
@@ -27,7 +27,7 @@ def ffns(model):
 def calls(monkeypatch):
     """How often the op ran."""
     seen = []
-    monkeypatch.setattr("ffmerge_fast.accelerate.shared_ffn", lambda *a, **k: seen.append(1) or shared_ffn(*a, **k))
+    monkeypatch.setattr("ffmerge_fast._ffn_layout.shared_ffn", lambda *a, **k: seen.append(1) or shared_ffn(*a, **k))
     return seen
 
 
@@ -40,7 +40,7 @@ def gradients(model, inputs):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("merged", [False, True])
 def test_same_results_and_names_for_every_family(name, merged, calls):
     model = tiny_model(name)
@@ -54,7 +54,7 @@ def test_same_results_and_names_for_every_family(name, merged, calls):
     calls.clear()  # those of the trial
     after = logits(model, inputs)
     assert len(calls) == len(ff.find_ffns(model)) > 0
-    assert len(ffns(model)) == len({id(model.get_submodule(f.shared[0])) for f in ff.find_ffns(model)})
+    assert len(ffns(model)) == len({id(model.get_submodule(host_path(f))) for f in ff.find_ffns(model)})
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert list(model.state_dict()) == names and ff.shared_groups(model) == groups
     for n, g in gradients(model, inputs).items():
@@ -64,12 +64,6 @@ def test_same_results_and_names_for_every_family(name, merged, calls):
     assert torch.equal(logits(model, inputs), before)
 
 
-@pytest.mark.parametrize("name", SPLIT)
-def test_ffns_without_a_module_are_refused(name):
-    with pytest.raises(ff.FFMergeError, match="its projections have no module of their own"):
-        ff.accelerate_(tiny_model(name))
-
-
 def test_policies_and_errors():
     model = tiny_model("gpt2")
     with pytest.raises(ff.FFMergeError, match="recompute: got 'half'"):
@@ -77,39 +71,6 @@ def test_policies_and_errors():
     ff.accelerate_(model)
     ff.accelerate_(model, recompute="full")  # again: only the policy changes
     assert {m._ffmerge.recompute for m in ffns(model)} == {"full"} and len(ffns(model)) == 4
-
-
-def test_an_ffn_that_does_more_is_left_alone():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.act, self.down = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
-
-        def forward(self, x):
-            return 2 * self.down(self.act(self.up(x)))
-
-    class Plain(Scaled):
-        def forward(self, x):
-            return self.down(self.act(self.up(x)))
-
-    class Block(nn.Module):
-        def __init__(self, ffn):
-            super().__init__()
-            self.ffn = ffn
-
-        def forward(self, x):
-            return x + self.ffn(x)
-
-    class Stack(nn.Sequential):
-        pass
-
-    ff.register_family("Stack", ff.FFNSpec("", "ffn.up", "ffn.down", module="ffn", activation="ffn.act"))
-    with pytest.raises(ff.FFMergeError, match="its forward does more than an FFN"):
-        ff.accelerate_(Stack(Block(Scaled())))
-    model = Stack(Block(Plain()), Block(Scaled()))
-    with pytest.warns(UserWarning, match="decoder.1: its forward does more"):
-        ff.accelerate_(model)
-    assert [isinstance(block.ffn, AcceleratedFFN) for block in model] == [True, False]
 
 
 def test_dropout_at_the_end_keeps_its_random_numbers(calls):

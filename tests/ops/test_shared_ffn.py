@@ -76,6 +76,44 @@ def test_zero_tokens(recompute, shared_ffn_backend):
     assert all(not gradient.any() for gradient in results[2:])
 
 
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_empty_groups_between_others(recompute, shared_ffn_backend):
+    weights = make(12, 20, True, True)
+    g = torch.Generator().manual_seed(2)
+    xs = [torch.randn(tokens, 12, generator=g) for tokens in (0, 5, 0, 3, 0)]
+    ours = with_gradients(ff.ops.shared_ffn, xs, weights, recompute=recompute)
+    for a, b in zip(ours, with_gradients(plain_list, xs, weights), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_inputs_that_share_memory_with_each_other_and_the_weights(recompute, shared_ffn_backend):
+    results = []
+    for function, options in ((ff.ops.shared_ffn, {"recompute": recompute}), (plain_list, {})):
+        weights = {n: w.requires_grad_() for n, w in make(12, 20, True, True).items()}
+        x = torch.randn(5, 12, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        ys = function([x, x, x[1:3], x.flip(0), weights["up"], weights["gate"][:4]], **weights, **options)
+        torch.cat(ys).square().sum().backward()
+        results.append([*ys, x.grad, *(w.grad for w in weights.values())])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_inference_mode(shared_ffn_backend):
+    weights = {name: w.requires_grad_() for name, w in make(12, 20, True, True).items()}
+    x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = ff.ops.shared_ffn(x, **weights)
+    with torch.inference_mode():
+        y = ff.ops.shared_ffn(x, **weights)
+        again = ff.ops.shared_ffn([y, y[0]], **{name: w.clone() for name, w in weights.items()})
+    assert y.is_inference() and torch.equal(y, expected) and again[0].is_inference()
+    torch.testing.assert_close(again[1], plain(plain(x, **weights), **weights)[0].detach())
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        ff.ops.shared_ffn(y, **weights)
+    torch.testing.assert_close(ff.ops.shared_ffn(y.clone(), **weights), again[0].clone())
+
+
 def test_only_the_gradients_that_are_needed(shared_ffn_backend):
     weights = make(12, 20, True, True)
     x = torch.randn(5, 12)
@@ -189,6 +227,13 @@ def test_compiles_whole_and_not_again_for_other_token_counts(recompute, shared_f
         ({"activation": "tanh"}, "activation: got 'tanh', want one of relu"),
         ({"recompute": "half"}, "recompute: got 'half', want one of none"),
         ({"x": torch.zeros(2, 5)}, r"x: got shape \[2, 5\], want \[..., 12\]"),
+        ({"x": [torch.zeros(2, 12), torch.zeros(2, 5)]}, r"x\[1\]: got shape \[2, 5\], want \[..., 12\]"),
+        ({"x": [torch.zeros(2, 12), torch.zeros(2, 12).double()]}, "torch.float64, want one floating-point dtype"),
+        ({"x": [torch.zeros(2, 12), torch.zeros(2, 12, device="meta")]}, "move them to one device"),
+        ({"x": torch.tensor(1.0)}, r"x: got shape \[\], want"),
+        ({"x": torch.zeros(2, 12, dtype=torch.int64)}, "torch.int64, want one floating-point dtype"),
+        ({"down_bias": torch.zeros(12).bfloat16()}, "torch.bfloat16, want one floating-point dtype"),
+        ({"up_bias": torch.zeros(20, device="meta")}, "move them to one device"),
         ({"down": torch.zeros(12, 19)}, r"down: got shape \[12, 19\], want \[12, 20\]"),
         ({"gate": torch.zeros(12, 20)}, r"gate: got shape \[12, 20\], want \[20, 12\]"),
         ({"up_bias": torch.zeros(12)}, r"up_bias: got shape \[12\], want \[20\]"),

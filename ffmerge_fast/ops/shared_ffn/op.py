@@ -13,7 +13,7 @@ from ... import _backend
 from ..._errors import FFMergeError
 from ..._library import define_op
 from .._activations import check_activation
-from .buffers import gradient_buffer
+from .buffers import GradientBuffer, gradient_buffer
 
 _POLICIES = ("none", "activation", "full")
 _WEIGHTS = "Tensor up, Tensor? gate, Tensor down, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias"
@@ -87,8 +87,8 @@ class SharedFFNFunction(torch.autograd.Function):
 
 
 @once_differentiable
-def _gradients(ctx, tensors: tuple, buffers: list[Tensor | None], *grads: Tensor):
-    """The gradients of `SharedFFNFunction`'s inputs; None for those that were added to their buffers."""
+def _gradients(ctx, tensors: tuple, buffers: list[GradientBuffer | None], *grads: Tensor):
+    """The gradients of `SharedFFNFunction`'s inputs; what their buffers say for those that were added to these."""
     dtype, x_dtypes = ctx.dtypes
     n = len(x_dtypes)
     weights, xs, saved = tensors[:6], list(tensors[6 : 6 + n]), list(tensors[6 + n :])
@@ -96,12 +96,14 @@ def _gradients(ctx, tensors: tuple, buffers: list[Tensor | None], *grads: Tensor
     arguments = [g.to(dtype) for g in grads], xs, saved, *_cast(weights, dtype), *ctx.options
     needs = [any(needs_x), *needs_weight]
     if any(buffer is not None for buffer in buffers):
-        dxs, sums = _backward(*arguments, needs, buffers)
+        dxs, sums = _backward(*arguments, needs, [buffer and buffer.sum for buffer in buffers])
     else:
         dxs, sums = _backward_op(*arguments, needs)
     sums = iter(sums)
-    d_weights = [next(sums).to(w.dtype) if need else None for w, need in zip(weights, needs_weight, strict=True)]
-    d_weights = [None if added is not None else d for d, added in zip(d_weights, buffers, strict=True)]
+    totals = [next(sums) if need else None for need in needs_weight]
+    d_weights = [
+        b.returned if b else d if d is None else d.to(w.dtype) for w, d, b in zip(weights, totals, buffers, strict=True)
+    ]
     d_xs = [dxs[i].to(x_dtypes[i]) if needs_x[i] else None for i in range(n)]
     return None, None, None, *d_weights, *d_xs
 
@@ -145,9 +147,10 @@ def shared_ffn(
     weights = (up, gate, down, up_bias, gate_bias, down_bias)
     _check_weights(*weights)
     dtype = _compute_dtype(xs, weights)
-    for one in xs:
+    for i, one in enumerate(xs):
         if one.ndim == 0 or one.shape[-1] != up.shape[1]:
-            raise FFMergeError(f"x: got shape {list(one.shape)}, want [..., {up.shape[1]}], the input width of up")
+            name = "x" if isinstance(x, Tensor) else f"x[{i}]"
+            raise FFMergeError(f"{name}: got shape {list(one.shape)}, want [..., {up.shape[1]}], the input width of up")
     if not xs:
         return []
     flat = [one if one.ndim == 2 else one.reshape(-1, up.shape[1]) for one in xs]
@@ -156,10 +159,16 @@ def shared_ffn(
     else:  # nothing will be needed again
         run = _forward if _is_eager() else _forward_op  # the dispatcher takes 13 µs, a small FFN in cache 100
         outputs, _ = run(_cast(flat, dtype), *_cast(weights, dtype), activation, "full")
-    outputs = [
-        y if one.ndim == 2 else y.reshape(*one.shape[:-1], down.shape[0]) for y, one in zip(outputs, xs, strict=True)
-    ]
+    outputs = [_in_shape_of(one, y) for y, one in zip(outputs, xs, strict=True)]
     return outputs[0] if isinstance(x, Tensor) else outputs
+
+
+def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
+    """[T, d_out] -> [..., d_out]; no view where gradients are needed, FSDP2 warns of these."""
+    if x.ndim == 2:
+        return y
+    shape = [*x.shape[:-1], y.shape[1]]
+    return torch.ops.aten._unsafe_view.default(y, shape) if y.requires_grad else y.view(shape)
 
 
 def check_recompute(policy: str) -> None:
