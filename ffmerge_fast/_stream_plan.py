@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ._errors import FFMergeError
@@ -27,6 +28,14 @@ class Weight:
         return self.parameters[0].nbytes
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters[0].dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameters[0].shape
+
+    @property
     def is_meta(self) -> bool:
         return self.parameters[0].is_meta
 
@@ -45,6 +54,13 @@ class Parcel:
     def alive(self, step: int) -> bool:
         """Whether it is kept at this step: a tied FFN is also kept while other blocks run."""
         return self.first <= step <= self.last
+
+
+def following_steps(lengths: Sequence[int]) -> dict[int, set[int]]:
+    """{step: steps that may come after it} of stacks of blocks: after the last of a stack the first of any."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    ends = {start + length - 1 for start, length in zip(starts, lengths, strict=True)}
+    return {step: set(starts) if step in ends else {step + 1} for step in range(sum(lengths))}
 
 
 def total(parcels: Iterable[Parcel]) -> int:

@@ -60,9 +60,9 @@ def reads(monkeypatch):
     """Bytes of each weight that was loaded."""
     seen, load = [], _stream_source.Source.load
 
-    def counted(source, weight):
-        seen.append(weight.nbytes)
-        return load(source, weight)
+    def counted(source, weights):
+        seen.extend(weight.nbytes for weight in weights)
+        return load(source, weights)
 
     monkeypatch.setattr(_stream_source.Source, "load", counted)
     return seen
@@ -165,11 +165,11 @@ def test_never_more_than_the_budget(family, merged, spare, monkeypatch):
     budget = {"least": least, "double": double, "half": (double + everything) // 2}[spare]
     alive, most, load = weakref.WeakSet(), [], _stream_source.Source.load
 
-    def counted(source, weight):
-        tensor = load(source, weight)
-        alive.add(tensor.untyped_storage())
+    def counted(source, weights):
+        tensors = load(source, weights)
+        alive.update(tensor.untyped_storage() for tensor in tensors)
         most.append(sum(storage.nbytes() for storage in alive))
-        return tensor
+        return tensors
 
     monkeypatch.setattr(_stream_source.Source, "load", counted)
     with ff.stream_(model, "cpu", "disk", budget) as stream:
