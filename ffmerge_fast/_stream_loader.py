@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -29,14 +28,12 @@ class Loader:
         self.pending: list[Parcel] = []
         self.read_bytes = 0
 
-    def send_for(self, parcels: list[Parcel], after: Sequence[Parcel] = ()) -> None:
-        """Begin to load parcels; `after` are those that are expected to be sent for next."""
+    def send_for(self, parcels: list[Parcel]) -> None:
+        """Begin to load parcels, none of which is here or pending."""
         done = None if self._side is None else torch.cuda.current_stream(self._device).record_event()
         leaving, self._leaving = self._leaving, []
         self.pending = parcels
         self._ahead = self._pool.submit(self._fetch, parcels, leaving, done)
-        if after:
-            self._pool.submit(self._source.load_soon, _weights(after))
 
     def _fetch(self, parcels: list[Parcel], leaving: list[Tensor], done: torch.cuda.Event | None) -> tuple:
         """Runs in the thread, with a CUDA stream of its own. Memory is used again only after `done`."""
@@ -44,7 +41,7 @@ class Loader:
             done.synchronize()
         leaving.clear()
         with torch.cuda.stream(self._side):  # None: as it is
-            loaded = self._source.load(_weights(parcels))
+            loaded = self._source.load([weight for parcel in parcels for weight in parcel.weights])
         return loaded, None if self._side is None else self._side.record_event()
 
     def receive(self) -> dict[Parcel, list[Tensor]]:
@@ -69,7 +66,3 @@ class Loader:
         """Wait for what is under way; what goes wrong there does not matter any more."""
         self._ahead = None
         self._pool.shutdown()
-
-
-def _weights(parcels: Sequence[Parcel]) -> list:
-    return [weight for parcel in parcels for weight in parcel.weights]

@@ -84,16 +84,12 @@ class Passes:
         """Send for what the next block that misses anything misses, as soon as there is room for it."""
         if self._loader.pending:
             return
-        coming, after = self._coming(step)
-        if coming and total(self._held) + total(coming) <= self._room:
-            self._loader.send_for(coming, self._coming(after)[0])
-
-    def _coming(self, step: int) -> tuple[list[Parcel], int]:
         for _ in self._next:
             step = self._next[step]
-            if missing := self._missing(step):
-                return missing, step
-        return [], step
+            if coming := self._missing(step):
+                if total(self._held) + total(coming) <= self._room:
+                    self._loader.send_for(coming)
+                return
 
     def _missing(self, step: int) -> list[Parcel]:
         return [parcel for parcel in self._needed[step] if parcel not in self._held]

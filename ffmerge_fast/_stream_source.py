@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._errors import FFMergeError
 from ._stream_plan import Weight
-from ._weight_files import Reader, WeightEntry, entries_of, matching, read_into, read_soon, write
+from ._weight_files import Reader, WeightEntry, entries_of, matching, read_into, write
 
 PLACES = ("host", "disk")
 _READER = Reader("stream_", "weights of the model", "put it back, or load the model again", "TMPDIR")
@@ -86,11 +86,6 @@ class Source:
             read_into(zip((self._entries[weight.names[0]] for weight in weights), staged, strict=True))
         return [value.to(self._device, non_blocking=True) for value in staged]
 
-    def load_soon(self, weights: Sequence[Weight]) -> None:
-        """Prepare a `load` outside of the device's memory."""
-        if self._place == "disk":
-            read_soon([self._entries[weight.names[0]] for weight in weights])
-
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
         if self._temporary is not None:
@@ -112,12 +107,10 @@ class _Recycled:
 
     def empty(self, weight: Weight) -> Tensor:
         """A tensor of any values. What is free and of another size is given back before more is taken."""
-        for place, (memory, user) in enumerate(self._lent):
-            if user() is None and memory.nbytes == weight.nbytes:
-                del self._lent[place]
-                break
+        free = (i for i, (memory, user) in enumerate(self._lent) if user() is None and memory.nbytes == weight.nbytes)
+        if (place := next(free, None)) is not None:
+            memory, _ = self._lent.pop(place)
         else:
-            memory = None
             self._lent = [(memory, user) for memory, user in self._lent if user() is not None]
             memory = torch.empty(weight.nbytes, dtype=torch.uint8)
         user = memory.numpy()  # lives as long as a tensor of this memory

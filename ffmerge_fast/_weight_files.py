@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +63,6 @@ class WeightEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def read(self, pin: bool = False) -> Tensor:
         """The tensor in memory of its own: a map of the file would be a crash when that is cut short."""
         tensor = torch.empty(self.shape, dtype=self.dtype, pin_memory=pin)
@@ -82,7 +76,8 @@ def read_into(pairs: Iterable[tuple[WeightEntry, Tensor]]) -> None:
     Raises:
         FFMergeError: a file is gone or is not what it was.
     """
-    for file, of_file in _by_file(pairs):
+    ordered = sorted(pairs, key=lambda pair: (pair[0].file.path, pair[0].offset))
+    for file, of_file in groupby(ordered, key=lambda pair: pair[0].file):
         try:
             with open(file.path, "rb", buffering=0) as raw:
                 for entry, tensor in of_file:
@@ -94,21 +89,6 @@ def read_into(pairs: Iterable[tuple[WeightEntry, Tensor]]) -> None:
         except OSError:
             file.check()
             raise
-
-
-def read_soon(entries: Iterable[WeightEntry]) -> None:
-    """Ask the kernel to bring these into its page cache meanwhile; what goes wrong is told when they are read."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for file, of_file in _by_file((entry, entry.nbytes) for entry in entries):
-        with contextlib.suppress(OSError), open(file.path, "rb", buffering=0) as raw:
-            for entry, nbytes in of_file:
-                os.posix_fadvise(raw.fileno(), entry.offset, nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def _by_file(pairs: Iterable[tuple[WeightEntry, Any]]) -> Iterator[tuple[WeightFile, Iterator]]:
-    ordered = sorted(pairs, key=lambda pair: (pair[0].file.path, pair[0].offset))
-    return groupby(ordered, key=lambda pair: pair[0].file)
 
 
 def entries_of(folder: Path, reader: Reader) -> dict[str, WeightEntry]:
