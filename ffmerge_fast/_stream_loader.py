@@ -57,6 +57,11 @@ class Loader:
         values = iter(loaded)
         return {parcel: [next(values) for _ in parcel.weights] for parcel in parcels}
 
+    def wait(self) -> None:
+        """Until what was sent for has come or failed, which `receive` tells."""
+        if self._ahead is not None:
+            self._ahead.exception()
+
     def let_go(self, values: list[Tensor]) -> None:
         """Take values that no parameter refers to any more; the caller drops them, too."""
         if self._side is not None:
