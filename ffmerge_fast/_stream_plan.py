@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._errors import FFMergeError
 from ._table import format_bytes
-from ._weight_files import DTYPES, memory
+from ._weight_files import is_plain, memory
 
 _UNITS = {"": 1, "B": 1, **{f"{p}{b}": n**i for i, p in enumerate("KMGT", 1) for b, n in (("B", 1000), ("iB", 1024))}}
 
@@ -79,7 +79,7 @@ def parcels_of(model: nn.Module, blocks: Sequence[str]) -> tuple[list[Parcel], l
         if not any(parameter is known for known in weight.parameters):
             weight.parameters.append(parameter)
         step = next((i for i, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
-        steps.setdefault(key, set()).add(step if parameter.dtype in DTYPES.values() else None)
+        steps.setdefault(key, set()).add(step if is_plain(parameter) else None)
     grouped: dict[frozenset[int], list[Weight]] = {}
     for key, used in steps.items():
         grouped.setdefault(frozenset(() if None in used else used), []).append(weights[key])

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._errors import FFMergeError
 
@@ -151,8 +151,13 @@ def write(weights: dict[str, Tensor], folder: Path, stem: str, reader: Reader) -
     return entries_of(folder, reader)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its values are its memory; quantised and sharded tensors are classes of their own."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES.values()
+
+
 def memory(tensor: Tensor) -> tuple:
     """Equal for tensors that are one."""
-    if tensor.is_meta:
+    if tensor.is_meta or not is_plain(tensor):
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ._errors import FFMergeError
+from ._stream_guard import refuse_streamed
 from .models import FFNSublayer, find_ffns, is_conv1d
 from .ops import shared_ffn
 from .ops._activations import FORWARD
@@ -36,9 +37,11 @@ def accelerate_(model: nn.Module, recompute: str = "activation") -> nn.Module:
         `model`.
 
     Raises:
-        FFMergeError: unknown policy, unknown family, or there is no FFN that could be accelerated.
+        FFMergeError: unknown policy, unknown family, a streamed model (stream it afterwards), or there is no FFN that
+            could be accelerated.
     """
     check_recompute(recompute)
+    refuse_streamed(model, "accelerate_")
     reasons: dict[str, str] = {}
     ready = {}
     for ffn in find_ffns(model):
