@@ -68,6 +68,9 @@ class Loader:
             self._leaving += values
 
     def close(self) -> None:
-        """Wait for what is under way; what goes wrong there does not matter any more."""
-        self._ahead = None
+        """Wait for what is under way; what goes wrong there does not matter any more. No memory is held afterwards."""
         self._pool.shutdown()
+        if self._side is not None:
+            torch.cuda.synchronize(self._device)
+        self._ahead, self.pending = None, []
+        self._leaving.clear()

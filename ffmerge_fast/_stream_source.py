@@ -87,7 +87,9 @@ class Source:
         return [value.to(self._device, non_blocking=True) for value in staged]
 
     def close(self) -> None:
-        """Remove the temporary file, if there is one."""
+        """Let go of all memory, and remove the temporary file, if there is one."""
+        self._host.clear()
+        self._memory = None
         if self._temporary is not None:
             self._temporary.cleanup()
 

@@ -119,7 +119,6 @@ class WeightStream:
         self._source = Source(self._fixed, [*self._weights()], place, device, folder)
         self._undo.callback(self._source.close)
         self._loader, self._places = Loader(self._source, device), Places(device)
-        self._undo.callback(self._loader.close)
         self._passes = Passes(self._parcels, following, budget - self.fixed_bytes, self._loader, self._places)
         try:
             self._take_over(place, blocks)
@@ -145,6 +144,7 @@ class WeightStream:
     def close(self) -> None:
         """What `unstream_` does."""
         values = {w: self._source.value(w) for w in self._weights() if w in self._away}
+        self._loader.close()
         self._passes.forget()
         for weight, value in values.items():
             for parameter in weight.parameters:
