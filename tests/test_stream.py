@@ -137,8 +137,8 @@ def test_never_more_than_the_budget(family, merged, spare, monkeypatch):
         if spare == "double":
             assert stream.fixed_bytes + max(most) > least  # it does load ahead
         memory = [weakref.ref(memory) for memory, _ in stream._source._memory._lent]
-        assert any(user() for user in memory)
-    assert not alive and not any(user() for user in memory)
+        assert all(ref() is not None for ref in memory)
+    assert not alive and all(ref() is None for ref in memory)
 
 
 def test_a_pass_that_was_broken_off():
