@@ -2,7 +2,9 @@
 
 `python -m benchmarks.bench_stream` builds 12 layers of GPT-2 Large's width (random weights), ties 4, 6 and 12 FFNs,
 saves all models under TMPDIR, and times decode steps under one budget: what the untied model needs to load a block
-while another one runs. Logits must be bit-equal to the model's in memory before any time is taken. Wall time, in turns.
+while another one runs. Logits must be bit-equal to the model's in memory before any time is taken. Wall time, in turns,
+until all reads that a step began have ended; beside it the step of the same model in memory ("resident") and the same
+reads while nothing is computed ("read"): a step takes at least the longer of the two, which is "of the bound" = 1.
 Before every step the kernel is asked to drop the files from its page cache (`--keep-cache`: it is not); a cache below
 the machine, of a virtual disk for instance, cannot be dropped from here, so the GB/s are printed, too.
 """
@@ -10,13 +12,14 @@ the machine, of a virtual disk for instance, cannot be dropped from here, so the
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import os
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,18 +38,40 @@ class Side:
 
     window: int
     model: nn.Module
+    resident: nn.Module  # the same in memory
     stream: ff.WeightStream
     files: list[Path]
     token: Tensor
     wanted: Tensor
-    past: object = None
+    past: dict[int, object] = field(default_factory=dict)
 
-    def step(self) -> Tensor:
+    def step(self, model: nn.Module) -> Tensor:
         """One decode step; the cache grows by one token."""
         with torch.no_grad():
-            output = self.model(self.token, past_key_values=self.past, use_cache=True)
-        self.past = output.past_key_values
+            output = model(self.token, past_key_values=self.past.get(id(model)), use_cache=True)
+        self.past[id(model)] = output.past_key_values
         return output.logits
+
+    def streamed(self) -> None:
+        """A step, and what it began to read for the next one."""
+        self.step(self.model)
+        self.stream._loader.wait()
+
+    def read(self) -> None:
+        """What a step reads, parcel by parcel."""
+        for parcel in self.stream._parcels:
+            self.stream._source.load(parcel.weights)
+
+    def parts(self, keep_cache: bool) -> dict[str, float]:
+        """Seconds of a step, of the same in memory, and of its reads alone."""
+        seconds = {}
+        for name, run in (("step", self.streamed), ("resident", lambda: self.step(self.resident)), ("read", self.read)):
+            if not keep_cache:
+                self.drop_cache()
+            start = time.perf_counter()
+            run()
+            seconds[name] = time.perf_counter() - start
+        return seconds
 
     def drop_cache(self) -> None:
         for path in self.files:
@@ -67,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(f"# {key}: {value}" for key, value in header.items()) + f"\n# {case}")
     with tempfile.TemporaryDirectory(prefix="ffmerge-bench-") as folder:
         sides = [build(args, window, Path(folder) / str(window)) for window in (0, *args.windows)]
-        wrong = [side.window for side in sides if not torch.equal(side.step(), side.wanted)]
+        wrong = [side.window for side in sides if not torch.equal(side.step(side.model), side.wanted)]
         if wrong:
             print(f"RED: streamed logits differ with windows {wrong}", file=sys.stderr)
             return 1
@@ -108,9 +133,10 @@ def build(args: argparse.Namespace, window: int, folder: Path) -> Side:
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # pages that are not on disk yet cannot be dropped
+    resident = copy.deepcopy(model)
     stream = ff.stream_(model, "cpu", "disk", budget, folder=folder)
     gc.collect()
-    return Side(window, model, stream, files, token, wanted)
+    return Side(window, model, resident, stream, files, token, wanted)
 
 
 def untied_budget(model: nn.Module) -> int:
@@ -121,35 +147,37 @@ def untied_budget(model: nn.Module) -> int:
 
 
 def compare(sides: list[Side], args: argparse.Namespace) -> list[dict]:
-    """One row per side; its times are those of whole runs of `args.steps` steps, divided by the steps."""
-    seconds: dict[int, list[float]] = {side.window: [] for side in sides}
+    """One row per side, of the medians over all steps."""
+    seconds: dict[int, list[dict[str, float]]] = {side.window: [] for side in sides}
     read = {}
     for _ in range(args.runs):
         for side in sides:
-            before, start = side.stream.read_bytes, time.perf_counter()
-            for _ in range(args.steps):
-                if not args.keep_cache:
-                    side.drop_cache()
-                side.step()
-            seconds[side.window].append((time.perf_counter() - start) / args.steps)
-            read[side.window] = (side.stream.read_bytes - before) / args.steps
-    untied = statistics.median(seconds[0])
+            before = side.stream.read_bytes
+            seconds[side.window].append(side.parts(args.keep_cache))
+            read[side.window] = side.stream.read_bytes - before
+    median = {w: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for w, runs in seconds.items()}
+    untied = median[0]
     rows = []
     for side in sides:
-        median, ratio = statistics.median(seconds[side.window]), read[0] / read[side.window]
+        own, ratio = median[side.window], read[0] / read[side.window]
+        steps = [run["step"] for run in seconds[side.window]]
         rows.append(
             {
                 "tied FFNs": side.window,
-                "step s": f"{median:.3f}",
-                "min s": f"{min(seconds[side.window]):.3f}",
-                "max s": f"{max(seconds[side.window]):.3f}",
+                "step s": f"{own['step']:.3f}",
+                "min s": f"{min(steps):.3f}",
+                "max s": f"{max(steps):.3f}",
+                "resident s": f"{own['resident']:.3f}",
+                "read s": f"{own['read']:.3f}",
+                "of the bound": f"{max(own['read'], own['resident']) / own['step']:.2f}",
                 "MB read": f"{read[side.window] / 1e6:.1f}",
-                "GB/s": f"{read[side.window] / 1e9 / median:.2f}",
-                "times faster": f"{untied / median:.2f}",
+                "GB/s": f"{read[side.window] / 1e9 / own['step']:.2f}",
+                "times faster": f"{untied['step'] / own['step']:.2f}",
                 "fewer bytes": f"{ratio:.2f}",
-                "share reached": f"{untied / median / ratio:.2f}",
+                "share reached": f"{untied['step'] / own['step'] / ratio:.2f}",
+                "reads faster": f"{untied['read'] / own['read']:.2f}",
                 "resident MB": f"{side.stream.fixed_bytes / 1e6:.1f}",
-                "runs": len(seconds[side.window]),
+                "runs": len(steps),
             }
         )
     return rows
@@ -160,8 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=1280, help="d_model; d_ff is four times as much")
     parser.add_argument("--windows", type=int, nargs="+", default=[4, 6, 12], help="how many FFNs are tied")
-    parser.add_argument("--steps", type=int, default=3, help="decode steps per run")
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=21, help="decode steps of each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--keep-cache", action="store_true", help="files may lie in the page cache")
     parser.add_argument("--output", type=Path, help="CSV file; default benchmarks/results/stream_<machine>.csv")

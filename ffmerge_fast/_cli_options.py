@@ -56,6 +56,14 @@ def data_options(parser) -> None:
     group.add_argument("--eval-limit", type=int, metavar="N", help="evaluate on at most N examples")
 
 
+def stream_options(parser) -> None:
+    group = parser.add_argument_group("a model that is larger than its device")
+    help_stream = "load each block's weights, from its files or host memory, while the block before it runs"
+    group.add_argument("--stream", choices=("disk", "host"), help=help_stream)
+    help_budget = "most bytes of weights on the device at once (default 20GiB)"
+    group.add_argument("--stream-budget", metavar="20GiB", help=help_budget)
+
+
 def validation_option(parser) -> None:
     parser.add_argument("--eval-data", nargs="+", metavar="PATH", help="to evaluate on (default: a tenth of --data)")
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ._errors import FFMergeError
 from ._table import format_bytes
-from ._weight_files import DTYPES, memory
+from ._weight_files import is_plain, memory
 
 _UNITS = {"": 1, "B": 1, **{f"{p}{b}": n**i for i, p in enumerate("KMGT", 1) for b, n in (("B", 1000), ("iB", 1024))}}
 
@@ -25,6 +26,14 @@ class Weight:
     @property
     def nbytes(self) -> int:
         return self.parameters[0].nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters[0].dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameters[0].shape
 
     @property
     def is_meta(self) -> bool:
@@ -47,6 +56,13 @@ class Parcel:
         return self.first <= step <= self.last
 
 
+def following_steps(lengths: Sequence[int]) -> dict[int, set[int]]:
+    """{step: steps that may come after it} of stacks of blocks: after the last of a stack the first of any."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    ends = {start + length - 1 for start, length in zip(starts, lengths, strict=True)}
+    return {step: set(starts) if step in ends else {step + 1} for step in range(sum(lengths))}
+
+
 def total(parcels: Iterable[Parcel]) -> int:
     """Bytes of the parcels."""
     return sum(parcel.nbytes for parcel in parcels)
@@ -63,7 +79,7 @@ def parcels_of(model: nn.Module, blocks: Sequence[str]) -> tuple[list[Parcel], l
         if not any(parameter is known for known in weight.parameters):
             weight.parameters.append(parameter)
         step = next((i for i, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
-        steps.setdefault(key, set()).add(step if parameter.dtype in DTYPES.values() else None)
+        steps.setdefault(key, set()).add(step if is_plain(parameter) else None)
     grouped: dict[frozenset[int], list[Weight]] = {}
     for key, used in steps.items():
         grouped.setdefault(frozenset(() if None in used else used), []).append(weights[key])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ._errors import FFMergeError
 from ._stream_plan import Weight
-from ._weight_files import Reader, WeightEntry, entries_of, matching, write
+from ._weight_files import Reader, WeightEntry, entries_of, matching, read_into, write
 
 PLACES = ("host", "disk")
 _READER = Reader("stream_", "weights of the model", "put it back, or load the model again", "TMPDIR")
@@ -41,6 +42,7 @@ class Source:
         folder: str | os.PathLike | None,
     ):
         self._place, self._device, self._pin = place, device, device.type == "cuda"
+        self._memory = _Pinned() if self._pin else _Recycled()
         self._host: dict[Weight, Tensor] = {}
         self._temporary: tempfile.TemporaryDirectory | None = None
         wanted = [w for w in fixed if w.is_meta] + [w for w in streamed if w.is_meta or place == "disk"]
@@ -73,13 +75,46 @@ class Source:
         entry = self._entries.get(weight.names[0])
         return weight.parameters[0].data if entry is None else entry.read()
 
-    def load(self, weight: Weight) -> Tensor:
-        """The weight on the device, in memory of its own; on CUDA as far as the current stream has come."""
-        if weight in self._host:
-            return self._host[weight].to(self._device, non_blocking=True, copy=True)
-        return self._entries[weight.names[0]].read(self._pin).to(self._device, non_blocking=True)
+    def load(self, weights: Sequence[Weight]) -> list[Tensor]:
+        """The weights on the device, in memory of their own; on CUDA as far as the current stream has come."""
+        if self._place == "host" and self._pin:
+            staged = [self._host[weight] for weight in weights]
+        elif self._place == "host":
+            staged = [self._memory.empty(weight).copy_(self._host[weight]) for weight in weights]
+        else:
+            staged = [self._memory.empty(weight) for weight in weights]
+            read_into(zip((self._entries[weight.names[0]] for weight in weights), staged, strict=True))
+        return [value.to(self._device, non_blocking=True) for value in staged]
 
     def close(self) -> None:
-        """Remove the temporary file, if there is one."""
+        """Let go of all memory, and remove the temporary file, if there is one."""
+        self._host.clear()
+        self._memory = None
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+class _Pinned:
+    """Memory for copies to a GPU; torch keeps it until they are done."""
+
+    def empty(self, weight: Weight) -> Tensor:
+        return torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True)
+
+
+class _Recycled:
+    """Memory on the CPU that is lent again once no tensor lies in it: new pages cost as much as reading into them."""
+
+    def __init__(self):
+        self._lent: list[tuple[Tensor, weakref.ref]] = []
+
+    def empty(self, weight: Weight) -> Tensor:
+        """A tensor of any values. What is free and of another size is given back before more is taken."""
+        free = (i for i, (memory, user) in enumerate(self._lent) if user() is None and memory.nbytes == weight.nbytes)
+        if (place := next(free, None)) is not None:
+            memory, _ = self._lent.pop(place)
+        else:
+            self._lent = [(memory, user) for memory, user in self._lent if user() is not None]
+            memory = torch.empty(weight.nbytes, dtype=torch.uint8)
+        user = memory.numpy()  # lives as long as a tensor of this memory
+        self._lent.append((memory, weakref.ref(user)))
+        return torch.from_numpy(user).view(weight.dtype).view(weight.shape)

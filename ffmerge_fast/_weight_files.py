@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._errors import FFMergeError
 
@@ -64,17 +66,29 @@ class WeightEntry:
     def read(self, pin: bool = False) -> Tensor:
         """The tensor in memory of its own: a map of the file would be a crash when that is cut short."""
         tensor = torch.empty(self.shape, dtype=self.dtype, pin_memory=pin)
-        try:
-            with open(self.file.path, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-                while left and (count := file.readinto(left)):
-                    left = left[count:]
-                self.file.check(os.fstat(file.fileno()))  # after reading: that is what was read
-        except OSError:
-            self.file.check()
-            raise
+        read_into([(self, tensor)])
         return tensor
+
+
+def read_into(pairs: Iterable[tuple[WeightEntry, Tensor]]) -> None:
+    """Fill contiguous tensors on the CPU from their entries, each file once from front to back.
+
+    Raises:
+        FFMergeError: a file is gone or is not what it was.
+    """
+    ordered = sorted(pairs, key=lambda pair: (pair[0].file.path, pair[0].offset))
+    for file, of_file in groupby(ordered, key=lambda pair: pair[0].file):
+        try:
+            with open(file.path, "rb", buffering=0) as raw:
+                for entry, tensor in of_file:
+                    raw.seek(entry.offset)
+                    left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                    while left and (count := raw.readinto(left)):
+                        left = left[count:]
+                file.check(os.fstat(raw.fileno()))  # after reading: that is what was read
+        except OSError:
+            file.check()
+            raise
 
 
 def entries_of(folder: Path, reader: Reader) -> dict[str, WeightEntry]:
@@ -137,8 +151,13 @@ def write(weights: dict[str, Tensor], folder: Path, stem: str, reader: Reader) -
     return entries_of(folder, reader)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its values are its memory; quantised and sharded tensors are classes of their own."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES.values()
+
+
 def memory(tensor: Tensor) -> tuple:
     """Equal for tensors that are one."""
-    if tensor.is_meta:
+    if tensor.is_meta or not is_plain(tensor):
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -9,6 +9,7 @@ from torch import nn
 
 from ._errors import FFMergeError
 from ._ffn_trial import host_path, layout_of
+from ._stream_guard import refuse_streamed
 from .models import find_ffns
 from .ops.shared_ffn.op import check_recompute
 
@@ -31,9 +32,11 @@ def accelerate_(model: nn.Module, recompute: str = "activation") -> nn.Module:
         `model`.
 
     Raises:
-        FFMergeError: unknown policy, unknown family, or there is no FFN that could be accelerated.
+        FFMergeError: unknown policy, unknown family, a streamed model (stream it afterwards), or there is no FFN that
+            could be accelerated.
     """
     check_recompute(recompute)
+    refuse_streamed(model, "accelerate_")
     reasons: dict[str, str] = {}
     ready: dict[nn.Module, object] = {}
     for ffn in find_ffns(model):

@@ -34,6 +34,7 @@ from ._cli_options import (
     recover_options,
     search_options,
     sizes,
+    stream_options,
     validation_option,
 )
 from ._errors import FFMergeError
@@ -356,9 +357,9 @@ def _trained(args, task: Any, result: Any, work: Path) -> Result:
 
 
 def _eval(args) -> Result:
-    model = _model(args)
-    task = _task(args, model, test=args.data)
-    values = task.evaluate(model, "test", args.batch_size, limit=args.eval_limit)
+    with _streamed_model(args) as model:
+        task = _task(args, model, test=args.data)
+        values = task.evaluate(model, "test", args.batch_size, limit=args.eval_limit)
     return values, "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 
@@ -402,14 +403,29 @@ def _demo(args) -> Result:
 # ------------------------------------------------------------------------------------------------- shared by commands
 
 
-def _model(args) -> Any:
+@contextlib.contextmanager
+def _streamed_model(args) -> Iterator[Any]:
+    """The model; with --stream its blocks' weights are outside of the device."""
+    from .stream import stream_
+
+    if not args.stream:
+        if args.stream_budget:
+            raise FFMergeError("--stream-budget: is of streamed weights; give --stream disk or --stream host too")
+        yield _model(args)
+        return
+    model = _model(args, "cpu")
+    with stream_(model, args.device, args.stream, args.stream_budget or "20GiB"):
+        yield model
+
+
+def _model(args, device: str | None = None) -> Any:
     import torch
 
     from .checkpoint import from_pretrained
 
     _register_layout(args)
     options = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-    return from_pretrained(args.model, **options).to(args.device)
+    return from_pretrained(args.model, **options).to(device or args.device)
 
 
 def _register_layout(args) -> None:
@@ -592,7 +608,9 @@ _COMMANDS = [
     ("fold", _fold, "write the small model of a run of `project` that was stopped", (
         model_options, argument("work_dir", help="its work folder (OUT.project)"), out_options,
     )),
-    ("eval", _eval, "perplexity, accuracy or BLEU of a model", (model_options, data_options)),
+    ("eval", _eval, "perplexity, accuracy or BLEU of a model", (
+        model_options, data_options, stream_options,
+    )),
     ("export", _export, "write a model again, with --expand as a stock checkpoint of full size", (
         model_options, out_options, argument("--expand", action="store_true", help="give every layer its own FFN"),
     )),

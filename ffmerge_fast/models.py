@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._env import require
 from ._errors import FFMergeError
+from ._stream_guard import refuse_streamed
 
 ENCODER, DECODER = "encoder", "decoder"
 MERGED_TYPE_PREFIX = "ffmerge_"  # config.model_type of a merged checkpoint: "ffmerge_gpt2"
@@ -389,7 +390,11 @@ def fingerprint(model: nn.Module) -> str:
 
     Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
     where it is, well below a forward pass.
+
+    Raises:
+        FFMergeError: the model is streamed.
     """
+    refuse_streamed(model, "statistics, plans and scores of a model")
     digest = hashlib.sha256()
     for ffn in find_ffns(model):
         digest.update(repr((ffn.key, ffn.signature)).encode())

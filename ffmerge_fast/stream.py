@@ -6,7 +6,6 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -14,11 +13,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ._errors import FFMergeError
+from ._stream_guard import HANDLE, refusal, refuse_streamed
+from ._stream_loader import Loader
+from ._stream_passes import Passes, Places
 from ._stream_plan import (
-    Parcel,
     Weight,
     check_budget,
     choose_resident,
+    following_steps,
     nbytes_outside,
     parcels_of,
     parse_bytes,
@@ -26,9 +28,6 @@ from ._stream_plan import (
 )
 from ._stream_source import PLACES, Source
 from .models import by_stack, find_ffns
-
-_HANDLE = "_weight_stream"  # attribute of a streamed model
-_REFUSED = "{}: this model is streamed, its weights are not all in memory; call ffmerge_fast.unstream_(model) first"
 
 
 def stream_(
@@ -61,8 +60,7 @@ def stream_(
             "meta" that no file holds; a file that cannot be written. Nothing is changed then. Later, from a forward
             pass: a file that is gone or changed, weights that were changed, a pass with gradients.
     """
-    if getattr(model, _HANDLE, None) is not None:
-        raise FFMergeError(_REFUSED.format("stream_"))
+    refuse_streamed(model, "stream_")
     if weights not in PLACES:
         raise FFMergeError(f"weights: got {weights!r}, wanted 'host' or 'disk'")
     return WeightStream(model, _checked_device(device), weights, parse_bytes(budget), folder)
@@ -74,7 +72,7 @@ def unstream_(model: nn.Module) -> nn.Module:
     Raises:
         FFMergeError: the model is not streamed; a file is gone or was changed (the model stays streamed then).
     """
-    stream = getattr(model, _HANDLE, None)
+    stream = getattr(model, HANDLE, None)
     if stream is None:
         raise FFMergeError("unstream_: this model is not streamed; wanted one that stream_ was called on")
     stream.close()
@@ -99,14 +97,13 @@ class WeightStream:
     Attributes:
         fixed_bytes: of weights that always lie on the device.
         streamed_bytes: of weights that are read in every pass.
-        read_bytes: read so far.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, place: str, budget: int, folder):
         stacks = [[ffn.path for ffn in ffns] for ffns in by_stack(find_ffns(model)).values()]
         blocks = [path for stack in stacks for path in stack]
         parcels, rest = parcels_of(model, blocks)
-        following = _following([len(stack) for stack in stacks])
+        following = following_steps([len(stack) for stack in stacks])
         fixed = nbytes_outside(rest, model.buffers())
         check_budget(budget, fixed, parcels, following)
         if meta := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
@@ -115,50 +112,44 @@ class WeightStream:
         self._parcels = [parcel for parcel in parcels if parcel not in resident]
         self._fixed = [*rest, *(weight for parcel in resident for weight in parcel.weights)]
         self.fixed_bytes, self.streamed_bytes = fixed + total(resident), total(self._parcels)
-        self.read_bytes = 0
-        self._model, self._device, self._room = model, device, budget - self.fixed_bytes
-        self._next = {step: step + 1 if step + 1 in afters else max(afters) for step, afters in following.items()}
-        self._step: int | None = None  # the block that began last
-        self._held: dict[Parcel, list[Tensor]] = {}
-        self._leaving: list[Tensor] = []  # let go of, but the GPU may still compute with them
-        self._ahead: Future | None = None
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(1, "ffmerge-stream")
+        self._model, self._device = model, device
         self._away: set[Weight] = set()  # to be brought back at the end
-        self._blank: dict[torch.dtype, Tensor] = {}
-        self._seen: dict[nn.Parameter, tuple[int, int]] = {}  # version and address that we left it with
         self._undo = contextlib.ExitStack()
         folder = folder or getattr(model, "name_or_path", None)
         self._source = Source(self._fixed, [*self._weights()], place, device, folder)
         self._undo.callback(self._source.close)
+        self._loader, self._places = Loader(self._source, device), Places(device)
+        self._passes = Passes(self._parcels, following, budget - self.fixed_bytes, self._loader, self._places)
         try:
             self._take_over(place, blocks)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def read_bytes(self) -> int:
+        """Read so far."""
+        return self._loader.read_bytes
+
     def __enter__(self) -> WeightStream:
         return self
 
     def __exit__(self, *exception) -> None:
-        if getattr(self._model, _HANDLE, None) is self:
+        if getattr(self._model, HANDLE, None) is self:
             self.close()
 
     def __reduce_ex__(self, protocol):  # a copy or pickle of the model would lack weights
-        raise FFMergeError(_REFUSED.format("copy"))
+        raise refusal("copy")
 
     def close(self) -> None:
         """What `unstream_` does."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.exception()  # waits; what went wrong there does not matter any more
         values = {w: self._source.value(w) for w in self._weights() if w in self._away}
-        self._held.clear()
+        self._loader.close()
+        self._passes.forget()
         for weight, value in values.items():
             for parameter in weight.parameters:
                 parameter.data = value
         self._undo.close()
-        self._pool.shutdown()
 
     # -------------------------------------------------------------------------------------------------- start and end
 
@@ -166,8 +157,8 @@ class WeightStream:
         return (weight for parcel in self._parcels for weight in parcel.weights)
 
     def _take_over(self, place: str, blocks: list[str]) -> None:
-        setattr(self._model, _HANDLE, self)
-        self._undo.callback(delattr, self._model, _HANDLE)
+        setattr(self._model, HANDLE, self)
+        self._undo.callback(delattr, self._model, HANDLE)
         for parameter in self._model.parameters():
             self._undo.callback(parameter.requires_grad_, parameter.requires_grad)
         for buffer in self._model.buffers():
@@ -187,8 +178,8 @@ class WeightStream:
             self._hook(module.register_state_dict_post_hook(partial(self._complete)))
             self._hook(module.register_load_state_dict_pre_hook(partial(self._refuse_load)))
         parameters = frozenset(map(id, self._model.parameters()))
-        refusal = register_optimizer_step_pre_hook(partial(_refuse_step, parameters))
-        self._undo.callback(weakref.finalize(self, refusal.remove))
+        handle = register_optimizer_step_pre_hook(partial(_refuse_step, parameters))
+        self._undo.callback(weakref.finalize(self, handle.remove))
 
     def _hook(self, handle) -> None:
         self._undo.callback(handle.remove)
@@ -203,13 +194,13 @@ class WeightStream:
     def _send_away(self, weight: Weight) -> None:
         origin, is_meta = weight.parameters[0].device, weight.is_meta
         self._source.keep(weight)
-        self._leave_meta(weight, self._blank_like(weight.parameters[0]))
+        self._leave_meta(weight, self._places.blank_like(weight.parameters[0]))
         if not is_meta:
             self._away.add(weight)
         for parameter in weight.parameters:
             if not is_meta and origin.type != "cpu":
                 self._undo.callback(_move_back, parameter, origin)
-            self._put(parameter, self._blank_like(parameter))
+        self._places.clear(weight)
 
     def _leave_meta(self, weight: Weight, value: Tensor) -> None:
         """Parameters on "meta" can get no data: others take their place, and give it back at the end."""
@@ -224,88 +215,16 @@ class WeightStream:
             self._undo.callback(owner.register_parameter, attribute, old)
         weight.parameters = [new]
 
-    def _blank_like(self, parameter: Tensor) -> Tensor:
-        """NaN of the parameter's shape, in the memory of one value."""
-        if parameter.dtype not in self._blank:
-            self._blank[parameter.dtype] = torch.full((), torch.nan, dtype=parameter.dtype, device=self._device)
-        return self._blank[parameter.dtype].expand(parameter.shape)
-
-    # -------------------------------------------------------------------------------------------------- forward passes
+    # ------------------------------------------------------------------------------------------------- hooks and guards
 
     def _enter(self, step: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before a block runs: its weights take their places, the ones before it go, the next ones are sent for."""
+        """Before a block runs."""
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         if torch.is_grad_enabled() and (self._model.training or any(value.requires_grad for value in inputs)):
             raise FFMergeError(
                 "stream_: a streamed model does inference only; call model.eval(), or unstream_(model) to train it"
             )
-        self._receive()
-        for parcel in [parcel for parcel in self._held if not parcel.alive(step)]:
-            self._release(parcel)
-        if missing := self._missing(step):
-            self._send_for(missing)
-            self._receive()
-        if self._step is not None:
-            self._next[self._step] = step  # what came after it this time is what is expected next time
-        self._step = step
-        coming = self._missing(self._next[step])
-        if coming and total(self._held) + total(coming) <= self._room:
-            self._send_for(coming)
-
-    def _missing(self, step: int) -> list[Parcel]:
-        return [parcel for parcel in self._parcels if step in parcel.steps and parcel not in self._held]
-
-    def _send_for(self, parcels: list[Parcel]) -> None:
-        done = None if self._side is None else torch.cuda.current_stream(self._device).record_event()
-        leaving, self._leaving = self._leaving, []
-        self._ahead = self._pool.submit(self._fetch, parcels, leaving, done)
-
-    def _fetch(self, parcels: list[Parcel], leaving: list[Tensor], done: torch.cuda.Event | None) -> tuple:
-        """Runs in a thread of its own, with a CUDA stream of its own. Memory is used again only after `done`."""
-        if done is not None:
-            done.synchronize()
-        leaving.clear()
-        with torch.cuda.stream(self._side):  # None: as it is
-            loaded = {parcel: [self._source.load(weight) for weight in parcel.weights] for parcel in parcels}
-        return loaded, None if self._side is None else self._side.record_event()
-
-    def _receive(self) -> None:
-        """Wait for what was sent for, if anything, and put it in its place."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return
-        loaded, event = ahead.result()
-        self.read_bytes += total(loaded)
-        if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
-        for parcel, values in loaded.items():
-            self._held[parcel] = values
-            for weight, value in zip(parcel.weights, values, strict=True):
-                self._check_untouched(weight)
-                for parameter in weight.parameters:
-                    self._put(parameter, value)
-
-    def _release(self, parcel: Parcel) -> None:
-        values = self._held.pop(parcel)
-        for weight in parcel.weights:
-            self._check_untouched(weight)
-            for parameter in weight.parameters:
-                self._put(parameter, self._blank_like(parameter))
-        if self._side is not None:
-            self._leaving += values
-
-    def _put(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.data = value
-        self._seen[parameter] = parameter._version, parameter.data_ptr()
-
-    def _check_untouched(self, weight: Weight) -> None:
-        if any(self._seen[p] != (p._version, p.data_ptr()) for p in weight.parameters):
-            raise FFMergeError(
-                f"stream_: {weight.names[0]} was changed while it is streamed, which is lost; call unstream_(model) "
-                "before changing, moving or converting weights"
-            )
-
-    # ------------------------------------------------------------------------------------------------- other accesses
+        self._passes.enter(step)
 
     def _complete(self, module: nn.Module, state: dict, prefix: str, _metadata) -> None:
         """Put the real values into a state dict; one tensor for all names of a weight."""
@@ -315,15 +234,7 @@ class WeightStream:
                 state[prefix + name] = self._source.value(weight)
 
     def _refuse_load(self, *_args) -> None:
-        raise FFMergeError(_REFUSED.format("load_state_dict"))
-
-
-def _following(lengths: list[int]) -> dict[int, set[int]]:
-    """{step: steps that may come after it}: after the last block of a stack the first of any; expected is the next, and
-    after the last of all the first of its own stack."""
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    ends = {start + length - 1 for start, length in zip(starts, lengths, strict=True)}
-    return {step: set(starts) if step in ends else {step + 1} for step in range(sum(lengths))}
+        raise refusal("load_state_dict")
 
 
 def _move_back(tensor: Tensor, device: torch.device) -> None:
@@ -332,4 +243,4 @@ def _move_back(tensor: Tensor, device: torch.device) -> None:
 
 def _refuse_step(parameters: frozenset[int], optimizer: torch.optim.Optimizer, *_args) -> None:
     if any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
-        raise FFMergeError(_REFUSED.format("optimizer.step"))
+        raise refusal("optimizer.step")

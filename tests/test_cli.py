@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast import cli
+from ffmerge_fast import _stream_source, cli
 from ffmerge_fast.ops.correlation import state
 
 from .tiny import tiny_model
@@ -109,6 +109,32 @@ def test_collect_plan_merge_verify_expand_eval(capsys, folder, text, statistics,
     assert json.loads((tmp_path / "stock" / "config.json").read_text())["model_type"] == "gpt2"
     small, full = (run(capsys, "eval", tmp_path / f, *_data(text), "--eval-limit", 20) for f in ("merged", "stock"))
     assert small == full and small["perplexity"] > 1
+
+
+@pytest.mark.parametrize("place", ["disk", "host"])
+def test_eval_of_streamed_weights(capsys, folder, text, monkeypatch, place):
+    loaded, load = [], _stream_source.Source.load
+    monkeypatch.setattr(_stream_source.Source, "load", lambda *args: loaded.append(args[1]) or load(*args))
+    options = ("eval", folder, *_data(text), "--eval-limit", 8)
+    wanted = run(capsys, *options)
+    assert not loaded
+    line = refuse(capsys, *options, "--stream", place, "--stream-budget", 1)
+    least, double = (int(found.replace(",", "")) for found in re.findall(r"([\d,]{4,})(?=: | to load)", line))
+    assert line.startswith("error: budget: got 1 bytes, wanted at least ") and not loaded
+    for budget in (least, double):
+        assert run(capsys, *options, "--stream", place, "--stream-budget", budget) == wanted and loaded
+        loaded.clear()
+    assert run(capsys, *options, "--stream", place) == wanted and not loaded  # all fits 20GiB
+
+
+def test_bad_stream_options(capsys, folder, text):
+    options = ("eval", folder, *_data(text), "--eval-limit", 8)
+    assert "give --stream disk or --stream host too" in refuse(capsys, *options, "--stream-budget", "1GB")
+    assert "budget: got 'much', wanted bytes" in refuse(capsys, *options, "--stream", "host", "--stream-budget", "much")
+    assert "device: got 'tpu', wanted 'cpu'" in refuse(capsys, *options, "--stream", "host", "--device", "tpu")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*map(str, options), "--stream", "tape"])
+    assert exit_.value.code == 2 and "invalid choice: 'tape'" in capsys.readouterr().err
 
 
 def test_merge_collects_by_itself(capsys, folder, text, tmp_path):

@@ -5,11 +5,10 @@ Activation scores follow Minitron (and the authors of paper B): sums of absolute
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from .._errors import FFMergeError
 from .._progress import progress
 from ..merge.passes import evaluating, run, to_device, token_masks
-from ..models import base_model_type, find_ffns, fingerprint, is_conv1d
+from ..models import base_model_type, fingerprint
+from .activations import sums_over_tokens
 from .layout import ATTENTION, FFN, MODEL, Layout, read_layout
 
 METHODS = ("activation", "magnitude", "wanda", "random")
@@ -179,7 +179,7 @@ def _measure(made: Importance, model: nn.Module, layout: Layout, batches: Iterab
     skip = cache.resume_(made)
     squared = made.method == "wanda"
     bar = progress(desc="importance", unit="batch")
-    with bar, evaluating(model), torch.no_grad(), _hooks(model, layout, made.features, squared) as batch_sums:
+    with bar, evaluating(model), torch.no_grad(), sums_over_tokens(model, layout, made.features, squared) as batch_sums:
         for number, batch in enumerate(batches):
             if number < skip:
                 continue
@@ -187,7 +187,10 @@ def _measure(made: Importance, model: nn.Module, layout: Layout, batches: Iterab
             stacks = list(layout.stacks())
             batch_sums.start(token_masks(batch, model, stacks))
             run(model, batch)
-            batch_sums.add_to_(made, number)
+            tokens, sums = batch_sums.finish(number)
+            made.tokens += tokens
+            for name, total in sums.items():
+                made.scores[name] += total
             bar.update(1)
             cache.save_if_due(made, batches=number + 1)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -202,84 +205,6 @@ def _all_reduce_(made: Importance, device: torch.device) -> None:
     parts = packed.cpu().split([*map(len, made.scores.values()), 1])
     made.scores = {name: part.clone() for name, part in zip(made.scores, parts, strict=False)}
     made.tokens = int(parts[-1])
-
-
-class _BatchSums:
-    """Sums over the tokens of one batch, filled by hooks."""
-
-    def __init__(self, squared: bool):
-        self._squared = squared
-        self._masks: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
-
-    def start(self, masks: dict[str, Tensor]) -> None:
-        self._masks, self._sums, self._tokens = masks, {}, {}
-
-    def take(self, name: str, stack: str, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2)
-        mask = self._masks.get(stack)
-        if mask is not None:
-            if mask.numel() != len(x):
-                raise FFMergeError(
-                    f"the {stack}'s attention_mask has shape {list(mask.shape)}, but its layers saw {len(x)} tokens; "
-                    "wanted one value per token"
-                )
-            x = x[mask.reshape(-1).bool().to(x.device)]
-        self._tokens.setdefault(stack, len(x))
-        added = (x.float().square() if self._squared else x.abs()).sum(0, dtype=torch.float64)
-        self._sums[name] = self._sums[name] + added if name in self._sums else added
-
-    def add_to_(self, made: Importance, number: int) -> None:
-        sums = {name: total.cpu() for name, total in self._sums.items()}
-        for name, total in sums.items():
-            if not total.isfinite().all():
-                raise FFMergeError(f"importance: batch {number} gives activations of {name} that are not finite")
-        for name, total in sums.items():
-            made.scores[name] += total
-        made.tokens += sum(self._tokens.values())
-
-
-@contextlib.contextmanager
-def _hooks(model: nn.Module, layout: Layout, features: str, squared: bool) -> Iterator[_BatchSums]:
-    sums = _BatchSums(squared)
-    ffns = find_ffns(model)
-    stack_of = {ffn.path: ffn.stack for ffn in ffns}
-    with contextlib.ExitStack() as handles:
-
-        def output(module: nn.Module, name: str, stack: str, width: int) -> None:
-            def hook(module, args, out):
-                sums.take(name, stack, out[..., -width:])  # of a fused gate and up, the up half
-
-            handles.callback(module.register_forward_hook(hook).remove)
-
-        def given(module: nn.Module, name: str, stack: str) -> None:
-            hook = lambda module, args: sums.take(name, stack, args[0])  # noqa: E731
-            handles.callback(module.register_forward_pre_hook(hook).remove)
-
-        for ffn in ffns:
-            if ffn.key in layout.d_ff and features == "product":
-                given(model.get_submodule(ffn.down_path), f"d_ff/{ffn.key}", ffn.stack)
-            elif ffn.key in layout.d_ff:
-                output(model.get_submodule(ffn.up_path), f"d_ff/{ffn.key}", ffn.stack, ffn.d_ff)
-        for path, stack in stack_of.items():
-            for norm in _norms(model.get_submodule(path)):
-                output(norm, "d_model", stack, layout.d_model)
-        for name, axes in layout.axes.items():
-            axis = next((a for a in axes if a is not None and a.role == ATTENTION), None)
-            path = name.removesuffix(".weight")
-            module = model.get_submodule(path) if path != name else None
-            if axis is not None and module is not None and axes[0 if is_conv1d(module) else 1] is axis:
-                stack = next(s for p, s in stack_of.items() if path.startswith(f"{p}."))
-                given(module, f"attention/{axis.key}", stack)
-        yield sums
-
-
-def _norms(layer: nn.Module) -> Iterator[nn.Module]:
-    """The norms of a layer's residual stream (those of queries and keys are of heads)."""
-    for name, module in layer.named_modules():
-        if "norm" in type(module).__name__.lower() and not name.endswith(("q_norm", "k_norm")):
-            yield module
 
 
 class _Cache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from .._errors import FFMergeError
 from ..merge.combine import CONFIG_VERSION
-from ..models import base_model_type, fingerprint, get, is_conv1d
+from ..models import base_model_type, fingerprint
 from .adamw import AdamWOptions
 from .base_weights import BaseWeights
 from .basis import start_from_basis_, stream_basis
 from .fold import fold
 from .importance import Importance, importance
-from .layout import MODEL, Axis, Layout, read_layout
-from .matrix import ProjectedMatrix, Projection
+from .layout import Layout, read_layout
+from .matrix import Projection
 from .optimizer import ProjectionOptimizer
+from .projected import SHARES, sorted_parameters
 from .selection import Selection, Sizes, resolve_sizes, select, untied_names
 from .student import build_student
 from .units import Unit, grouped
 
-SHARES = (None, "qkv", "residual_stream")
 INITS = ("selection", "svd")
 
 
@@ -192,8 +192,8 @@ def project(
     layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
     selection = chosen(model, layout, sizes, importance)
     student = build_student(model, layout, sizes, selection, untie)
-    builder = _Builder(model, student, layout, selection, share)
-    matrices, plain = builder.build()
+    found = sorted_parameters(model, student, layout, selection, share)
+    matrices, plain = list(found.matrices.values()), found.plain
     if not matrices:
         raise FFMergeError("project: nothing gets smaller; give widths below the base model's")
     starts = {}
@@ -201,7 +201,7 @@ def project(
         if sizes.d_model == layout.d_model:
             raise FFMergeError("init: 'svd' is of the residual stream, whose width stays; give keep= or a d_model=")
         basis = stream_basis(model, layout, selection.d_model)
-        starts = start_from_basis_(basis, model, layout, matrices, plain, builder.stream, selection.d_model)
+        starts = start_from_basis_(basis, model, layout, matrices, plain, found.stream, selection.d_model)
     settings = {
         "base": f"{base_model_type(model)} {fingerprint(model)}",
         "d_model": sizes.d_model,
@@ -258,92 +258,3 @@ def _shape_settings(config: Any) -> dict[str, Any]:
     names = ("hidden_size", "n_embd", "d_model", "d_ff", "n_inner", "intermediate_size", "ffn_dim", "head_dim", "d_kv",
              "tie_word_embeddings", "word_embed_proj_dim", "vocab_size")  # fmt: skip
     return {k: v for k, v in values.items() if k in names or k.endswith(("_ffn_dim", "head", "heads"))}
-
-
-class _Builder:
-    """Sorts the student's parameters into projected matrices and plain ones."""
-
-    def __init__(self, model: nn.Module, student: nn.Module, layout: Layout, selection: Selection, share: str | None):
-        self.student, self.layout, self.selection, self.share = student, layout, selection, share
-        self.base = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-        self.shared: dict[str, Projection] = {}
-        self.matrices: dict[str, ProjectedMatrix] = {}
-        self.stream: dict[Projection, None] = {}  # projections of the residual stream, in order
-
-    def build(self) -> tuple[list[ProjectedMatrix], dict[str, nn.Parameter]]:
-        trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
-        for name, parameter in trained.items():
-            if parameter.ndim >= 2:
-                self._add_matrix(name, parameter)
-        for name, parameter in trained.items():  # after all weights
-            weight = self.matrices.get(f"{name.removesuffix('bias')}weight")
-            if name.endswith("bias") and weight is not None and weight.rows is not None:
-                self._add(name, parameter, _as_column, weight.rows, None)
-        plain = {name: p for name, p in trained.items() if name not in self.matrices}
-        return list(self.matrices.values()), plain
-
-    def _add_matrix(self, name: str, parameter: nn.Parameter) -> None:
-        axes = [None if a is None or self._whole(a) else a for a in self.layout.axes[name]]
-        module = get(self.student, name.rpartition(".")[0])
-        as_matrix: Callable[[Tensor], Tensor] = _as_it_is
-        rows, columns = axes[0], axes[-1]
-        if module is not None and is_conv1d(module):
-            as_matrix, rows, columns = _turned, axes[1], axes[0]
-        elif parameter.ndim > 2 and columns is None:
-            as_matrix = _rows_of
-        elif parameter.ndim > 2 and rows is None:
-            as_matrix = _columns_of
-        if parameter.ndim > 2 and (any(axes[1:-1]) or (rows is not None and columns is not None)):
-            raise FFMergeError(
-                f"project: {name} follows d_model on two axes of {parameter.ndim}: not supported; give d_ff= alone"
-            )
-        alone = as_matrix(parameter.detach()).shape[0] == 1  # a class token is a vector
-        if (rows is not None or columns is not None) and not alone:
-            self._add(name, parameter, as_matrix, self._projection(name, rows, "out"),
-                      self._projection(name, columns, "in"))  # fmt: skip
-
-    def _add(self, name, parameter, as_matrix, rows, columns) -> None:
-        self.matrices[name] = ProjectedMatrix(name, parameter, self.base[name], as_matrix, rows, columns)
-
-    def _whole(self, axis: Axis) -> bool:
-        """Whether nothing is left out along an axis."""
-        choice = self.selection.choice(axis)
-        return len(choice) == len(axis.parts) * self._base_width(axis)
-
-    def _base_width(self, axis: Axis) -> int:
-        return self.layout.width(axis, self.layout.d_model, self.layout.stacks()) // len(axis.parts)
-
-    def _projection(self, name: str, axis: Axis | None, side: str) -> Projection | None:
-        if axis is None:
-            return None
-        attention = self.layout.readers.get(name.removesuffix(".weight"))
-        key, entry = f"{name} {side}", f"p_{side}"
-        if axis.role == MODEL and self.share == "residual_stream":
-            key = entry = "p_model"
-        elif axis.role == MODEL and self.share == "qkv" and side == "in" and attention is not None:
-            key = f"{attention} in"
-        if key not in self.shared:
-            self.shared[key] = Projection(name, entry, self.selection.choice(axis))
-            if axis.role == MODEL:
-                self.stream[self.shared[key]] = None
-        return self.shared[key]
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _turned(tensor: Tensor) -> Tensor:
-    return tensor.T
-
-
-def _as_column(tensor: Tensor) -> Tensor:
-    return tensor[:, None]
-
-
-def _rows_of(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1)
-
-
-def _columns_of(tensor: Tensor) -> Tensor:
-    return tensor.flatten(0, -2)

@@ -1,0 +1,21 @@
+"""Which models are streamed, and the one-line refusal of what needs all weights in memory."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ._errors import FFMergeError
+
+HANDLE = "_weight_stream"  # attribute of a streamed model
+
+
+def refusal(action: str) -> FFMergeError:
+    return FFMergeError(
+        f"{action}: this model is streamed, its weights are not all in memory; call ffmerge_fast.unstream_(model) first"
+    )
+
+
+def refuse_streamed(model: nn.Module, action: str) -> None:
+    """Raise FFMergeError if `stream_` was called on the model."""
+    if getattr(model, HANDLE, None) is not None:
+        raise refusal(action)
