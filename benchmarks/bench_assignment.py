@@ -20,6 +20,8 @@ import torch
 import ffmerge_fast as ff
 
 from . import measure, registry, run
+from .cases import Case, Job
+from .cases.assignment import assignment_case, ffn_correlation
 
 CASES = {case.name: case for case in registry.cases("assignment", "small")}
 CANDIDATES = ["ffmerge", "scipy"]
@@ -72,11 +74,11 @@ def real_correlation(kind: str, width: int) -> torch.Tensor:
     return ff.collect(AutoModelForCausalLM.from_pretrained(GPT2), batches, pairs=[(3, 4)]).correlation(3, 4)
 
 
-def pairs_case(width: int, pairs: int = 4) -> registry.Case:
+def pairs_case(width: int, pairs: int = 4) -> Case:
     """A batch of matrices on two threads and on one, by wall time: only an idle machine shows the speedup."""
 
-    def build(device: str) -> registry.Job:
-        scores = registry.ffn_correlation(width)
+    def build(device: str) -> Job:
+        scores = ffn_correlation(width)
         generator = torch.Generator().manual_seed(0)
         batch = torch.stack([scores[torch.randperm(width, generator=generator)] for _ in range(pairs)])
         exact = ff.ops.assign(scores).objective
@@ -90,9 +92,9 @@ def pairs_case(width: int, pairs: int = 4) -> registry.Case:
         def error(result: ff.ops.Assignment) -> float:
             return max(abs(objective - exact) / abs(exact) for objective in result.objective)
 
-        return registry.Job({"ffmerge": lambda: on(2), "ffmerge, one thread": lambda: on(1)}, error, limit=1e-9)
+        return Job({"ffmerge": lambda: on(2), "ffmerge, one thread": lambda: on(1)}, error, limit=1e-9)
 
-    return registry.Case("assignment", f"{pairs} pairs ffn d{width}, two threads", "full", build)
+    return Case("assignment", f"{pairs} pairs ffn d{width}, two threads", "full", build)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -106,18 +108,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def cases(args: argparse.Namespace) -> list[registry.Case]:
+def cases(args: argparse.Namespace) -> list[Case]:
     """One-thread cases: kinds by sizes, the real model where it is, 8192 by flag."""
     try:
         peers = lap_peers()
     except ImportError as error:
         print(f"# no peer lap or lapx: {error}")
         peers = {}
-    made = [registry.assignment_case("full", kind, d, peers=peers) for d in args.sizes for kind in args.kinds]
+    made = [assignment_case("full", kind, d, peers=peers) for d in args.sizes for kind in args.kinds]
     if args.large:
-        made.append(registry.assignment_case("full", "ffn", 8192, peers=peers))
+        made.append(assignment_case("full", "ffn", 8192, peers=peers))
     if GPT2.is_dir():
-        made.append(registry.assignment_case("full", "gpt2 layers 3, 4", 512, real_correlation, peers))
+        made.append(assignment_case("full", "gpt2 layers 3, 4", 512, real_correlation, peers))
     else:
         print(f"# no case of real layers: {GPT2} does not exist")
     return made

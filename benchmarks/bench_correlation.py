@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from . import measure, registry, run
+from .cases import Case, Job
+from .cases.correlation import ACCURATE, ROUNDED, correlation_addmm, correlation_ffmerge, features, two_pass
 
 CASES = {case.name: case for case in registry.cases("correlation", "small")}
-CANDIDATES = list(registry.ACCURATE | registry.ROUNDED)
+CANDIDATES = list(ACCURATE | ROUNDED)
 STREAM = 16384  # tokens
 
 
@@ -38,13 +40,13 @@ def test_correlation(benchmark, job, candidate):
     benchmark(job.candidates[candidate])
 
 
-def stream_case(width: int, tokens: int, dtype: torch.dtype) -> registry.Case:
+def stream_case(width: int, tokens: int, dtype: torch.dtype) -> Case:
     """One pair, `tokens` a batch. "addmm_ alone" stops at Σ xᵀy, without the sums a correlation needs as well."""
     batches, pairs = STREAM // tokens, [(0, 1)]
 
-    def build(device: str) -> registry.Job:
-        data = registry.features(2, batches, tokens, width, dtype, device)
-        truth = registry.two_pass(data, pairs, None, torch.float64)[0, 1]
+    def build(device: str) -> Job:
+        data = features(2, batches, tokens, width, dtype, device)
+        truth = two_pass(data, pairs, None, torch.float64)[0, 1]
         a, b = (torch.cat([batch[i] for batch in data]).double() for i in (0, 1))
         means, scale = torch.outer(a.mean(0), b.mean(0)), torch.outer(a.std(0, False), b.std(0, False))
 
@@ -59,14 +61,14 @@ def stream_case(width: int, tokens: int, dtype: torch.dtype) -> registry.Case:
             return (found - truth).abs().max().item()
 
         candidates = {
-            "ffmerge": lambda: registry.correlation_ffmerge(data, pairs, None),
-            "fp32 addmm_": lambda: registry.correlation_addmm(data, pairs, None),
+            "ffmerge": lambda: correlation_ffmerge(data, pairs, None),
+            "fp32 addmm_": lambda: correlation_addmm(data, pairs, None),
             "addmm_ alone": alone,
         }
-        return registry.Job(candidates, error, limit=1e-5)
+        return Job(candidates, error, limit=1e-5)
 
     name = f"L2 stream T{batches}x{tokens} d{width} {str(dtype).removeprefix('torch.')}"
-    return registry.Case("correlation", name, "full", build)
+    return Case("correlation", name, "full", build)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

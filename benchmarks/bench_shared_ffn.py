@@ -26,6 +26,8 @@ import ffmerge_fast as ff
 from ffmerge_fast._table import format_table
 
 from . import measure, registry, run
+from .cases import BF16, FP32, Case, Job
+from .cases.shared_ffn import FFN_SHAPES, ffn_torch, ffn_weights, shared_ffn_forward_case
 
 CASES = {case.name: case for case in registry.cases("shared_ffn", "small")}
 CANDIDATES = ["ffmerge", "ffmerge, recompute full", "torch", "oneDNN prepacked"]
@@ -55,15 +57,15 @@ def test_shared_ffn(benchmark, job, candidate):
 
 def compiled(x: Tensor, activation: str, **weights: Tensor) -> Callable[[], Tensor]:
     """The torch expression through Inductor, for this shape; compiling is outside the clock."""
-    function = torch.compile(partial(registry.ffn_torch, activation=activation), dynamic=False)
+    function = torch.compile(partial(ffn_torch, activation=activation), dynamic=False)
     function(x, **weights)
     return lambda: function(x, **weights)
 
 
-def compile_cases() -> list[registry.Case]:
+def compile_cases() -> list[Case]:
     peers = {"torch.compile": compiled}
-    shapes = [("gpt2", t, registry.FP32) for t in (1, 4, 8, 512)] + [("gpt2", t, registry.BF16) for t in (1, 4)]
-    return [registry.shared_ffn_forward_case("full", *shape, peers=peers) for shape in shapes]
+    shapes = [("gpt2", t, FP32) for t in (1, 4, 8, 512)] + [("gpt2", t, BF16) for t in (1, 4)]
+    return [shared_ffn_forward_case("full", *shape, peers=peers) for shape in shapes]
 
 
 # --- a decode step
@@ -73,12 +75,12 @@ class Decoder:
     """Layers of GPT-2's shape with a key and value cache: one step of one token for each of `batch` sequences.
 
     Args:
-        shape: key of `registry.FFN_SHAPES`.
+        shape: key of `FFN_SHAPES`.
         groups: how many different FFNs there are; layers in a row share one.
     """
 
     def __init__(self, shape: str, batch: int, dtype: torch.dtype, groups: int):
-        self.d, d_ff, self.activation, _ = registry.FFN_SHAPES[shape]
+        self.d, d_ff, self.activation, _ = FFN_SHAPES[shape]
         layers, g = LAYERS[shape], torch.Generator().manual_seed(0)
 
         def weight(*size: int) -> Tensor:
@@ -104,16 +106,16 @@ class Decoder:
         return x
 
 
-def decode_case(shape: str, batch: int, dtype: torch.dtype) -> registry.Case:
+def decode_case(shape: str, batch: int, dtype: torch.dtype) -> Case:
     """Every layer with an FFN of its own; half of all layers in one group; all layers in one."""
 
-    def build(device: str) -> registry.Job:
+    def build(device: str) -> Job:
         layers = LAYERS[shape]
         models = {"untied": layers, "half tied": None, "all tied": 1}
         models = {name: Decoder(shape, batch, dtype, groups or layers) for name, groups in models.items()}
         half = models["half tied"].ffn
         half[layers // 4 : layers // 4 + layers // 2] = [half[layers // 4]] * (layers // 2)
-        expected = {name: model.step(registry.ffn_torch).double() for name, model in models.items()}
+        expected = {name: model.step(ffn_torch).double() for name, model in models.items()}
 
         def candidate(name: str, ffn: Callable) -> Callable:
             return lambda: (name, models[name].step(ffn))
@@ -124,10 +126,10 @@ def decode_case(shape: str, batch: int, dtype: torch.dtype) -> registry.Case:
 
         candidates = {"ffmerge": candidate("half tied", ff.ops.shared_ffn)}
         candidates |= {f"ffmerge, {name}": candidate(name, ff.ops.shared_ffn) for name in ("untied", "all tied")}
-        candidates |= {f"torch, {name}": candidate(name, registry.ffn_torch) for name in models}
-        return registry.Job(candidates, error, limit=64 * torch.finfo(dtype).eps)
+        candidates |= {f"torch, {name}": candidate(name, ffn_torch) for name in models}
+        return Job(candidates, error, limit=64 * torch.finfo(dtype).eps)
 
-    return registry.Case("shared_ffn", f"{shape} decode step B{batch} {str(dtype)[6:]}", "full", build)
+    return Case("shared_ffn", f"{shape} decode step B{batch} {str(dtype)[6:]}", "full", build)
 
 
 # --- memory of training
@@ -147,8 +149,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def training_memory(shape: str, tokens: int, layers: int) -> list[dict]:
     """Activations and gradients of `layers` residual layers that share an FFN: forward and backward."""
-    d, _, activation, _ = registry.FFN_SHAPES[shape]
-    weights = {n: w.requires_grad_() for n, w in registry.ffn_weights(shape, registry.FP32, "cpu").items()}
+    d, _, activation, _ = FFN_SHAPES[shape]
+    weights = {n: w.requires_grad_() for n, w in ffn_weights(shape, FP32, "cpu").items()}
     x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(1))
 
     def training(ffn: Callable) -> list[Tensor]:
@@ -160,9 +162,9 @@ def training_memory(shape: str, tokens: int, layers: int) -> list[dict]:
         y.square().mean().backward()
         return [w.grad for w in weights.values()]
 
-    ways = {"torch": registry.ffn_torch}
+    ways = {"torch": ffn_torch}
     ways |= {f"ffmerge, {p}": partial(ff.ops.shared_ffn, recompute=p) for p in ("none", "activation", "full")}
-    expected = [g.clone() for g in training(registry.ffn_torch)]
+    expected = [g.clone() for g in training(ffn_torch)]
     for name, ffn in ways.items():
         errors = [((g - e).abs().max() / e.abs().max()).item() for g, e in zip(training(ffn), expected, strict=True)]
         if not max(errors) <= 1e-4:
@@ -213,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     todo = compile_cases() if "compile" in args.parts else []
     if "decode" in args.parts:
-        kinds = [(b, t) for t in (registry.FP32, registry.BF16) for b in (1, 4)]
+        kinds = [(b, t) for t in (FP32, BF16) for b in (1, 4)]
         todo += [decode_case(shape, *kind) for shape in args.shapes for kind in kinds]
     red = run.time_cases(todo, args) if todo else 0
     if "memory" in args.parts:

@@ -13,6 +13,7 @@ from ffmerge_fast import env_report
 from ffmerge_fast._table import format_table
 
 from . import measure, registry
+from .cases import Case
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     return time_cases([c for c in registry.cases(args.op, args.size) if args.case in c.name], args)
 
 
-def time_cases(cases: list[registry.Case], args: argparse.Namespace, versions: dict[str, str] | None = None) -> int:
+def time_cases(cases: list[Case], args: argparse.Namespace, versions: dict[str, str] | None = None) -> int:
     """Time the cases with `args.runs`, print their table and write it to `args.output`; 1 where a result was wrong."""
     device = getattr(args, "device", "cpu")
     header = measure.machine(device)
@@ -59,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def time_case(case: registry.Case, device: str, runs: int) -> list[dict]:
+def time_case(case: Case, device: str, runs: int) -> list[dict]:
     """One row per candidate; `ratio` is its time over ours, so above 1 means that ours is faster."""
     job = case.build(device)
     timings = measure.compare(job.candidates, job.error, job.limit, device, runs)

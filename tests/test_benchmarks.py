@@ -22,6 +22,11 @@ from benchmarks import (
     run,
     search_proxy,
 )
+from benchmarks.cases import Case, Job
+from benchmarks.cases.assignment import assignment_case
+from benchmarks.cases.correlation import correlation_case
+from benchmarks.cases.projection import projection_case
+from benchmarks.cases.shared_ffn import FFN_SHAPES, shared_ffn_layers_case
 
 
 def test_wrong_result_is_never_timed():
@@ -53,9 +58,7 @@ def test_time_limit_leaves_three_runs():
 
 @pytest.mark.parametrize("name", ["torch dense", "published loop"])
 def test_correlation_peers_do_the_same_work(name):
-    job = registry.correlation_case("small", layers=3, batches=2, tokens=100, width=64, dtype=torch.float32).build(
-        "cpu"
-    )
+    job = correlation_case("small", layers=3, batches=2, tokens=100, width=64, dtype=torch.float32).build("cpu")
     result = job.candidates[name]()
     assert set(result) == {(0, 1), (1, 2)} and job.error(result) <= job.limit
     assert result[0, 1].diagonal().mean() > 0.3  # the layers share directions
@@ -64,7 +67,7 @@ def test_correlation_peers_do_the_same_work(name):
 
 
 def test_assignment_error_sees_a_worse_and_an_invalid_permutation():
-    job = registry.assignment_case("small", "related", 64).build("cpu")
+    job = assignment_case("small", "related", 64).build("cpu")
     best = job.candidates["scipy"]()
     assert job.error(best) == 0
     assert job.error(best.roll(1)) > job.limit
@@ -96,7 +99,7 @@ def test_extra_memory_of_a_plain_step_is_its_gradients_and_activations():
 
 
 def test_projection_error_sees_a_wrong_gradient():
-    job = registry.projection_case("small", (64, 32), (32, 16), torch.float32).build("cpu")
+    job = projection_case("small", (64, 32), (32, 16), torch.float32).build("cpu")
     for name, run_once in job.candidates.items():
         result = run_once()
         assert job.error(result) <= job.limit, name
@@ -110,9 +113,9 @@ def test_calls_in_a_row_return_the_last_result():
 
 
 def test_tied_layers_do_the_same_work(monkeypatch):
-    monkeypatch.setitem(registry.FFN_SHAPES, "tiny", (16, 32, "silu", True))
+    monkeypatch.setitem(FFN_SHAPES, "tiny", (16, 32, "silu", True))
     monkeypatch.setattr(cuda_graphs, "compiled", lambda function, device: function)
-    job = registry.shared_ffn_layers_case("large", "tiny", 3, torch.bfloat16, layers=2).build("cpu")
+    job = shared_ffn_layers_case("large", "tiny", 3, torch.bfloat16, layers=2).build("cpu")
     assert list(job.candidates) == ["ffmerge", "torch", "torch.compile"]
     results = measure.check(job.candidates, job.error, job.limit)
     assert max(results.values()) > 0
@@ -121,14 +124,12 @@ def test_tied_layers_do_the_same_work(monkeypatch):
 
 
 def test_run_writes_a_table_and_keeps_other_cases(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(registry, "CASES", [registry.assignment_case("small", "noise", 16)])
+    monkeypatch.setattr(registry, "CASES", [assignment_case("small", "noise", 16)])
     threads = torch.get_num_threads()
     output = tmp_path / "results.csv"
     try:
         assert run.main(["--runs", "3", "--output", str(output)]) == 0
-        monkeypatch.setattr(
-            registry, "CASES", [registry.assignment_case("small", kind, 16) for kind in ("noise", "dead")]
-        )
+        monkeypatch.setattr(registry, "CASES", [assignment_case("small", kind, 16) for kind in ("noise", "dead")])
         assert run.main(["--runs", "3", "--output", str(output)]) == 0
     finally:
         torch.set_num_threads(threads)
@@ -143,8 +144,8 @@ def test_run_writes_a_table_and_keeps_other_cases(tmp_path, capsys, monkeypatch)
 
 
 def test_run_reports_red_and_fails(tmp_path, capsys, monkeypatch):
-    job = registry.Job({"ffmerge": lambda: 1.0}, error=abs, limit=0.1)
-    monkeypatch.setattr(registry, "CASES", [registry.Case("assignment", "wrong", "small", lambda device: job)])
+    job = Job({"ffmerge": lambda: 1.0}, error=abs, limit=0.1)
+    monkeypatch.setattr(registry, "CASES", [Case("assignment", "wrong", "small", lambda device: job)])
     threads = torch.get_num_threads()
     try:
         assert run.main(["--output", str(tmp_path / "results.csv")]) == 1
