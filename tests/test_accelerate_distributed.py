@@ -53,7 +53,8 @@ def assert_same(got, expected):
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         error, largest = (got[name] - tensor).abs().max(), tensor.abs().max()
-        assert error <= 1e-6 * largest + 1e-8, f"{name}: {error:.2g} beside {largest:.2g}"  # a key's bias has 0 ± 1e-9
+        floor = 5e-8  # of what cancels within attention: the gradient of a key's bias is 0
+        assert error <= 1e-6 * largest + floor, f"{name}: {error:.2g} beside {largest:.2g}"
 
 
 @pytest.mark.parametrize("case", [*DDP, "kept", "checkpointed"])

@@ -64,7 +64,7 @@ class _Sum:
 
     def deliver(self, gradients: tuple[Tensor]) -> tuple[Tensor] | None:
         """The pre-hook of the parameter's AccumulateGrad node."""
-        if torch._C._current_graph_task_id() != self.task:  # a backward inside this one (re-entrant checkpointing)
+        if torch._C._current_graph_task_id() != self.task:  # one within it (checkpointing), or after it failed
             return None
         self.wait()
         self.handle.remove()
