@@ -36,7 +36,10 @@ def select(op: str, tensor=None) -> ModuleType:
         if reason:
             raise FFMergeError(f"backend {forced!r} is forced but cannot run op {op!r}: {reason}")
         return _load(_MODULES[op][forced])
-    return next(_load(_MODULES[op][name]) for name in NAMES if _why_not(op, name, tensor) is None)
+    modules = _MODULES[op]
+    for name in NAMES:
+        if name in modules and (module := _load(modules[name])).can_run(tensor) is None:
+            return module
 
 
 def backends() -> dict[str, dict[str, str | None]]:
@@ -96,7 +99,11 @@ def cpu_isa() -> str:
 
     Raises FFMergeError when one is forced that the CPU lacks. "amx-emulated", for tests, runs everywhere.
     """
-    forced = _env.forced_cpu_isa()
+    return _usable_isa(_env.forced_cpu_isa())
+
+
+@cache
+def _usable_isa(forced: str | None) -> str:
     if forced is None:
         return extension().cpu_isa()
     usable = extension().cpu_isas()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
 from types import ModuleType
 
 from ._errors import FFMergeError
@@ -27,6 +28,7 @@ def online() -> bool:
     return os.environ.get("FFMERGE_ONLINE", "").lower() in _TRUE
 
 
+@cache
 def triton_interpreter() -> bool:
     """`TRITON_INTERPRET`, Triton's own: kernels run in Python on CPU tensors; to be set before triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE

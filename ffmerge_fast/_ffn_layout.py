@@ -14,6 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from .models import is_conv1d
 from .ops import shared_ffn
 
+LEAST, LEAST_FOR_ONE_TOKEN = 2**17, 2**21  # numbers of `up`, float32 on a CPU: below, torch's own calls take less time
+
 
 @dataclass
 class Layout:
@@ -65,13 +67,18 @@ class Layout:
         return False
 
     def takes(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether the op computes in the dtype of the modules."""
+        """Whether the op computes in the dtype of the modules, and is worth its Python."""
         if not isinstance(x, Tensor):
             return False
+        if torch.is_autocast_enabled(x.device.type):
+            return True
         for path in self.projections:
             if at(module, path).weight.dtype != x.dtype:
-                return torch.is_autocast_enabled(x.device.type)
-        return True
+                return False
+        if x.dtype != torch.float32 or x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return True
+        one_token = x.numel() == x.shape[-1]
+        return at(module, self.up).weight.numel() >= (LEAST_FOR_ONE_TOKEN if one_token else LEAST)
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model] by the op, without dropout."""

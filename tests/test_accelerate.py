@@ -236,3 +236,30 @@ def test_generation_token_by_token_is_the_same():
         expected = model.generate(ids, max_new_tokens=12, do_sample=False)
         ours = ff.accelerate_(model).generate(ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "numbers, tokens, dtype, grad, runs",
+    [
+        (2**17, 2, torch.float32, False, True),
+        (2**17 - 256, 2, torch.float32, False, False),
+        (2**17, 1, torch.float32, False, False),
+        (2**17, 1, torch.bfloat16, False, True),
+        (2**17, 1, torch.float32, True, True),
+        (2**21, 1, torch.float32, False, True),
+    ],
+)
+def test_too_little_work_is_left_to_torch(numbers, tokens, dtype, grad, runs, calls, monkeypatch):
+    monkeypatch.setattr("ffmerge_fast._ffn_layout.LEAST", 2**17)
+    monkeypatch.setattr("ffmerge_fast._ffn_layout.LEAST_FOR_ONE_TOKEN", 2**21)
+
+    class Stack(nn.Sequential):
+        pass
+
+    ff.register_family("Stack", ff.FFNSpec("", "0", "2", module="", activation="gelu"))
+    block = nn.Sequential(nn.Linear(256, numbers // 256), nn.GELU(), nn.Linear(numbers // 256, 256))
+    model = ff.accelerate_(Stack(block).to(dtype))
+    calls.clear()
+    with torch.set_grad_enabled(grad):
+        model(torch.randn(tokens, 256).to(dtype))
+    assert len(calls) == runs

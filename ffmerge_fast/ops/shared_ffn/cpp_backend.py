@@ -14,7 +14,6 @@ from .weights import GradientSums, Weights
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
-_TILES = {"amx": 1, _env.AMX_EMULATED: 2}  # matrix units of csrc/shared_ffn.h
 _NO_WEIGHT = (0, 0, 0, 0, 0, False)
 _PIECE = 512  # tokens whose hidden features exist at a time, where none are kept
 
@@ -117,9 +116,15 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
         _NO_WEIGHT if gate is None else _weight(gate, gate_bias),
         _weight(down, down_bias),
         *(_DTYPE[x.dtype], _ACTIVATION[activation], x.data_ptr(), tokens, x.stride(0), y.data_ptr()),
-        *(_backend.native_isa(), _TILES.get(_backend.cpu_isa(), 0), torch.get_num_threads()),
+        *(*_instructions(_backend.cpu_isa()), torch.get_num_threads()),
     )
     return y
+
+
+@cache
+def _instructions(isa: str) -> tuple[str, int]:
+    """What decoding takes for an instruction set: the one of its plain kernels, and its matrix unit."""
+    return _backend.native_isa(), {"amx": 1, _env.AMX_EMULATED: 2}.get(isa, 0)
 
 
 @cache

@@ -198,14 +198,17 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], up: T
 def _compute_dtype(xs, weights) -> torch.dtype:
     """The dtype to run in: autocast's, or the one that all tensors share."""
     up = weights[0]
-    device, dtype = up.device, up.dtype
-    tensors = [*xs, *(w for w in weights if w is not None)]
-    for tensor in tensors:
+    device, dtype, other = up.device, up.dtype, None
+    for tensor in (*xs, *weights):
+        if tensor is None:
+            continue
         if tensor.device != device:
             raise FFMergeError(f"x and weights: on {tensor.device} and {device}; move them to one device")
-    if torch.is_autocast_enabled(device.type) and all(t.dtype != torch.float64 for t in tensors):
-        return torch.get_autocast_dtype(device.type)
-    other = next((t.dtype for t in tensors if t.dtype != dtype), None)
+        if tensor.dtype != dtype:
+            other = tensor.dtype
+    if torch.is_autocast_enabled(device.type):
+        if all(t is None or t.dtype != torch.float64 for t in (*xs, *weights)):
+            return torch.get_autocast_dtype(device.type)
     if other is not None or not dtype.is_floating_point:
         raise FFMergeError(f"x and weights: got {dtype} and {other or dtype}, want one floating-point dtype")
     return dtype
