@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ._errors import FFMergeError
-from .models import FFNSublayer, find_ffns, is_conv1d
+from .models import FFNSublayer, delta_parameters, find_ffns, is_conv1d
 from .ops import shared_ffn
 from .ops._activations import FORWARD
 from .ops.shared_ffn.op import check_recompute
@@ -29,7 +29,8 @@ def accelerate_(model: nn.Module, recompute: str = "activation") -> nn.Module:
 
     Args:
         model: any model that `find_ffns` knows. FFNs without a module of their own (BERT, OPT, Marian) stay as they
-            are, and so do those whose forward does something else; a warning names them.
+            are, and so do those whose forward does something else, and layers with low-rank deltas; a warning names
+            them.
         recompute: what backward computes again, see `ops.shared_ffn`.
 
     Returns:
@@ -173,6 +174,8 @@ def _why_not(module: nn.Module, ffn: FFNSublayer, layout: _Layout) -> str | None
     if len(layout.types) < 2 + (layout.gate is not None):
         return "its projections are not its direct children"
     for child in (module.get_submodule(name) for name in layout.types):
+        if delta_parameters(child):
+            return "its layer has low-rank deltas"
         if not (type(child) is nn.Linear or is_conv1d(child)):
             return f"a projection is a {type(child).__name__}"
         if child.weight.is_meta:
