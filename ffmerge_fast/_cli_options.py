@@ -119,6 +119,8 @@ def recover_options(parser) -> None:
     group.add_argument("--recover-rounds", type=int, default=0, metavar="N", help=help_rounds)
     group.add_argument("--recover-steps", type=int, default=400, metavar="N", help="of distill (default 400)")
     group.add_argument("--recover-lr", type=float, default=1e-3, help="of distill (default 1e-3)")
+    help_deltas = "distill gives each layer low-rank deltas W + A B of rank R (default 0: none), saved with the model"
+    group.add_argument("--delta-rank", type=int, default=0, metavar="R", help=help_deltas)
 
 
 def project_options(parser) -> None:

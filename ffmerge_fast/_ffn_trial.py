@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._ffn_layout import FFNInside, Layout, WholeFFN, at, clear_hooks
-from .models import FFNSublayer, is_conv1d
+from .models import FFNSublayer, delta_parameters, is_conv1d
 from .ops._activations import FORWARD
 
 _TOLERANCE = 1e-4  # of the largest output, between two float32 computations of the same
@@ -38,6 +38,8 @@ def layout_of(module: nn.Module, ffn: FFNSublayer, recompute: str) -> Layout | s
         return f"activation {ffn.activation!r}"
     for path in filter(None, (up, gate, down)):
         part = at(module, path)
+        if delta_parameters(part):
+            return "its layer has low-rank deltas"
         if type(part) is not nn.Linear and type(part).__name__ not in _LINEAR:
             return f"a projection is a {type(part).__name__}"
         if part.weight.is_meta:

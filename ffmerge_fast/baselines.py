@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .merge.align import plan
-from .merge.combine import merge_
+from .merge.combine import check_unmerged, merge_
 from .models import find_ffns
 from .project.importance import Importance
 from .project.projector import chosen, resolve
@@ -26,6 +26,7 @@ def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anch
     Raises:
         FFMergeError: layers that cannot be merged, unknown anchor, a model that is merged already.
     """
+    check_unmerged(model)
     tied = copy.deepcopy(model)
     ffns = {(f.stack, f.index): f for f in find_ffns(tied)}
     for group in plan(layers=layers, anchor=anchor, method="average", model=tied).groups:

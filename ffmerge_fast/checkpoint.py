@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ._env import online, require
 from ._errors import FFMergeError
 from .merge.combine import find_ffns, is_merged, shared_groups
 from .merge.passes import evaluating, run, to_device
-from .models import MERGED_TYPE_PREFIX, supported_families
+from .models import MERGED_TYPE_PREFIX, FFNSublayer, delta_rank, set_module, supported_families
 
 MANIFEST = "ffmerge.json"
 _VERSION = 1  # of the manifest
@@ -153,11 +153,15 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _manifest(model: nn.Module, folder: Path) -> dict[str, Any]:
     files = {p.name: _sha256(p) for pattern in ("*.safetensors", "*.py") for p in sorted(folder.glob(pattern))}
-    groups = [{"stack": stack, "layers": list(layers)} for stack, layers in shared_groups(model)]
-    manifest = {"version": _VERSION, "groups": groups, "files": files, "shared": _hashes_of_shared(model)}
+    manifest = {"version": _VERSION, "groups": _groups(model), "files": files, "shared": _hashes_of_shared(model)}
     if hasattr(model, "config"):
         manifest["reference"] = _reference(model)
     return manifest
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    deltas = {"delta_rank": rank} if (rank := delta_rank(model)) else {}
+    return [{"stack": stack, "layers": list(layers), **deltas} for stack, layers in shared_groups(model)]
 
 
 def _hashes_of_shared(model: nn.Module) -> dict[str, str]:
@@ -326,7 +330,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         read = {
-            "groups": [{"stack": g["stack"], "layers": [int(i) for i in g["layers"]]} for g in manifest["groups"]],
+            "groups": [
+                {"stack": g["stack"], "layers": [int(i) for i in g["layers"]]}
+                | ({"delta_rank": int(g["delta_rank"])} if "delta_rank" in g else {})
+                for g in manifest["groups"]
+            ],
             "files": {name: str(digest) for name, digest in manifest["files"].items()},
             "shared": {name: str(digest) for name, digest in manifest["shared"].items()},
         }
@@ -358,18 +366,37 @@ def _load_plain(model: nn.Module, folder: Path) -> nn.Module:
     members = [[ffns[key] for key in group if key in ffns] for group in keys]
     aliases = tuple(f"{path}." for group in members for ffn in group[1:] for path in ffn.shared)
     wanted = {name: tensor for name, tensor in _unique_state(model).items() if not name.startswith(aliases)}
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (tensors, wanted)]
-    if any(key not in ffns for group in keys for key in group) or shapes[0] != shapes[1]:
+    undelta = {name: tensor for name, tensor in tensors.items() if not name.rpartition(".")[2].startswith("delta_")}
+    if any(key not in ffns for group in keys for key in group) or _shapes(undelta) != _shapes(wanted):
         raise FFMergeError(f"{folder / _WEIGHTS} does not fit this {type(model).__name__}: names or shapes differ")
-    for first, *others in members:
-        for ffn in others:
-            for path, kept in zip(ffn.shared, first.shared, strict=True):
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, model.get_submodule(kept))
+    for group, ffns_of_group in zip(groups, members, strict=True):
+        _share_plain_(model, ffns_of_group, group.get("delta_rank", 0))
+    state = _unique_state(model)
+    if _shapes(state) != _shapes(tensors):
+        raise FFMergeError(f"{folder / _WEIGHTS} does not hold the deltas that {MANIFEST} names; save the model again")
     with torch.no_grad():
-        for name, tensor in wanted.items():
+        for name, tensor in state.items():
             tensor.copy_(tensors[name])
     return model
+
+
+def _share_plain_(model: nn.Module, ffns: Sequence[FFNSublayer], rank: int) -> None:
+    """Make the layers share the first one's FFN, or with deltas its weights."""
+    first, *others = ffns
+    if rank:
+        require("transformers", extra="hf")
+        from ._modeling import modeling_ffmerge
+
+        for name in first.projections:
+            modeling_ffmerge.add_deltas_(model, [ffn.projections[name] for ffn in ffns], rank)
+        return
+    for ffn in others:
+        for path, kept in zip(ffn.shared, first.shared, strict=True):
+            set_module(model, path, model.get_submodule(kept))
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- verifying
@@ -395,7 +422,7 @@ def verify(folder: str | os.PathLike, model: nn.Module | None = None) -> dict[st
         raise FFMergeError(f"{path} has no {MANIFEST}: it was not written by ffmerge_fast.save_pretrained")
     manifest = _read_manifest(path / MANIFEST)
     model = from_pretrained(path, model)
-    found = [{"stack": stack, "layers": list(layers)} for stack, layers in shared_groups(model)]
+    found = _groups(model)
     if found != manifest["groups"]:
         raise FFMergeError(f"{path}: layers {found} share FFNs, but {manifest['groups']} were saved as shared")
     hashes = _hashes_of_shared(model)

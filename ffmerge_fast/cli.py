@@ -111,6 +111,7 @@ def _close_distributed() -> None:
 def _inspect(args) -> Result:
     from .merge.combine import shared_groups
     from .merge.statistics import ModelSummary
+    from .models import delta_rank, deltas_of
 
     model = _model(args)
     summary = ModelSummary.of(model)
@@ -121,6 +122,9 @@ def _inspect(args) -> Result:
         f.parameters for f in summary.ffns for g in groups if f.stack == g["stack"] and f.index in g["layers"][1:]
     )
     shared = "; ".join(f"{g['stack']} {g['layers']}" for g in groups) or "none"
+    if rank := delta_rank(model):
+        extra = sum(p.numel() for p in deltas_of(model))
+        of_ffns, shared = of_ffns + extra, f"{shared}, with deltas of rank {rank}: {extra:,} parameters"
     text = (
         f"{format_table(columns, rows)}\n{summary.model_type}: {summary.parameters:,} parameters "
         f"({format_bytes(summary.nbytes)}), {of_ffns / summary.parameters:.1%} in FFNs; shared: {shared}"
@@ -189,6 +193,8 @@ def _merge(args) -> Result:
     from .merge.align import MergePlan, plan
     from .merge.combine import merge_
 
+    if args.delta_rank and "distill" not in args.recover:
+        raise FFMergeError(f"--delta-rank: got --recover {args.recover}, wanted --recover distill or refit+distill")
     check_new_folder(args.out, args.overwrite)
     model = _model(args)
     seconds: dict[str, float] = {}
@@ -242,6 +248,7 @@ def _distill(args, model: Any, teacher: Any) -> Any:
         lr=args.recover_lr,
         max_tokens=args.tokens,
         seed=args.seed,
+        delta_rank=args.delta_rank,
     )
 
 

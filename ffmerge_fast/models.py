@@ -84,6 +84,12 @@ class FFNSublayer:
         """What FFNs must have in common to be merged."""
         return (self.stack, self.d_model, self.d_ff, self.activation, self.gated, self.fused, self.bias)
 
+    @property
+    def projections(self) -> dict[str, str]:
+        """{"up": path, "gate": path, if it has a module of its own, "down": path}."""
+        paths = {"up": self.up_path, "gate": self.gate_path, "down": self.down_path}
+        return {name: path for name, path in paths.items() if path}
+
 
 # ---------------------------------------------------------------------------------------------------- family table
 
@@ -253,6 +259,12 @@ def join(*parts: str) -> str:
     return ".".join(p for p in parts if p)
 
 
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path that the model has."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
 def _stack_sublayers(model: nn.Module, spec: FFNSpec) -> list[FFNSublayer]:
     for base in dict.fromkeys((base_model_path(model), "")):
         layers_path = join(base, spec.layers)
@@ -279,7 +291,7 @@ def _sublayer(model: nn.Module, spec: FFNSpec, index: int, path: str) -> FFNSubl
     if gate is not None and out_features(gate) != d_ff:
         raise FFMergeError(f"{path}: {spec.gate} gives {out_features(gate)} features but {spec.down} takes {d_ff}")
     shared = (spec.module,) if spec.module else tuple(p for p in (spec.gate, spec.up, spec.down) if p)
-    weights = [w for m in (gate, up, down) if m is not None for w in m.parameters()]
+    weights = [w for m in (gate, up, down) if m is not None for w in (m.weight, m.bias) if w is not None]
     return FFNSublayer(
         index=index,
         stack=spec.stack,
@@ -318,7 +330,29 @@ def _check_projection(path: str, module: nn.Module) -> None:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the weight is stored `[in, out]` (transformers' Conv1D) instead of nn.Linear's `[out, in]`."""
-    return hasattr(module, "nf") and type(module).__name__ == "Conv1D"
+    name = type(module).__name__
+    return hasattr(module, "nf") if name == "Conv1D" else name.endswith("DeltaLinear") and module.transposed
+
+
+def delta_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A [out, rank], B [rank, in] and c [out] or None of one layer's projection with a low-rank delta; else {}."""
+    own = module._parameters
+    return {n: own.get(f"delta_{n}") for n in ("a", "b", "bias")} if own.get("delta_a") is not None else {}
+
+
+def weight_owner(projection: nn.Module) -> nn.Module:
+    """The module that holds a projection's weight: itself, or with a delta the first layer's."""
+    return getattr(projection, "shared", projection) if delta_parameters(projection) else projection
+
+
+def deltas_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all low-rank deltas in a model."""
+    return [p for module in model.modules() for p in delta_parameters(module).values() if p is not None]
+
+
+def delta_rank(model: nn.Module) -> int:
+    """Rank of the low-rank deltas in a model; 0: it has none."""
+    return next((d["a"].shape[1] for module in model.modules() if (d := delta_parameters(module))), 0)
 
 
 def out_dim(module: nn.Module) -> int:

@@ -73,6 +73,32 @@ def test_policies_and_errors():
     assert {m._ffmerge.recompute for m in ffns(model)} == {"full"} and len(ffns(model)) == 4
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_layers_with_deltas_compute_by_their_own_code(name, calls):
+    teacher = tiny_model(name)
+    model = ff.merge(teacher, ff.plan(layers="0-2", method="average", model=teacher))
+    batches = [tiny_inputs(model, batch=4, seed=seed) for seed in range(3)]
+    accelerated = ff.accelerate_(copy.deepcopy(model))
+    for one in (model, accelerated):
+        ff.local_distill_(one, teacher, batches, steps=5, delta_rank=2)
+    expected = logits(model, batches[0])
+    calls.clear()
+    torch.testing.assert_close(logits(accelerated, batches[0]), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1  # of the layer that is not merged
+    with pytest.warns(UserWarning, match="decoder.0: its layer has low-rank deltas; decoder.1: .*; decoder.2: "):
+        ff.accelerate_(model)
+    calls.clear()
+    torch.testing.assert_close(logits(model, batches[0]), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1 and len(ffns(model)) == 1
+    torch.testing.assert_close(logits(ff.restore_(accelerated), batches[0]), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # of zero they change nothing, and still the layer has them
+        for n, p in model.named_parameters():
+            if "delta" in n:
+                p.zero_()
+    with pytest.warns(UserWarning, match="decoder.0: its layer has low-rank deltas"):
+        ff.accelerate_(ff.restore_(model))
+
+
 def test_dropout_at_the_end_keeps_its_random_numbers(calls):
     model = tiny_model("gpt2").train()
     for module in model.modules():

@@ -187,6 +187,94 @@ def test_plain_folder_without_a_model_asks_for_one(tmp_path):
         ff.from_pretrained(tmp_path / "folder")
 
 
+# ---------------------------------------------------------------------------------------------------- low-rank deltas
+
+
+def with_deltas(name: str, rank: int = 3) -> tuple[nn.Module, nn.Module]:
+    """A merged model whose layers 1 to 3 have deltas, and the original."""
+    teacher = tiny_model(name)
+    model = ff.merge(teacher, ff.plan(layers="1-3", method="average", model=teacher))
+    batches = [tiny_inputs(teacher, batch=4, seed=seed) for seed in range(3)]
+    ff.local_distill_(model, teacher, batches, steps=5, delta_rank=rank)
+    return model, teacher
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_deltas_cost_their_bytes_and_load_bit_equal(name, tmp_path):
+    model, teacher = with_deltas(name)
+    family, inputs = FAMILIES[name], tiny_inputs(model)
+    ff.save_pretrained(teacher, tmp_path / "full")
+    ff.save_pretrained(model, tmp_path / "folder")
+    stored = tensors(tmp_path / "folder")
+    deltas = {n: size for n, size in stored.items() if n.rpartition(".")[2].startswith("delta_")}
+    projections = [p for f in ff.find_ffns(model) if f.index in LAYERS for p in f.projections.values()]
+    assert len(deltas) == (2 + family.bias) * len(projections) and not any(".shared." in n for n in deltas)
+    removed = 2 * family.parameters * len(family.stacks)
+    assert sum(tensors(tmp_path / "full").values()) - sum(stored.values()) == 4 * removed - sum(deltas.values())
+    assert {f"{p}.weight" for p in projections} & stored.keys() == {
+        n for n in ffn_names(teacher, 1) if n.endswith("weight")
+    }
+    for loaded in (ff.from_pretrained(tmp_path / "folder"), ff.from_pretrained(tmp_path / "folder", dtype="float32")):
+        assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+        assert ff.shared_groups(loaded) == ff.shared_groups(model)
+        assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+    checked = ff.verify(tmp_path / "folder")
+    assert checked["logit_difference"] == 0.0 and {g["delta_rank"] for g in checked["groups"]} == {3}
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert {g["delta_rank"] for g in config["ffmerge"]["groups"]} == {3}
+    ff.save_pretrained(loaded, tmp_path / "again")
+    assert tensors(tmp_path / "again") == stored
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "vit", "marian", "t5"])
+def test_expanded_deltas_are_a_stock_folder(name, tmp_path):
+    model, teacher = with_deltas(name)
+    ff.save_pretrained(model, tmp_path / "folder")
+    expanded, inputs = ff.expand_(ff.from_pretrained(tmp_path / "folder")), tiny_inputs(model)
+    expanded.save_pretrained(tmp_path / "full")
+    loaded = ff.from_pretrained(tmp_path / "full")
+    assert type(loaded) is type(teacher) and not hasattr(loaded.config, "ffmerge")
+    assert torch.equal(logits(loaded, inputs), logits(expanded, inputs))
+    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_deltas_in_a_plain_module(tmp_path):
+    model, _ = with_deltas("sequential")
+    inputs = tiny_inputs(model)
+    ff.save_pretrained(model, tmp_path / "folder")
+    assert sum(tensors(tmp_path / "folder").values()) == sum(p.nbytes for p in model.parameters())
+    fresh = ff.from_pretrained(tmp_path / "folder", model=tiny_model("sequential", seed=1))
+    assert torch.equal(logits(fresh, inputs), logits(model, inputs))
+    assert ff.shared_groups(fresh) == ff.shared_groups(model)
+    assert ff.verify(tmp_path / "folder", model=tiny_model("sequential", seed=2))["groups"][0]["delta_rank"] == 3
+    manifest = json.loads((tmp_path / "folder" / "ffmerge.json").read_text())
+    manifest["groups"][0]["delta_rank"] = 2
+    (tmp_path / "folder" / "ffmerge.json").write_text(json.dumps(manifest))
+    with pytest.raises(ff.FFMergeError, match="does not hold the deltas that ffmerge.json names"):
+        ff.from_pretrained(tmp_path / "folder", model=tiny_model("sequential", seed=1))
+
+
+def test_deltas_in_bf16_and_in_shards(tmp_path):
+    model, _ = with_deltas("gpt2")
+    inputs = tiny_inputs(model)
+    ff.save_pretrained(model.to(torch.bfloat16), tmp_path / "bf16", max_shard_size="8KB")
+    assert len(list((tmp_path / "bf16").glob("*.safetensors"))) > 1
+    loaded = ff.from_pretrained(tmp_path / "bf16")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert ff.verify(tmp_path / "bf16")["logit_difference"] == 0.0
+
+
+def test_an_edited_delta_is_found(tmp_path):
+    model, _ = with_deltas("gpt2")
+    ff.save_pretrained(model, tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["ffmerge"]["groups"][0]["delta_rank"] = 2
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ff.FFMergeError, match="has other shapes"):
+        ff.verify(tmp_path / "folder")
+
+
 # ----------------------------------------------------------------------------------------------------- atomic writing
 
 

@@ -207,6 +207,31 @@ def test_merge_with_refit_and_distillation(capsys, folder, text, tmp_path):
     assert "lr: got -1" in wrong and not (tmp_path / "none").exists()
 
 
+def test_merge_with_deltas(capsys, folder, text, tmp_path):
+    options = ("--layers", "1-3", "--method", "average", *_data(text), "--tokens", 800, "--batch-size", 4)
+    distill = ("--recover", "distill", "--recover-steps", 20)
+    run(capsys, "merge", folder, tmp_path / "plain", *options, *distill)
+    values = run(capsys, "merge", folder, tmp_path / "deltas", *options, *distill, "--delta-rank", 2)
+    group = values["distill"]["groups"][0]
+    plain, model = (ff.from_pretrained(tmp_path / name) for name in ("plain", "deltas"))
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (plain, model)]
+    assert group["delta_rank"] == 2 and sizes[1] - sizes[0] == group["delta_parameters"] > 0
+    assert ff.shared_groups(model) == [("decoder", (1, 2, 3))]
+    assert "delta parameters" in (tmp_path / "deltas" / "_ffmerge" / "distill.txt").read_text()
+    assert run(capsys, "verify", tmp_path / "deltas")["groups"][0]["delta_rank"] == 2
+    inspected = [run(capsys, "inspect", tmp_path / name) for name in ("plain", "deltas")]
+    assert inspected[1]["shared_groups"] == [{"stack": "decoder", "layers": [1, 2, 3]}]
+    assert inspected[1]["ffn_parameters"] - inspected[0]["ffn_parameters"] == group["delta_parameters"]
+    run(capsys, "export", tmp_path / "deltas", tmp_path / "full", "--expand")
+    assert type(ff.from_pretrained(tmp_path / "full")).__name__ == "GPT2LMHeadModel"
+    for wrong, message in (
+        (("--delta-rank", 2), "--delta-rank: got --recover none, wanted --recover distill"),
+        ((*distill, "--delta-rank", 17), "delta_rank: got 17, wanted 0 (no deltas) to 16"),
+    ):
+        assert message in refuse(capsys, "merge", folder, tmp_path / "none", *options, *wrong)
+    assert not (tmp_path / "none").exists()
+
+
 def test_finetune_keeps_the_tie(capsys, folder, text, tmp_path):
     run(capsys, "merge", folder, tmp_path / "merged", "--layers", "1-3", "--method", "average")
     options = ("--steps", 6, "--lr", 1e-2, "--batch-size", 4, "--eval-every", 3, "--save-every", 3, "--eval-limit", 8)

@@ -43,6 +43,22 @@ def test_bit_equal_at_any_budget(family, place, merged):
         assert equal(model.state_dict(), before) and torch.equal(logits(model, batches[0]), wanted[0])
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", ["gpt2", "marian"])
+def test_deltas_go_with_their_layer_and_the_weights_they_share_are_read_once(family, place, reads):
+    teacher = tiny_model(family, 6)
+    model = ff.merge(teacher, ff.plan(layers="1-3", method="average", model=teacher))
+    batches = [tiny_inputs(teacher, batch=4, seed=seed) for seed in range(3)]
+    ff.local_distill_(model, teacher, batches, steps=5, delta_rank=2)
+    wanted, before = logits(model, batches[0]), state(model)
+    with ff.stream_(model, "cpu", place, needs(model)[0]) as stream:
+        logits(model, batches[0])
+        reads.clear()
+        assert torch.equal(logits(model, batches[0]), wanted) and equal(model.state_dict(), before)
+        assert sum(reads) == stream.streamed_bytes > 0
+    assert equal(model.state_dict(), before) and torch.equal(logits(model, batches[0]), wanted)
+
+
 def test_inference_mode_and_two_models_at_once():
     models = [tiny_model("gpt2", seed=0), tiny_model("gpt2", seed=1)]
     inputs = tiny_inputs(models[0])

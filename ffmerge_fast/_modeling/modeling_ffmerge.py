@@ -8,7 +8,9 @@ the same class, whose blocks share the modules listed in `config.ffmerge["groups
 import inspect
 import json
 
+import torch.nn.functional as F
 import transformers
+from torch import nn
 from transformers.models.auto import modeling_auto
 
 PREFIX, TYPE_PREFIX = "FFMerged", "ffmerge_"
@@ -17,21 +19,85 @@ PREFIX, TYPE_PREFIX = "FFMerged", "ffmerge_"
 REFUSAL = "layers share FFNs here: load with trust_remote_code=True, or import ffmerge_fast first"
 
 
-def share_(model, groups):
-    """Make all layers of each group hold the modules of its first layer.
+class DeltaLinear(nn.Module):
+    """The first of some layers' projections that have W and b in common: (W + A B) x + b + c, with its own A, B and c.
 
-    `groups` is a list of {"layers": [1, 2, 4], "modules": ["h.{i}.mlp"]}, paths relative to the base model.
+    W and b have the names that they had in `linear`, an nn.Linear or Conv1D.
+    """
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.transposed, self.training = type(linear).__name__ == "Conv1D", linear.training
+        self.register_parameter("weight", linear.weight)
+        self.register_parameter("bias", linear.bias)
+        _register_delta(self, rank)
+
+    def forward(self, x, delta=None):
+        a, b, c = delta or _delta(self)
+        weight = self.weight.T if self.transposed else self.weight
+        return F.linear(x, weight, self.bias if c is None else self.bias + c) + F.linear(F.linear(x, b), a)
+
+
+class TiedDeltaLinear(nn.Module):
+    """The same projection in another layer: W and b are those of `shared`, a DeltaLinear; A, B and c its own."""
+
+    def __init__(self, shared, rank):
+        super().__init__()
+        self.shared, self.transposed, self.training = shared, shared.transposed, shared.training
+        _register_delta(self, rank)
+
+    weight = property(lambda self: self.shared.weight)
+    bias = property(lambda self: self.shared.bias)
+
+    def forward(self, x):
+        return self.shared(x, _delta(self))
+
+
+def _register_delta(module, rank):
+    """A [out, rank], B [rank, in] and, beside a bias, c [out]: zeros."""
+    weight, bias = module.weight.T if module.transposed else module.weight, module.bias
+    zeros = {"a": weight.new_zeros(weight.shape[0], rank), "b": weight.new_zeros(rank, weight.shape[1])}
+    for name, value in {**zeros, "bias": None if bias is None else bias.new_zeros(bias.shape)}.items():
+        parameter = None if value is None else nn.Parameter(value, requires_grad=weight.requires_grad)
+        module.register_parameter(f"delta_{name}", parameter)
+
+
+def _delta(module):
+    return module.delta_a, module.delta_b, module.delta_bias
+
+
+def share_(model, groups):
+    """Make all layers of each group hold the modules of its first layer; or its weights, and a delta each.
+
+    `groups` is a list of {"layers": [1, 2, 4], "modules": ["h.{i}.mlp"]}, paths relative to the base model; with
+    deltas it has "delta_rank": 8 and "projections": ["h.{i}.mlp.c_fc", "h.{i}.mlp.c_proj"] as well.
     """
     base = _base_model(model)
     for group in groups:
+        if "delta_rank" in group:
+            for pattern in group["projections"]:
+                add_deltas_(base, [pattern.format(i=i) for i in group["layers"]], group["delta_rank"])
+            continue
         first, *others = group["layers"]
         for pattern in group["modules"]:
             shared = base.get_submodule(pattern.format(i=first))
             for i in others:
-                parent, _, name = pattern.format(i=i).rpartition(".")
-                setattr(base.get_submodule(parent), name, shared)
+                _set(base, pattern.format(i=i), shared)
     aliases = _alias_names(model, groups)
     model._keys_to_ignore_on_save = sorted({*(model._keys_to_ignore_on_save or ()), *aliases})
+
+
+def add_deltas_(base, paths, rank):
+    """Give the projections at these paths the weights of the first one, and deltas of zero."""
+    shared = DeltaLinear(base.get_submodule(paths[0]), rank)
+    _set(base, paths[0], shared)
+    for path in paths[1:]:
+        _set(base, path, TiedDeltaLinear(shared, rank))
+
+
+def _set(base, path, module):
+    parent, _, name = path.rpartition(".")
+    setattr(base.get_submodule(parent), name, module)
 
 
 def can_adopt(model):
@@ -87,9 +153,10 @@ def _alias_names(model, groups):
     names = set()
     for group in groups:
         first, *others = group["layers"]
-        for pattern in group["modules"]:
+        inside = "shared." if "delta_rank" in group else ""
+        for pattern in group["projections" if inside else "modules"]:
             parameters = [n for n, _ in base.get_submodule(pattern.format(i=first)).named_parameters()]
-            names |= {f"{prefix}{pattern.format(i=i)}.{n}" for i in others for n in parameters}
+            names |= {f"{prefix}{pattern.format(i=i)}.{inside}{n}" for i in others for n in parameters}
     return names
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._errors import FFMergeError
 from ..models import FFNSublayer, by_stack, find_ffns
+from .combine import is_merged
 from .layers import anchor_of, parse_layers, windows
 from .passes import FFNPasses, on_all_ranks, share_of_rank, world_size
 from .statistics import CorrelationStats, ModelSummary, Pair, layer_pairs
@@ -77,7 +78,7 @@ def collect(
 def _check(model: nn.Module, features: str, max_tokens: int) -> list[FFNSublayer]:
     """The FFNs of a model that features can be collected of."""
     ffns = find_ffns(model)
-    if len({id(model.get_submodule(f.down_path)) for f in ffns}) < len(ffns):
+    if is_merged(model):
         raise FFMergeError("collect: this model's FFNs are merged already; give the original model")
     if features not in ("pre", "post"):
         raise FFMergeError(f"features: got {features!r}, wanted 'pre' (before the activation) or 'post'")

@@ -5,14 +5,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .._errors import FFMergeError
 from .._table import format_bytes
-from ..models import FFNSublayer, base_model_path, find_ffns, out_dim
+from ..models import (
+    FFNSublayer,
+    base_model_path,
+    delta_parameters,
+    delta_rank,
+    deltas_of,
+    find_ffns,
+    is_conv1d,
+    join,
+    out_dim,
+    set_module,
+    weight_owner,
+)
 from .align import MergeGroup, MergePlan
 
 CONFIG_VERSION = 1
@@ -55,31 +67,37 @@ def merged(model: nn.Module, plan: MergePlan) -> Iterator[nn.Module]:
         yield model
     finally:
         for path, module in originals.items():
-            _set(model, path, module)
+            set_module(model, path, module)
 
 
 def expand_(model: nn.Module) -> nn.Module:
     """Undo the tie in place: every layer gets its own copy of its FFN, for tools that cannot share.
 
-    The model computes the same and has its original size and stock class again.
+    The model computes the same and has its original size and stock class again. Low-rank deltas become part of the
+    weights, rounded once.
     """
     ffns = {(f.stack, f.index): f for f in find_ffns(model)}
-    for stack, layers in shared_groups(model):
-        for i in layers[1:]:
-            for path in ffns[stack, i].shared:
-                _set(model, path, copy.deepcopy(model.get_submodule(path)))
+    groups = [[ffns[stack, i] for i in layers] for stack, layers in shared_groups(model)]
     if getattr(getattr(model, "config", None), "ffmerge", None):
         from .._modeling import modeling_ffmerge
 
         modeling_ffmerge.release_(model)
+    if delta_rank(model):
+        paths = [path for members in groups for ffn in members for path in ffn.projections.values()]
+        for path, folded in [(path, _folded(model.get_submodule(path))) for path in paths]:
+            set_module(model, path, folded)
+        return model
+    for path in (path for members in groups for ffn in members[1:] for path in ffn.shared):
+        set_module(model, path, copy.deepcopy(model.get_submodule(path)))
     return model
 
 
 def shared_groups(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Which layers hold one FFN (the same modules): [("decoder", (4, 5, 6, 7)), ...]."""
+    """Which layers hold one FFN (the same modules, deltas aside): [("decoder", (4, 5, 6, 7)), ...]."""
     holders: dict[tuple, list[FFNSublayer]] = {}
     for ffn in find_ffns(model):
-        holders.setdefault(tuple(id(model.get_submodule(path)) for path in ffn.shared), []).append(ffn)
+        owners = (weight_owner(model.get_submodule(path)) for path in ffn.projections.values())
+        holders.setdefault(tuple(map(id, owners)), []).append(ffn)
     return [(group[0].stack, tuple(f.index for f in group)) for group in holders.values() if len(group) > 1]
 
 
@@ -95,11 +113,14 @@ def print_parameters(model: nn.Module) -> None:
     ffns = {(f.stack, f.index): f for f in find_ffns(model)}
     groups = shared_groups(model)
     removed = [ffns[stack, i] for stack, layers in groups for i in layers[1:]]
-    full = stored + sum(f.parameters for f in removed)
+    deltas = deltas_of(model)
+    extra, extra_bytes = sum(p.numel() for p in deltas), sum(p.nbytes for p in deltas)
+    full = stored - extra + sum(f.parameters for f in removed)
     text = ", ".join(f"{stack} {'+'.join(map(str, layers))}" for stack, layers in groups) or "none"
     print(
         f"parameters {stored:,} of {full:,} ({stored / full - 1:+.1%}), {format_bytes(nbytes)} of "
-        f"{format_bytes(nbytes + sum(f.nbytes for f in removed))}; shared FFNs: {text}"
+        f"{format_bytes(nbytes - extra_bytes + sum(f.nbytes for f in removed))}; shared FFNs: {text}"
+        + (f", with deltas of rank {delta_rank(model)}: {extra:,}" if deltas else "")
     )
 
 
@@ -108,11 +129,16 @@ def print_parameters(model: nn.Module) -> None:
 _Ffns = dict[tuple[str, int], FFNSublayer]
 
 
-def _checked(model: nn.Module, plan: MergePlan) -> _Ffns:
+def check_unmerged(model: nn.Module) -> None:
+    """Raise FFMergeError if layers of `model` hold one FFN."""
     if is_merged(model):
         raise FFMergeError(
             "merge: this model's FFNs are merged already; start from the original, or call expand_ first"
         )
+
+
+def _checked(model: nn.Module, plan: MergePlan) -> _Ffns:
+    check_unmerged(model)
     plan.model.check(model, "plan")
     ffns = {(f.stack, f.index): f for f in find_ffns(model)}
     for group in plan.groups:
@@ -200,12 +226,27 @@ def _permute(parameter: Tensor, dim: int | None, permutation: Tensor, fused: boo
 def _share(model: nn.Module, members: Sequence[FFNSublayer], modules: Sequence[nn.Module]) -> None:
     for ffn in members:
         for path, module in zip(ffn.shared, modules, strict=True):
-            _set(model, path, module)
+            set_module(model, path, module)
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+@torch.no_grad()
+def _folded(projection: nn.Module) -> nn.Module:
+    """An nn.Linear or Conv1D with W + A B and b + c."""
+    a, b, c = delta_parameters(projection).values()
+    wide = torch.promote_types(a.dtype, torch.float32)
+    change = (a.to(wide) @ b.to(wide)).T if is_conv1d(projection) else a.to(wide) @ b.to(wide)
+    values = {"weight": projection.weight + change, "bias": None if c is None else projection.bias + c.to(wide)}
+    with torch.device("meta"):
+        if is_conv1d(projection):
+            from transformers.pytorch_utils import Conv1D
+
+            folded = Conv1D(*reversed(change.shape))
+        else:
+            folded = nn.Linear(*reversed(change.shape), bias=c is not None)
+    for name, value in values.items():
+        if value is not None:
+            setattr(folded, name, nn.Parameter(value.to(a.dtype), requires_grad=a.requires_grad))
+    return folded.train(projection.training)
 
 
 def _record(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> None:
@@ -221,17 +262,27 @@ def _record(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> None
             stacklevel=3,
         )
         return
-    modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": config_groups(model, ffns, groups)})
+    members = [_members(ffns, group) for group in groups]
+    modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": config_groups(model, members)})
 
 
-def config_groups(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> list[dict]:
-    """The groups as config.json carries them: layers, and module paths relative to the base model."""
+def config_groups(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int = 0) -> list[dict]:
+    """The groups as config.json carries them: layers, and module paths relative to the base model.
+
+    Args:
+        rank: of the layers' deltas.
+    """
     base = base_model_path(model)
     prefix = f"{base}." if base else ""
+
+    def patterns(ffn: FFNSublayer, paths: Iterable[str]) -> list[str]:
+        parent = ffn.path.rpartition(".")[0].removeprefix(prefix)
+        return [join(parent, "{i}", path.removeprefix(ffn.path + ".")) for path in paths]
+
     entries = []
-    for group in groups:
-        first = ffns[group.stack, group.layers[0]]
-        parent = first.path.rpartition(".")[0].removeprefix(prefix)
-        inside = [path.removeprefix(first.path + ".") for path in first.shared]
-        entries.append({"layers": list(group.layers), "modules": [f"{parent}.{{i}}.{path}" for path in inside]})
+    for members in groups:
+        first = members[0]
+        entry = {"layers": [f.index for f in members], "modules": patterns(first, first.shared)}
+        deltas = {"delta_rank": rank, "projections": patterns(first, first.projections.values())} if rank else {}
+        entries.append(entry | deltas)
     return entries

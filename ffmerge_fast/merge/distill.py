@@ -15,6 +15,7 @@ from .._progress import progress
 from .._table import format_table
 from ..models import FFNSublayer
 from ..ops import shared_ffn
+from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
 from .layers import format_layers
 from .local import LayerData, ffn_parameters, groups_to_recover, op_arguments, record, stream_weights, sum_over_ranks
 from .passes import on_all_ranks, share_of_rank
@@ -31,8 +32,10 @@ class DistillGroup:
     Attributes:
         stack, layers: of the group.
         before, after: share of the FFN outputs' (weighted) variance on the held-out tokens that the shared FFN misses.
-        best: the step whose weights the model has; 0: those it had.
+        best: the step whose weights the model has; 0: those it had, with the first deltas if there are any.
         history: [(step, the share missed on held-out tokens), ...].
+        delta_rank: of the layers' deltas, 0 without.
+        delta_parameters: how many parameters they added.
     """
 
     stack: str
@@ -41,6 +44,8 @@ class DistillGroup:
     after: float
     best: int
     history: list[tuple[int, float]] = field(repr=False)
+    delta_rank: int = 0
+    delta_parameters: int = 0
 
 
 @dataclass
@@ -57,7 +62,11 @@ class DistillReport:
         rows = [
             [g.stack, format_layers([(g.stack, g.layers)], [g.stack]), g.before, g.after, g.best] for g in self.groups
         ]
-        return format_table(["stack", "layers", "output missed before", "after distillation", "best step"], rows)
+        columns = ["stack", "layers", "output missed before", "after distillation", "best step"]
+        if any(g.delta_rank for g in self.groups):
+            columns += ["delta rank", "delta parameters"]
+            rows = [[*row, g.delta_rank, g.delta_parameters] for row, g in zip(rows, self.groups, strict=True)]
+        return format_table(columns, rows)
 
 
 def local_distill_(
@@ -69,6 +78,7 @@ def local_distill_(
     batch_tokens: int = 512,
     max_tokens: int = 20_000,
     seed: int = 0,
+    delta_rank: int = 0,
 ) -> DistillReport:
     """Train the shared FFN of every merged group, in place, to give what its layers gave in the original model.
 
@@ -80,6 +90,12 @@ def local_distill_(
     decay to 0. One forward pass of the teacher; after it only the FFN runs, on the k inputs of the same tokens in one
     call of `ops.shared_ffn`. The last tenth of the tokens is held out: the weights of the step with the smallest error
     on it are kept, or those the model had. Narrow weights are trained as float32 and rounded once.
+
+    With `delta_rank` r every layer also gets low-rank deltas of its own, in each projection W_i = W + A_i B_i (A_i of r
+    columns, B_i of r rows; never multiplied out) and b_i = b + c_i where there is a bias. At first A_i B_i is the
+    residual W_i − W of the original weights, cut to rank r by an SVD weighted by the second moments of the projection's
+    inputs; then both are trained along with W. They are parameters of the model, saved with it, and `expand_` folds
+    them into full weights. Of rank min(d_model, d_ff) they give the original layers back.
 
     Memory: 2 · max_tokens · d_model numbers of the model's dtype per merged layer. In a `torch.distributed` job each
     rank gives its own batches and its share of `max_tokens` and `batch_tokens`; gradients and errors are summed over
@@ -94,23 +110,32 @@ def local_distill_(
         batch_tokens: tokens of one step, from each of the group's layers.
         max_tokens: stop after exactly this many tokens; encoder and decoder count separately.
         seed: of the order of the tokens.
+        delta_rank: 0 (no deltas) to min(d_model, d_ff). Each projection of a layer then has r · (inputs + outputs)
+            parameters of its own, and biases of its own.
 
     Raises:
-        FFMergeError: bad arguments; nothing is merged; the teacher is merged or of another layout; too little data;
-            features or errors that are not finite (names the group). The model is unchanged then.
+        FFMergeError: bad arguments; nothing is merged, or it has deltas already; deltas for quantised or wrapped
+            projections; the teacher is merged or of another layout; too little data; features or errors that are not
+            finite (names the group). The model is unchanged then.
     """
     with on_all_ranks("distill"):
         _check_arguments(steps, lr, batch_tokens, max_tokens)
         groups = groups_to_recover(model, teacher, "distill")
+        check_rank(model, groups, delta_rank)
         data = record(teacher, [f for g in groups for f in g], batches, share_of_rank(max_tokens), "distill")
     sum_over_ranks([layer.moments for layer in data.values()])
     trainings = [_Training(model, ffns, data, batch_tokens, seed) for ffns in groups]
+    if delta_rank:
+        for training in trainings:
+            training.start_deltas(teacher, delta_rank)
     with progress(total=steps * len(groups), desc="distill", unit="step") as bar:
         for training in trainings:
             for _ in training.run(steps, lr):
                 bar.update()
     for training in trainings:
         training.write_()
+    if delta_rank:
+        attach_(model, groups, {key: deltas for training in trainings for key, deltas in training.deltas().items()})
     return DistillReport([training.report() for training in trainings])
 
 
@@ -137,10 +162,13 @@ class _Training:
         self._split(batch_tokens, seed)
         variances = torch.stack([layer.variance.cpu() for layer in self._layers])
         self._weights = stream_weights(variances).tolist()
-        self._kept = [c.detach().clone() for c in self._copies]
+        self._deltas: list[Deltas] = []  # of each layer
+        self._trained = list(self._copies)
+        self._kept: list[Tensor] = []  # their values at the best step
         self._history: list[tuple[int, float]] = []
         self._best = 0
         self._total = self._variance()
+        self._before: float | None = None  # the share missed without deltas
 
     def _split(self, batch_tokens: int, seed: int) -> None:
         """This rank's tokens to train on, and to judge by; and how many of a step's tokens it takes."""
@@ -158,9 +186,19 @@ class _Training:
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.int64)
 
+    def start_deltas(self, teacher: nn.Module, rank: int) -> None:
+        """Give every layer the deltas that bring it closest to its original; they are trained, too."""
+        self._before = self._share(0)
+        ours, fused = self._arguments(), self._ffns[0].fused
+        for member, layer in zip(self._ffns, self._layers, strict=True):
+            first = nearest_deltas(op_arguments(teacher, member), ours, layer.x[: self._train], rank, fused)
+            like = self._copies[0]
+            self._deltas.append({n: Delta(*(_leaf(t, like) for t in d)) for n, d in same_on_all_ranks(first).items()})
+        self._trained += [t for deltas in self._deltas for delta in deltas.values() for t in delta if t is not None]
+
     def run(self, steps: int, lr: float) -> Iterator[int]:
         """Train; yields the number of each step done."""
-        optimizer = torch.optim.AdamW(self._copies, lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self._trained, lr=lr, weight_decay=0.0)
         self._judge(0)
         every = max(1, steps // _CHECKS)
         for step in range(1, steps + 1):
@@ -175,24 +213,35 @@ class _Training:
     def write_(self) -> None:
         """Give the model the best weights; rounded once. The weights it has are left alone where they are best."""
         if self._best:
-            for parameter, kept in zip(self._parameters, self._kept, strict=True):
+            for parameter, kept in zip(self._parameters, self._kept, strict=False):  # the deltas' come after
                 parameter.copy_(kept)
+
+    @torch.no_grad()
+    def deltas(self) -> dict[str, Deltas]:
+        """The best deltas, by the layers' keys."""
+        for tensor, kept in zip(self._trained, self._kept, strict=True):
+            tensor.copy_(kept)
+        return {f.key: deltas for f, deltas in zip(self._ffns, self._deltas, strict=True)}
 
     def report(self) -> DistillGroup:
         layers = tuple(f.index for f in self._ffns)
         shares = dict(self._history)
-        return DistillGroup(self._ffns[0].stack, layers, shares[0], shares[self._best], self._best, list(self._history))
+        before = shares[0] if self._before is None else self._before
+        rank = self._deltas[0]["down"].a.shape[1] if self._deltas else 0
+        extra = sum(t.numel() for t in self._trained[len(self._copies) :])
+        stack, history = self._ffns[0].stack, list(self._history)
+        return DistillGroup(stack, layers, before, shares[self._best], self._best, history, rank, extra)
 
     def _set_gradients(self) -> None:
         """Gradients of the mean weighted error of one step's tokens, of all ranks."""
         with on_all_ranks("distill"), torch.enable_grad():
             tokens = self._next_tokens()
             loss = self._error(tokens)
-            gradients = torch.autograd.grad(loss, self._copies)
+            gradients = torch.autograd.grad(loss, self._trained)
         count = torch.tensor(float(len(tokens)), device=gradients[0].device)
         *gradients, count = sum_over_ranks([*gradients, count])
-        for copy, gradient in zip(self._copies, gradients, strict=True):
-            copy.grad = gradient.div_(count * self._ffns[0].d_model)
+        for tensor, gradient in zip(self._trained, gradients, strict=True):
+            tensor.grad = gradient.div_(count * self._ffns[0].d_model)
 
     def _next_tokens(self) -> Tensor:
         """Indices of this rank's next tokens; every token once before any comes again."""
@@ -203,18 +252,36 @@ class _Training:
 
     def _error(self, tokens: Tensor | slice) -> Tensor:
         """Σ w ‖FFN(x) − y‖² over the layers and these tokens."""
-        like, arguments = self._copies[0], op_arguments(self._model, self._ffns[0], self._replaced)
+        like = self._copies[0]
         inputs = [layer.x[tokens].to(like) for layer in self._layers]
-        outputs = shared_ffn(inputs, **arguments, recompute="none")  # there is no other layer's memory to save
+        outputs = self._outputs(inputs)
         errors = [
             w * (output - layer.y[tokens].to(like)).square().sum()
             for w, output, layer in zip(self._weights, outputs, self._layers, strict=True)
         ]
         return torch.stack(errors).sum()
 
-    @torch.no_grad()
+    def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
+        arguments = self._arguments()
+        if not self._deltas:
+            return shared_ffn(inputs, **arguments, recompute="none")  # there is no other layer's memory to save
+        deltas = map(unfused, self._deltas) if self._ffns[0].fused else self._deltas
+        return [compute(x, arguments, mine) for x, mine in zip(inputs, deltas, strict=True)]
+
+    def _arguments(self) -> dict[str, Any]:
+        return op_arguments(self._model, self._ffns[0], self._replaced)
+
     def _judge(self, step: int) -> None:
         """Note the error on the held-out tokens, and keep the weights if it is the smallest."""
+        share = self._share(step)
+        if not self._history or share < dict(self._history)[self._best]:
+            self._best = step
+            self._kept = [tensor.detach().clone() for tensor in self._trained]
+        self._history.append((step, share))
+
+    @torch.no_grad()
+    def _share(self, step: int) -> float:
+        """The error on the held-out tokens of all ranks, as a share of their variance."""
         with on_all_ranks("distill"):
             error = self._error(self._held_out).double()
         share = sum_over_ranks([error])[0].item() / self._total
@@ -223,11 +290,7 @@ class _Training:
                 f"distill: the error of {self._name} is {share} at step {step}"
                 + ("; try a smaller lr=" if step else ": its inputs or outputs are not finite")
             )
-        if self._history and share < dict(self._history)[self._best]:
-            self._best = step
-            for kept, copy in zip(self._kept, self._copies, strict=True):
-                kept.copy_(copy)
-        self._history.append((step, share))
+        return share
 
     def _variance(self) -> float:
         """Σ w ‖y − mean y‖² over the layers and the held-out tokens of all ranks."""
@@ -243,6 +306,11 @@ class _Training:
     def _name(self) -> str:
         stack = self._ffns[0].stack
         return f"{stack} {format_layers([(stack, tuple(f.index for f in self._ffns))], [stack])}"
+
+
+def _leaf(value: Tensor | None, like: Tensor) -> Tensor | None:
+    """A tensor to train, of the dtype and device of another."""
+    return None if value is None else value.detach().to(like).contiguous().requires_grad_()
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import FFMergeError
-from ..models import FFNSublayer, find_ffns, is_conv1d
+from ..models import FFNSublayer, delta_rank, find_ffns, is_conv1d
 from ..ops._activations import FORWARD
 from .combine import is_merged, shared_groups
 from .passes import world_size
@@ -94,7 +94,7 @@ def stream_weights(variances: Tensor) -> Tensor:
 
 def ffn_parameters(model: nn.Module, ffn: FFNSublayer) -> list[Tensor]:
     """The parameters of an FFN's projections, each once: weights (as the modules hold them), then biases."""
-    modules = [model.get_submodule(path) for path in (ffn.up_path, ffn.gate_path, ffn.down_path) if path]
+    modules = [model.get_submodule(path) for path in ffn.projections.values()]
     return [m.weight for m in modules] + [m.bias for m in modules if m.bias is not None]
 
 
@@ -131,6 +131,10 @@ def groups_to_recover(model: nn.Module, teacher: nn.Module, name: str) -> list[l
     found = shared_groups(model)
     if not found:
         raise FFMergeError(f"{name}: this model has no merged FFNs; merge first, then {name}")
+    if rank := delta_rank(model):
+        raise FFMergeError(
+            f"{name}: this model's layers have deltas of rank {rank} already; start from the merged model without them"
+        )
     if is_merged(teacher):
         raise FFMergeError(
             f"{name}: the teacher's FFNs are merged too; give the original model (a copy made before merge_)"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import FFMergeError
-from ..models import base_model_type, find_ffns, get, is_conv1d, join
+from ..models import base_model_type, delta_rank, find_ffns, get, is_conv1d, join
 
 MODEL, FFN, ATTENTION = "model", "ffn", "attention"
 QUERY_KEY, VALUE_OUTPUT = "query_key", "value_output"  # channels of a head that belong together
@@ -105,12 +105,14 @@ def read_layout(model: nn.Module) -> Layout:
 
     Raises:
         FFMergeError: not a transformers model; a family that `find_ffns` does not know, or whose attention is none of
-            the known forms; FFNs of unequal width in one stack.
+            the known forms; FFNs of unequal width in one stack; low-rank deltas.
     """
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise FFMergeError(
             f"project: {type(model).__name__} is not a transformers model; a smaller one is built from its config"
         )
+    if rank := delta_rank(model):
+        raise FFMergeError(f"project: layers of this model have deltas of rank {rank}; call expand_ first")
     ffns, roles = _ffn_axes(model)
     attentions, readers, attention_axes = _attention_axes(model, [f.path for f in find_ffns(model)])
     grew = _growing_axes(model)

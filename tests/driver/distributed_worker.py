@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from ffmerge_fast.driver import training_state
 from ffmerge_fast.driver.finetune import finetune
-from tests.driver.helpers import lm_batches, tied_gpt2, tied_marian
+from tests.driver.helpers import delta_gpt2, lm_batches, tied_gpt2, tied_marian
 from tests.tiny import tiny_inputs
 
 SETTINGS = dict(lr=1e-2, schedule="constant", eps=1e-2, log_every=1)
 STEPS = 3
+MODELS = {"gpt2": tied_gpt2, "gpt2-deltas": delta_gpt2, "marian": tied_marian}
 
 
 def gpt2_batches():
@@ -28,10 +29,10 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     for parallel in ("ddp", "fsdp2"):
-        for name, make in (("gpt2", tied_gpt2), ("marian", tied_marian)):
+        for name, make in MODELS.items():
             model = make()
-            batches = gpt2_batches() if name == "gpt2" else marian_batches(model)
-            accumulate = 2 if name == "gpt2" else 1
+            batches = marian_batches(model) if name == "marian" else gpt2_batches()
+            accumulate = 1 if name == "marian" else 2
             finetune(model, batches, STEPS, accumulate=accumulate, parallel=parallel, **SETTINGS)
             _save(folder / f"{parallel}-{name}-{rank}.safetensors", model)
         _resume(folder / f"{parallel}-run", parallel, rank, folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import ffmerge_fast as ff
 from tests.tiny import VOCABULARY, tiny_model
 
 
@@ -18,6 +19,14 @@ def tied_gpt2(dropout: float = 0.0) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = dropout
     model.transformer.h[2].mlp = model.transformer.h[1].mlp
+    return model
+
+
+def delta_gpt2() -> nn.Module:
+    """Four blocks, of which 1 and 2 share the weights of one FFN and have low-rank deltas. No dropout."""
+    teacher = untied(tied_gpt2())
+    model = ff.merge(teacher, ff.plan(layers="1-2", method="average", model=teacher))
+    ff.local_distill_(model, teacher, lm_batches(4, seed=5), steps=2, delta_rank=2)
     return model
 
 

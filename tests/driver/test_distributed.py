@@ -13,8 +13,8 @@ from ffmerge_fast import FFMergeError
 from ffmerge_fast.driver.finetune import finetune
 from ffmerge_fast.integrations.fsdp2 import block_paths, shard_, shared_paths
 
-from .distributed_worker import SETTINGS, STEPS, gpt2_batches, marian_batches
-from .helpers import assert_equal, parameters, tied_gpt2, tied_marian
+from .distributed_worker import MODELS, SETTINGS, STEPS, gpt2_batches, marian_batches
+from .helpers import assert_equal, delta_gpt2, parameters, tied_gpt2, tied_marian
 
 pytestmark = pytest.mark.dist
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,13 +40,13 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["gpt2", "marian"])
+@pytest.mark.parametrize("name", MODELS)
 def test_equals_one_process_on_all_the_data(results, parallel, name):
-    model = tied_gpt2() if name == "gpt2" else tied_marian()
-    if name == "gpt2":
-        finetune(model, gpt2_batches(), STEPS, accumulate=4, **SETTINGS)
-    else:
+    model = MODELS[name]()
+    if name == "marian":
         finetune(model, marian_batches(model), STEPS, accumulate=2, **SETTINGS)
+    else:
+        finetune(model, gpt2_batches(), STEPS, accumulate=4, **SETTINGS)
     for rank in range(2):
         got = load_file(results / f"{parallel}-{name}-{rank}.safetensors")
         assert_equal(got, parameters(model), 1e-6)
@@ -67,6 +67,7 @@ def test_shared_modules_are_units_of_their_own():
     blocks = block_paths(model)
     assert blocks == [f"transformer.h.{i}" for i in range(4)]
     assert shared_paths(model, blocks) == ["transformer.h.1.mlp"]
+    assert shared_paths(delta_gpt2(), blocks) == ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]
     model = tied_marian()
     stacks = [f"model.{stack}.layers" for stack in ("encoder", "decoder")]
     wanted = [f"{stack}.1.{fc}" for stack in stacks for fc in ("fc1", "fc2")]

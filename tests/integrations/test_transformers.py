@@ -26,16 +26,31 @@ AUTO = {
 }
 
 
+DELTAS = {f"{name} with deltas": name for name in ("gpt2", "llama", "phi3", "vit", "marian", "t5-gated")}
+FOLDERS = dict.fromkeys(FAMILIES) | DELTAS  # name of the folder: family, if not that
+
+
 def merged_model(name: str, layers: str = "1-3") -> torch.nn.Module:
-    model = tiny_model(name)
-    return ff.merge_(model, ff.plan(layers=layers, method="random", model=model))
+    if name not in DELTAS:
+        model = tiny_model(name)
+        return ff.merge_(model, ff.plan(layers=layers, method="random", model=model))
+    teacher = tiny_model(DELTAS[name])
+    model = ff.merge(teacher, ff.plan(layers=layers, method="average", model=teacher))
+    ff.local_distill_(model, teacher, [tiny_inputs(teacher, batch=8)], steps=2, delta_rank=3)
+    return model
 
 
 def tied_modules(model) -> list[list[str]]:
     """Paths of the modules that must be one object each."""
     ffns = {(f.stack, f.index): f for f in ff.find_ffns(model)}
-    groups = ([ffns[stack, i].shared for i in layers] for stack, layers in ff.shared_groups(model))
-    return [list(paths) for members in groups for paths in zip(*members, strict=True)]
+    tied = []
+    for stack, layers in ff.shared_groups(model):
+        first, *others = (ffns[stack, i] for i in layers)
+        deltas = hasattr(model.get_submodule(first.down_path), "delta_a")
+        for i, path in enumerate(first.projections.values() if deltas else first.shared):
+            same = [f"{[*f.projections.values()][i]}.shared" if deltas else f.shared[i] for f in others]
+            tied.append([path, *same])
+    return tied
 
 
 def assert_tied(model, paths: list[list[str]]) -> None:
@@ -54,12 +69,13 @@ def weight_bytes(folder: Path) -> int:
 def cases(tmp_path_factory) -> Path:
     """A merged folder of every family, with inputs and logits; CASES.json for load_folders.py."""
     root, cases = tmp_path_factory.mktemp("folders"), []
-    for name in FAMILIES:
+    for name, family in FOLDERS.items():
         model = merged_model(name)
         inputs = tiny_inputs(model)
         ff.save_pretrained(model, root / name)
         save_file(inputs | {"logits": logits(model, inputs).contiguous()}, root / f"{name}.inputs")
-        case = dict(name=name, folder=str(root / name), auto=AUTO[name], stock=FAMILIES[name].model)
+        family = family or name
+        case = dict(name=name, folder=str(root / name), auto=AUTO[family], stock=FAMILIES[family].model)
         cases.append(case | dict(tensors=str(root / f"{name}.inputs"), tied=tied_modules(model)))
     file = root / "cases.json"
     file.write_text(json.dumps(cases))
@@ -94,21 +110,21 @@ def package_first(cases) -> dict:
 def assert_same_model(found: dict, name: str, cases: Path) -> None:
     saved = weight_bytes(cases.parent / name)
     for loaded in (found, found["again"]):
-        assert loaded["class"] == "FFMerged" + FAMILIES[name].model
+        assert loaded["class"] == "FFMerged" + FAMILIES[FOLDERS[name] or name].model
         assert (loaded["missing"], loaded["unexpected"]) == ([], [])
         assert loaded["difference"] == 0.0
         assert loaded["tied"]
     assert abs(found["again"]["bytes"] - saved) < 256  # file headers may differ, tensors not
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_folder_loads_where_the_package_is_absent(name, cases, without_package):
     found = without_package[name]
     assert found["package"] == "absent" and found["imported"] == []
     assert_same_model(found, name, cases)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_stock_class_and_untrusted_load_refuse(name, without_package):
     assert without_package[name]["stock class"].startswith("refused")
     assert "load with trust_remote_code=True, or import ffmerge_fast first" in without_package[name]["stock class"]
@@ -116,7 +132,7 @@ def test_stock_class_and_untrusted_load_refuse(name, without_package):
     assert "trust_remote_code" in without_package[name]["untrusted"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_folder_loads_with_no_flag_after_import_of_the_package(name, cases, package_first):
     assert_same_model(package_first[name], name, cases)
 

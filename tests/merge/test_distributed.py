@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
+from tests.merge.test_deltas import shares_at_start
 from tests.merge.test_distill import reference_
 from tests.tiny import tiny_inputs, tiny_model
 
@@ -70,6 +71,10 @@ def _work(rank, folder):
         options = dict(steps=20, lr=3e-3, batch_tokens=10_000)
         report = ff.local_distill_(merged, teacher, in_float64(batches(teacher, seeds[rank])), **options)
         found[case] = (merged.state_dict(), report.to_dict())
+        merged, teacher = pair()
+        options["delta_rank"] = 3
+        report = ff.local_distill_(merged, teacher, in_float64(batches(teacher, seeds[rank])), **options)
+        found[f"{case}, deltas"] = (merged.state_dict(), report.to_dict())
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -152,6 +157,18 @@ def cut(data, tokens):
         tokens -= int(kept.sum())
         cut_batches.append(batch | {"attention_mask": kept})
     return cut_batches
+
+
+@pytest.mark.parametrize("case", DISTILLED)
+def test_deltas_start_from_the_moments_of_all_ranks(job, case):
+    (weights, report), other = (torch.load(job / f"{rank}.pt")[f"{case}, deltas"] for rank in range(2))
+    assert other[1] == report and weights.keys() == other[0].keys()
+    assert all(torch.equal(weights[key], other[0][key]) for key in weights)
+    of_ranks = [in_float64(batches(pair()[1], s)) for s in DISTILLED[case] if s]
+    expected = shares_at_start(*pair(), of_ranks, rank=3)
+    for group in report["groups"]:
+        assert group["history"][0][1] == pytest.approx(expected[group["stack"]], rel=1e-6)
+        assert group["after"] < group["history"][0][1]
 
 
 @pytest.mark.parametrize("case", DISTILLED)
