@@ -25,8 +25,8 @@ def accelerate_(model: nn.Module, recompute: str = "activation") -> nn.Module:
     fewer than 2^17 numbers in W_up, or 2^21 for a single token. Like the op it is differentiable once.
 
     Args:
-        model: any model that `find_ffns` knows. FFNs whose forward does something else, and layers with low-rank deltas,
-            stay as they are; a warning names them and says why.
+        model: any model that `find_ffns` knows. FFNs whose forward does something else stay as they are, and so do
+            layers with low-rank deltas; a warning names them and says why.
         recompute: what backward computes again, see `ops.shared_ffn`.
 
     Returns:
