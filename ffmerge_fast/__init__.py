@@ -13,7 +13,8 @@ from .integrations.transformers import register_when_imported as _register_when_
 from .merge.align import MergeGroup, MergePlan, plan
 from .merge.collect import collect
 from .merge.combine import expand_, is_merged, merge, merge_, print_parameters, shared_groups
-from .merge.distill import DistillGroup, DistillReport, local_distill_
+from .merge.distill import local_distill_
+from .merge.distill_report import DistillGroup, DistillReport
 from .merge.recover import RefitGroup, RefitReport, refit_
 from .merge.select import search, sweep
 from .merge.statistics import CorrelationStats

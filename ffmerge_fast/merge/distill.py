@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from .._errors import FFMergeError
 from .._progress import progress
-from .._table import format_table
 from ..models import FFNSublayer
 from ..ops import shared_ffn
 from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
+from .distill_report import DistillGroup, DistillReport
 from .layers import format_layers
 from .local import LayerData, ffn_parameters, groups_to_recover, op_arguments, record, stream_weights, sum_over_ranks
 from .passes import on_all_ranks, share_of_rank
@@ -23,50 +22,6 @@ from .streams import wide
 
 _CHECKS = 20  # how often in a training the held-out tokens are judged
 _WARMUP = 0.05  # share of the steps
-
-
-@dataclass(frozen=True)
-class DistillGroup:
-    """What `local_distill_` did for one group.
-
-    Attributes:
-        stack, layers: of the group.
-        before, after: share of the FFN outputs' (weighted) variance on the held-out tokens that the shared FFN misses.
-        best: the step whose weights the model has; 0: those it had, with the first deltas if there are any.
-        history: [(step, the share missed on held-out tokens), ...].
-        delta_rank: of the layers' deltas, 0 without.
-        delta_parameters: how many parameters they added.
-    """
-
-    stack: str
-    layers: tuple[int, ...]
-    before: float
-    after: float
-    best: int
-    history: list[tuple[int, float]] = field(repr=False)
-    delta_rank: int = 0
-    delta_parameters: int = 0
-
-
-@dataclass
-class DistillReport:
-    """What `local_distill_` did, group by group. Prints as a table."""
-
-    groups: list[DistillGroup]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        rows = [
-            [g.stack, format_layers([(g.stack, g.layers)], [g.stack]), g.before, g.after, g.best] for g in self.groups
-        ]
-        columns = ["stack", "layers", "output missed before", "after distillation", "best step"]
-        if any(g.delta_rank for g in self.groups):
-            columns += ["delta rank", "delta parameters"]
-            rows = [[*row, g.delta_rank, g.delta_parameters] for row, g in zip(rows, self.groups, strict=True)]
-        return format_table(columns, rows)
 
 
 def local_distill_(
