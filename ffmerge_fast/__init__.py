@@ -15,7 +15,8 @@ from .merge.collect import collect
 from .merge.combine import expand_, is_merged, merge, merge_, print_parameters, shared_groups
 from .merge.distill import local_distill_
 from .merge.distill_report import DistillGroup, DistillReport
-from .merge.recover import RefitGroup, RefitReport, refit_
+from .merge.recover import refit_
+from .merge.refit_report import RefitGroup, RefitReport
 from .merge.select import search, sweep
 from .merge.statistics import CorrelationStats
 from .models import FFNSpec, FFNSublayer, find_ffns, register_family, supported_families

@@ -189,7 +189,8 @@ def _search(args) -> Result:
 
 
 def _merge(args) -> Result:
-    from .checkpoint import EXTRAS, check_new_folder, load_processor, save_pretrained
+    from ._folders import check_new_folder
+    from .checkpoint import EXTRAS, load_processor, save_pretrained
     from .merge.align import MergePlan, plan
     from .merge.combine import merge_
 
@@ -256,7 +257,8 @@ _RECOVERIES = {"refit": _refit, "distill": _distill}
 
 
 def _finetune(args) -> Result:
-    from .checkpoint import check_new_folder, from_pretrained, load_processor, save_pretrained
+    from ._folders import check_new_folder
+    from .checkpoint import from_pretrained, load_processor, save_pretrained
     from .driver.finetune import finetune
     from .integrations.fsdp2 import copy_whole_
 
@@ -282,7 +284,8 @@ def _finetune(args) -> Result:
 
 
 def _project(args) -> Result:
-    from .checkpoint import check_new_folder, from_pretrained, load_processor, save_pretrained
+    from ._folders import check_new_folder
+    from .checkpoint import from_pretrained, load_processor, save_pretrained
     from .driver.projecting import project_and_train
 
     check_new_folder(args.out, args.overwrite)
@@ -329,7 +332,8 @@ def _project(args) -> Result:
 
 
 def _fold(args) -> Result:
-    from .checkpoint import check_new_folder, load_processor, save_pretrained
+    from ._folders import check_new_folder
+    from .checkpoint import load_processor, save_pretrained
     from .driver.projecting import fold_run
 
     check_new_folder(args.out, args.overwrite)

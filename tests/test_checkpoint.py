@@ -11,6 +11,7 @@ from torch import nn
 
 import ffmerge_fast as ff
 from ffmerge_fast import checkpoint
+from ffmerge_fast._folders import new_folder
 from tests.tiny import FAMILIES, PLAIN, logits, tiny_inputs, tiny_model
 
 LAYERS = (1, 2, 3)  # of 4, in every stack
@@ -306,7 +307,7 @@ def test_full_disk_leaves_what_was_there(where, error, tmp_path, monkeypatch):
     elif where == "plain":
         monkeypatch.setattr(checkpoint, "save_file", fail(error))
     elif where == "manifest":
-        monkeypatch.setattr(checkpoint, "_manifest", fail(error))
+        monkeypatch.setattr(checkpoint, "describe", fail(error))
     else:
         tokenizer = type("Tokenizer", (), {"save_pretrained": fail(error)})()
     for target in ("old", "new", "deep/er/new"):
@@ -395,7 +396,7 @@ def test_a_process_killed_while_writing_leaves_the_old_folder(tmp_path):
     target = tmp_path / "folder"
     ff.save_pretrained(merged_model("gpt2"), target)
     before = content(target)
-    with checkpoint.new_folder(target, overwrite=True) as beside:
+    with new_folder(target, overwrite=True) as beside:
         (beside / "half").write_text("written")
         assert beside.parent == target.parent and content(target) == before
     assert content(target) == {"half": b"written"}

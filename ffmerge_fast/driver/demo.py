@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .._env import require
+from .._folders import new_folder
 from .._table import format_bytes, format_table
 from ..baselines import hard_prune
-from ..checkpoint import new_folder, save_pretrained, verify
+from ..checkpoint import save_pretrained, verify
 from ..merge.align import MergePlan, plan
 from ..merge.collect import collect
 from ..merge.combine import merge

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .._errors import FFMergeError
-from ..checkpoint import new_folder
+from .._folders import new_folder
 
 CHECKPOINT, BEST = "checkpoint", "best"
 _MODEL, _OPTIMIZER, _RNG, _STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer_state.json"
