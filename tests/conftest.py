@@ -31,11 +31,13 @@ def pytest_unconfigure():
     _HF_HOME.cleanup()
 
 
-@pytest.fixture(autouse=True)
-def accelerates_the_smallest_ffns(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def accelerates_the_smallest_ffns():
     """Tiny models too run on the op that is tested; outside of tests they are too little work for it."""
-    monkeypatch.setattr("ffmerge_fast._ffn_layout.LEAST", 0)
-    monkeypatch.setattr("ffmerge_fast._ffn_layout.LEAST_FOR_ONE_TOKEN", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ffmerge_fast._ffn_layout.LEAST", 0)
+        patch.setattr("ffmerge_fast._ffn_layout.LEAST_FOR_ONE_TOKEN", 0)
+        yield
 
 
 @pytest.fixture(scope="session")
