@@ -152,7 +152,6 @@ def test_launches_bind_and_other_token_counts_compile_nothing(compute, monkeypat
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-
     class Hopper:  # what a launch asks of a driver up to the compiled kernel
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
         get_current_device = staticmethod(lambda: 0)
