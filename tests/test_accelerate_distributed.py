@@ -1,39 +1,25 @@
 """Accelerated tied models under DDP and FSDP2, each rank with its own data: as one process with plain autograd."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from tests.ranks import run_two_ranks  # noqa: E402
+
 from .accelerate_worker import DDP, FAMILIES, batch, tied, train, without_dropout  # noqa: E402
 
 pytestmark = pytest.mark.dist
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank has: {(family, kind, case): (gradients of the first step, parameters at the end, ...)}."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.accelerate_worker"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=200)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)[-3000:]
+    run_two_ranks("tests.accelerate_worker", folder, timeout=200)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,10 +1,5 @@
 """Two processes with different data train a tied model as one process does on all the data."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,30 +7,19 @@ from safetensors.torch import load_file
 from ffmerge_fast import FFMergeError
 from ffmerge_fast.driver.finetune import finetune
 from ffmerge_fast.integrations.fsdp2 import block_paths, shard_, shared_paths
+from tests.ranks import run_two_ranks
 
 from .distributed_worker import MODELS, SETTINGS, STEPS, gpt2_batches, marian_batches
 from .helpers import assert_equal, delta_gpt2, parameters, tied_gpt2, tied_marian
 
 pytestmark = pytest.mark.dist
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Folder with the weights that both ranks ended with."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.driver.distributed_worker"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=150)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)[-3000:]
+    run_two_ranks("tests.driver.distributed_worker", folder, timeout=150)
     return folder
 
 

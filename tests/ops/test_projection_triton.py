@@ -1,17 +1,12 @@
 """The Triton backend of the projection op without a GPU: in the interpreter, and compiled for sm_90."""
 
-import os
 import re
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
 
 from ffmerge_fast.ops.projection import triton_backend
-from tests.ops.test_correlation_triton import SHARED_BYTES, compile_for_hopper, needs_triton
+from tests.ops.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
 
 PROJECT, ADJOINT, GRADIENT = "project", "adjoint", "gradient"
 
@@ -19,18 +14,7 @@ PROJECT, ADJOINT, GRADIENT = "project", "adjoint", "gradient"
 @needs_triton
 @pytest.mark.slow
 def test_in_the_interpreter():
-    installed = tuple(int(n) for n in version("triton").split(".")[:2])
-    if installed < (3, 9):  # 3.6 fails at range loops with NumPy 2.4 and newer
-        pytest.skip(f"triton {version('triton')}: the interpreter is known to work from 3.9 on")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
-    run = subprocess.run(
-        [*command, str(Path(__file__).with_name("interpreted_projection.py"))],
-        cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1", "FFMERGE_BACKEND": "triton"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    run_in_the_interpreter("interpreted_projection.py")
 
 
 def arguments_of(work, group, half):

@@ -1,10 +1,5 @@
 """Two ranks with different data train as one process with all of it; each owns its units, and states fit both."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,9 +10,8 @@ from ffmerge_fast.project.adamw import MIN_8BIT
 from ffmerge_fast.project.ownership import Ownership
 from tests.project import worker
 from tests.project.helpers import equal, projector, scores, weights
+from tests.ranks import run_two_ranks
 from tests.tiny import tiny_model
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,18 +30,7 @@ def ranks(tmp_path_factory, small):
     proj, optimizer = worker.train("8bit", accumulate=2)
     torch.save(optimizer.state_dict(), folder / "state-of-one")
     torch.save({name: weights(proj.student)[name] for name in proj.plain}, folder / "plain-of-one")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.project.worker"]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=300)[1].decode() for rank in started]
-    finally:
-        for rank in started:
-            rank.kill()
-    assert [rank.returncode for rank in started] == [0, 0], "\n".join(errors)[-3000:]
+    run_two_ranks("tests.project.worker", folder, timeout=300)
     return folder
 
 
