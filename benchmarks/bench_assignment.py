@@ -19,11 +19,11 @@ import torch
 
 import ffmerge_fast as ff
 
-from . import measure, registry, run
+from . import run
 from .cases import Case, Job
 from .cases.assignment import assignment_case, ffn_correlation
+from .small import small_jobs, time_candidate
 
-CASES = {case.name: case for case in registry.cases("assignment", "small")}
 CANDIDATES = ["ffmerge", "scipy"]
 
 KINDS = ["noise", "random", "ffn", "dead ffn", "ties", "binary"]
@@ -31,19 +31,12 @@ SIZES = [768, 1536, 3072, 5120]
 GPT2 = Path(__file__).resolve().parents[2] / "shared" / "models" / "gpt2-pystdlib"
 
 
-@pytest.fixture(scope="module", params=CASES)
-def job(request):
-    torch.set_num_threads(1)
-    job = CASES[request.param].build("cpu")
-    measure.check(job.candidates, job.error, job.limit)
-    return request.param, job
+job = small_jobs("assignment")
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
 def test_assignment(benchmark, job, candidate):
-    case, job = job
-    benchmark.group = f"assignment {case}"
-    benchmark(job.candidates[candidate])
+    time_candidate(benchmark, job, candidate)
 
 
 def lap_peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

@@ -14,30 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import measure, registry, run
+from . import run
 from .cases import Case, Job
 from .cases.correlation import ACCURATE, ROUNDED, correlation_addmm, correlation_ffmerge, features, two_pass
+from .small import small_jobs, time_candidate
 
-CASES = {case.name: case for case in registry.cases("correlation", "small")}
 CANDIDATES = list(ACCURATE | ROUNDED)
 STREAM = 16384  # tokens
 
 
-@pytest.fixture(scope="module", params=CASES)
-def job(request):
-    torch.set_num_threads(1)
-    job = CASES[request.param].build("cpu")
-    measure.check(job.candidates, job.error, job.limit)
-    return request.param, job
+job = small_jobs("correlation")
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
 def test_correlation(benchmark, job, candidate):
-    case, job = job
-    if candidate not in job.candidates:
-        pytest.skip(f"{candidate} is no peer of this case")
-    benchmark.group = f"correlation {case}"
-    benchmark(job.candidates[candidate])
+    time_candidate(benchmark, job, candidate)
 
 
 def stream_case(width: int, tokens: int, dtype: torch.dtype) -> Case:

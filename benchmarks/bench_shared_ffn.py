@@ -25,31 +25,22 @@ from torch import Tensor
 import ffmerge_fast as ff
 from ffmerge_fast._table import format_table
 
-from . import measure, registry, run
+from . import measure, run
 from .cases import BF16, FP32, Case, Job
 from .cases.shared_ffn import FFN_SHAPES, ffn_torch, ffn_weights, shared_ffn_forward_case
+from .small import small_jobs, time_candidate
 
-CASES = {case.name: case for case in registry.cases("shared_ffn", "small")}
 CANDIDATES = ["ffmerge", "ffmerge, recompute full", "torch", "oneDNN prepacked"]
 LAYERS = {"gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36}
 CONTEXT = 128  # tokens in the cache of a decode step
 
 
-@pytest.fixture(scope="module", params=CASES)
-def job(request):
-    torch.set_num_threads(1)
-    job = CASES[request.param].build("cpu")
-    measure.check(job.candidates, job.error, job.limit)
-    return request.param, job
+job = small_jobs("shared_ffn")
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
 def test_shared_ffn(benchmark, job, candidate):
-    case, job = job
-    if candidate not in job.candidates:
-        pytest.skip(f"{candidate} is no peer of this case")
-    benchmark.group = f"shared_ffn {case}"
-    benchmark(job.candidates[candidate])
+    time_candidate(benchmark, job, candidate)
 
 
 # --- torch.compile
