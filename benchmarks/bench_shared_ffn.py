@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ffmerge_fast as ff
-from ffmerge_fast._table import format_table
+from ffmerge_fast.support.tables import format_table
 
 from . import measure, run
 from .cases import BF16, FP32, Case, Job

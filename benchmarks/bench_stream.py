@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import ffmerge_fast as ff
-from ffmerge_fast._table import format_table
+from ffmerge_fast.support.tables import format_table
 
 from . import measure
 from .run import RESULTS, write

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ffmerge_fast import env_report
+from ffmerge_fast.support.machine import why_no_gpu
 
 Candidates = dict[str, Callable[[], Any]]
 
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure")
     parser.add_argument("--why-no-gpu", action="store_true", required=True)
     parser.parse_args(argv)
-    reason = env_report.why_no_gpu()
+    reason = why_no_gpu()
     if reason:
         print(reason)
     return 1 if reason else 0

@@ -24,7 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast._table import format_table
+from ffmerge_fast.support.tables import format_table
 
 from . import measure
 from .run import RESULTS, write

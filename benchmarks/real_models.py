@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.measure import machine
 from ffmerge_fast import cli
-from ffmerge_fast._table import format_table
+from ffmerge_fast.support.tables import format_table
 
 
 @dataclass(frozen=True)

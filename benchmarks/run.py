@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ffmerge_fast import env_report
-from ffmerge_fast._table import format_table
+from ffmerge_fast.support import machine
+from ffmerge_fast.support.tables import format_table
 
 from . import measure, registry
 from .cases import Case
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 def main(argv: list[str] | None = None) -> int:
     """Exit 1 where a result was wrong (such a case gets no time and no ratio)."""
     args = parse(argv)
-    if args.device == "cuda" and (reason := env_report.why_no_gpu()):
+    if args.device == "cuda" and (reason := machine.why_no_gpu()):
         print(f"error: --device cuda: {reason}", file=sys.stderr)
         return 1
     torch.set_num_threads(args.threads)

@@ -22,8 +22,8 @@ from torch import nn
 import ffmerge_fast as ff
 from benchmarks.measure import machine
 from benchmarks.quality import CASES, RESULTS
-from ffmerge_fast._table import format_table
 from ffmerge_fast.driver import evaluate
+from ffmerge_fast.support.tables import format_table
 
 COLUMNS = (
     "model", "size", "layers", "loss", "proxy", "mean_correlation", "tokens", "whole_seconds", "exact_seconds",

@@ -3,8 +3,6 @@
 from importlib import metadata as _metadata
 
 from . import nn, ops
-from ._backend import backends, use_backend
-from ._errors import FFMergeError
 from .accelerate import accelerate_, restore_
 from .baselines import from_scratch, hard_prune, tie_without_average
 from .checkpoint import from_pretrained, save_pretrained, verify
@@ -20,10 +18,12 @@ from .merge.refit_report import RefitGroup, RefitReport
 from .merge.select import search, sweep
 from .merge.statistics import CorrelationStats
 from .models import FFNSpec, FFNSublayer, find_ffns, register_family, supported_families
+from .ops.common.backends import backends, use_backend
 from .ops.correlation import CorrelationState
 from .project.importance import Importance, importance
 from .project.projector import Projector, project
 from .stream import WeightStream, stream_, unstream_
+from .support.errors import FFMergeError
 
 __all__ = [
     "CorrelationState",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._ffn_layout import FFNInside, Layout, WholeFFN, at, clear_hooks
 from .models import FFNSublayer, delta_parameters, is_conv1d
-from .ops._activations import FORWARD
+from .ops.common.activations import FORWARD
 
 _TOLERANCE = 1e-4  # of the largest output, between two float32 computations of the same
 _LINEAR = ("Conv1D", "FalconLinear")  # transformers' own classes that multiply by `weight` and add `bias`

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._errors import FFMergeError
-from ._folders import one_line
 from .merge.combine import find_ffns, shared_groups
 from .merge.passes import evaluating, run, to_device
 from .models import delta_rank
+from .support.errors import FFMergeError
+from .support.files import one_line
 
 MANIFEST = "ffmerge.json"
 _VERSION = 1  # of the manifest

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._errors import FFMergeError
 from ._stream_loader import Loader
 from ._stream_plan import Parcel, Weight, total
+from .support.errors import FFMergeError
 
 
 class Places:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ._errors import FFMergeError
-from ._table import format_bytes
-from ._weight_files import is_plain, memory
-
-_UNITS = {"": 1, "B": 1, **{f"{p}{b}": n**i for i, p in enumerate("KMGT", 1) for b, n in (("B", 1000), ("iB", 1024))}}
+from .support.errors import FFMergeError
+from .support.sizes import format_bytes
+from .support.tensor_files import is_plain, memory
 
 
 @dataclass(eq=False)
@@ -119,19 +116,6 @@ def choose_resident(parcels: list[Parcel], following: dict[int, set[int]], room:
         if total({*resident, parcel}) + peak(others, following) <= room:
             streamed, resident = others, {*resident, parcel}
     return resident
-
-
-def parse_bytes(value: int | str) -> int:
-    """20_000_000, "20MB" or "19.1MiB" -> bytes.
-
-    Raises:
-        FFMergeError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(value), re.IGNORECASE)
-    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if isinstance(value, bool) or not match or match[2].lower() not in units:
-        raise FFMergeError(f"budget: got {value!r}, wanted bytes as a whole number or like '20GiB' or '500MB'")
-    return int(float(match[1]) * units[match[2].lower()])
 
 
 def check_budget(budget: int, fixed: int, parcels: Collection[Parcel], following: dict[int, set[int]]) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._errors import FFMergeError
 from ._stream_plan import Weight
-from ._weight_files import Reader, WeightEntry, entries_of, matching, read_into, write
+from .support.errors import FFMergeError
+from .support.tensor_files import Reader, WeightEntry, entries_of, matching, read_into, write
 
 PLACES = ("host", "disk")
 _READER = Reader("stream_", "weights of the model", "put it back, or load the model again", "TMPDIR")

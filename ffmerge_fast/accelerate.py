@@ -7,11 +7,11 @@ from functools import cache
 
 from torch import nn
 
-from ._errors import FFMergeError
 from ._ffn_trial import host_path, layout_of
 from ._stream_guard import refuse_streamed
 from .models import find_ffns
 from .ops.shared_ffn.op import check_recompute
+from .support.errors import FFMergeError
 
 
 def accelerate_(model: nn.Module, recompute: str = "activation") -> nn.Module:

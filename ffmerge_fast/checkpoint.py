@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ._env import online, require
-from ._errors import FFMergeError
-from ._folders import new_folder, one_line
 from ._manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
 from .merge.combine import find_ffns, is_merged
 from .models import MERGED_TYPE_PREFIX, FFNSublayer, set_module, supported_families
+from .support.env import online, require
+from .support.errors import FFMergeError
+from .support.files import new_folder, one_line
 
 EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
 _WEIGHTS = "model.safetensors"

@@ -37,8 +37,9 @@ from ._cli_options import (
     stream_options,
     validation_option,
 )
-from ._errors import FFMergeError
-from ._table import format_bytes, format_table
+from .support.errors import FFMergeError
+from .support.sizes import format_bytes
+from .support.tables import format_table
 
 Result = tuple[dict[str, Any], str]  # for --json, for people
 
@@ -70,8 +71,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _set_up(args: argparse.Namespace) -> None:
-    from ._env import allow_network
-    from ._progress import set_quiet
+    from .support.env import allow_network
+    from .support.progress import set_quiet
 
     set_quiet(args.quiet or args.json)
     if args.online:
@@ -189,10 +190,10 @@ def _search(args) -> Result:
 
 
 def _merge(args) -> Result:
-    from ._folders import check_new_folder
     from .checkpoint import EXTRAS, load_processor, save_pretrained
     from .merge.align import MergePlan, plan
     from .merge.combine import merge_
+    from .support.files import check_new_folder
 
     if args.delta_rank and "distill" not in args.recover:
         raise FFMergeError(f"--delta-rank: got --recover {args.recover}, wanted --recover distill or refit+distill")
@@ -257,10 +258,10 @@ _RECOVERIES = {"refit": _refit, "distill": _distill}
 
 
 def _finetune(args) -> Result:
-    from ._folders import check_new_folder
     from .checkpoint import from_pretrained, load_processor, save_pretrained
     from .driver.finetune import finetune
     from .integrations.fsdp2 import copy_whole_
+    from .support.files import check_new_folder
 
     check_new_folder(args.out, args.overwrite)
     model = _model(args)
@@ -284,9 +285,9 @@ def _finetune(args) -> Result:
 
 
 def _project(args) -> Result:
-    from ._folders import check_new_folder
     from .checkpoint import from_pretrained, load_processor, save_pretrained
     from .driver.projecting import project_and_train
+    from .support.files import check_new_folder
 
     check_new_folder(args.out, args.overwrite)
     if args.distill and args.teacher:
@@ -332,9 +333,9 @@ def _project(args) -> Result:
 
 
 def _fold(args) -> Result:
-    from ._folders import check_new_folder
     from .checkpoint import load_processor, save_pretrained
     from .driver.projecting import fold_run
+    from .support.files import check_new_folder
 
     check_new_folder(args.out, args.overwrite)
     folded = fold_run(_model(args), Path(args.work_dir))
@@ -477,17 +478,9 @@ def _source(paths: list[str]) -> Any:
 
 
 def _calibration_batches(args, task: Any) -> Any:
-    import torch
+    from .support.distributed import rank, world_size
 
-    distributed = torch.distributed.is_initialized()
-    return task.batches(
-        "train",
-        args.batch_size,
-        shuffle=True,
-        seed=args.seed,
-        rank=torch.distributed.get_rank() if distributed else 0,
-        world=torch.distributed.get_world_size() if distributed else 1,
-    )
+    return task.batches("train", args.batch_size, shuffle=True, seed=args.seed, rank=rank(), world=world_size())
 
 
 def _statistics(args, model: Any, seconds: dict[str, float]) -> Any:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ._env import require
-from ._errors import FFMergeError
 from ._stream_guard import refuse_streamed
+from .support.env import require
+from .support.errors import FFMergeError
 
 ENCODER, DECODER = "encoder", "decoder"
 MERGED_TYPE_PREFIX = "ffmerge_"  # config.model_type of a merged checkpoint: "ffmerge_gpt2"

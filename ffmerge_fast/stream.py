@@ -12,22 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ._errors import FFMergeError
 from ._stream_guard import HANDLE, refusal, refuse_streamed
 from ._stream_loader import Loader
 from ._stream_passes import Passes, Places
-from ._stream_plan import (
-    Weight,
-    check_budget,
-    choose_resident,
-    following_steps,
-    nbytes_outside,
-    parcels_of,
-    parse_bytes,
-    total,
-)
+from ._stream_plan import Weight, check_budget, choose_resident, following_steps, nbytes_outside, parcels_of, total
 from ._stream_source import PLACES, Source
 from .models import by_stack, find_ffns
+from .support.errors import FFMergeError
+from .support.sizes import parse_bytes
 
 
 def stream_(
@@ -63,7 +55,7 @@ def stream_(
     refuse_streamed(model, "stream_")
     if weights not in PLACES:
         raise FFMergeError(f"weights: got {weights!r}, wanted 'host' or 'disk'")
-    return WeightStream(model, _checked_device(device), weights, parse_bytes(budget), folder)
+    return WeightStream(model, _checked_device(device), weights, parse_bytes(budget, "budget"), folder)
 
 
 def unstream_(model: nn.Module) -> nn.Module:

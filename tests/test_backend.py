@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast import _backend
+from ffmerge_fast.ops.common import backends
 
 NOT_BUILT = "not built for this op in this version"
 
@@ -12,7 +12,7 @@ NOT_BUILT = "not built for this op in this version"
 @pytest.fixture(autouse=True)
 def automatic(monkeypatch):
     monkeypatch.delenv("FFMERGE_BACKEND", raising=False)
-    monkeypatch.setattr(_backend, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", None)
 
 
 def test_backends_lists_every_op_and_reason():
@@ -25,27 +25,27 @@ def test_backends_lists_every_op_and_reason():
 
 def test_forced_backend_runs_and_is_restored():
     with ff.use_backend("reference"):
-        assert _backend._forced == "reference"
+        assert backends._forced == "reference"
         assert ff.ops.assign(torch.eye(3)).objective == 3
         with ff.use_backend(None):
-            assert _backend._forced is None
-        assert _backend._forced == "reference"
-    assert _backend._forced is None
+            assert backends._forced is None
+        assert backends._forced == "reference"
+    assert backends._forced is None
     with pytest.raises(RuntimeError), ff.use_backend("reference"):
         raise RuntimeError
-    assert _backend._forced is None
+    assert backends._forced is None
     ff.use_backend("reference")
-    assert _backend.select("assignment") is _backend._load("ops.assignment.reference")
+    assert backends.select("assignment") is backends._load("ops.assignment.reference")
 
 
 def test_unknown_backend_is_refused_at_once():
     with pytest.raises(ff.FFMergeError, match="'cuda'.*choose one of triton, cpp, reference"):
         ff.use_backend("cuda")
-    assert _backend._forced is None
+    assert backends._forced is None
 
 
 def test_forcing_what_cannot_run_raises_the_reason(monkeypatch):
-    monkeypatch.setattr(_backend, "_MODULES", {op: {"reference": f"ops.{op}.reference"} for op in _backend.OPS})
+    monkeypatch.setattr(backends, "_MODULES", {op: {"reference": f"ops.{op}.reference"} for op in backends.OPS})
     with pytest.raises(ff.FFMergeError, match=f"cannot use backend 'cpp': {NOT_BUILT}"):
         ff.use_backend("cpp")
     for name, reason in {"cpp": NOT_BUILT, "nonsense": "unknown backend"}.items():
@@ -72,9 +72,9 @@ def test_the_first_backend_that_can_run_is_chosen(monkeypatch):
             permutation, objective, gap = reference.assign(scores, maximize)
             return permutation, objective + 1000, gap
 
-    load = _backend._load
-    monkeypatch.setitem(_backend._MODULES["assignment"], "cpp", "stub")
-    monkeypatch.setattr(_backend, "_load", lambda path: Stub if path == "stub" else load(path))
+    load = backends._load
+    monkeypatch.setitem(backends._MODULES["assignment"], "cpp", "stub")
+    monkeypatch.setattr(backends, "_load", lambda path: Stub if path == "stub" else load(path))
     assert ff.ops.assign(torch.eye(5)).objective == 1005
     assert ff.ops.assign(torch.eye(3)).objective == 3
     with ff.use_backend("cpp"), pytest.raises(ff.FFMergeError, match="needs more rows"):

@@ -11,7 +11,7 @@ from torch import nn
 
 import ffmerge_fast as ff
 from ffmerge_fast import checkpoint
-from ffmerge_fast._folders import new_folder
+from ffmerge_fast.support.files import new_folder
 from tests.tiny import FAMILIES, PLAIN, logits, tiny_inputs, tiny_model
 
 LAYERS = (1, 2, 3)  # of 4, in every stack

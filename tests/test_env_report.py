@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ffmerge_fast import FFMergeError, env_report
+from ffmerge_fast.support import machine
 
 LEVELS = ["portable", "avx2", "avx512", "amx"]
 
@@ -59,7 +60,7 @@ def test_broken_extension_is_reported_in_one_line(monkeypatch):
 def test_levels_are_ordered_and_the_best_is_the_default():
     extension = pytest.importorskip("ffmerge_fast._C", reason="the C++ extension is not built", exc_type=ImportError)
     levels = extension.cpu_isas()
-    assert levels == LEVELS[: len(levels)] and levels[-1] == extension.cpu_isa() == env_report.cpu_isa()
+    assert levels == LEVELS[: len(levels)] and levels[-1] == extension.cpu_isa() == machine.cpu_isa()
 
 
 def test_levels_agree_with_the_operating_system():
@@ -93,13 +94,13 @@ def test_forced_level_is_taken_or_refused_in_one_line(monkeypatch, level):
 def test_unknown_level_is_refused(monkeypatch):
     monkeypatch.setenv("FFMERGE_CPU_ISA", "sse9")
     with pytest.raises(FFMergeError, match="'sse9' is not an instruction set: use one of portable, avx2, avx512, amx"):
-        env_report.cpu_isa()
+        machine.cpu_isa()
 
 
 def test_forced_level_needs_the_extension(monkeypatch, no_extension):
     monkeypatch.setenv("FFMERGE_CPU_ISA", "portable")
     with pytest.raises(FFMergeError, match="needs the C\\+\\+ extension, which is not loaded"):
-        env_report.cpu_isa()
+        machine.cpu_isa()
 
 
 def test_missing_packages_name_the_extra(monkeypatch):

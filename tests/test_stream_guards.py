@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast._stream_plan import parse_bytes
+from ffmerge_fast.support.sizes import parse_bytes
 from tests.project.helpers import tied_layers
 from tests.stream_helpers import PLACES, equal, model_of, needs, refused, state
 from tests.tiny import logits, tiny_inputs, tiny_model
@@ -26,7 +26,7 @@ def test_bad_arguments():
     with refused("weights: got 'nvme', wanted 'host' or 'disk'"):
         ff.stream_(model, "cpu", "nvme")
     for budget in ("much", -1, "3 GX", True, None):
-        with refused("budget: got .*, wanted bytes"):
+        with refused("budget: got .*, want a number of bytes"):
             ff.stream_(model, "cpu", budget=budget)
     least, _ = needs(model)
     with refused(f"budget: got {least - 1:,} bytes, wanted at least {least:,}"):
@@ -34,7 +34,7 @@ def test_bad_arguments():
     with refused("unstream_: this model is not streamed"):
         ff.unstream_(model)
     assert equal(model.state_dict(), before) and len(model.transformer.h[0]._forward_pre_hooks) == hooks
-    assert (parse_bytes("20GiB"), parse_bytes("1.5 mb"), parse_bytes(7)) == (20 * 2**30, 1_500_000, 7)
+    assert (parse_bytes("20GiB", "x"), parse_bytes("1.5 mb", "x"), parse_bytes(7, "x")) == (20 * 2**30, 1_500_000, 7)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..checkpoint import load_processor
+from ..support.errors import FFMergeError
 from . import evaluate
 from .hub import load_hub
 from .images import ImageData, PixelReader, image_splits, load_images

@@ -18,9 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._env import require
-from .._folders import new_folder
-from .._table import format_bytes, format_table
 from ..baselines import hard_prune
 from ..checkpoint import save_pretrained, verify
 from ..merge.align import MergePlan, plan
@@ -31,6 +28,10 @@ from ..merge.select import search
 from ..merge.statistics import CorrelationStats
 from ..project.importance import importance
 from ..project.projector import project
+from ..support.env import require
+from ..support.files import new_folder
+from ..support.sizes import format_bytes
+from ..support.tables import format_table
 from . import evaluate
 from .data import Task, TextTask
 from .finetune import finetune

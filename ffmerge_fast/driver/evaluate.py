@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._env import require
-from .._errors import FFMergeError
-from .._progress import progress
 from ..merge.passes import evaluating
+from ..support.env import require
+from ..support.errors import FFMergeError
+from ..support.progress import progress
 from .losses import LossFunction, label_count, loss_of, on_device, without_cache
 from .text import PairEncoder
 

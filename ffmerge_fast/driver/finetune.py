@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
-from .._progress import progress
 from ..merge.passes import evaluating
-from . import distributed, training_state
+from ..support import distributed
+from ..support.distributed import whole
+from ..support.errors import FFMergeError
+from ..support.progress import progress
+from . import training_state
 from .losses import (
     LossFunction,
     distillation_loss,
@@ -30,6 +32,7 @@ from .losses import (
     teacher_logits,
     without_cache,
 )
+from .parallel import check_parallel, device_of, no_sync, parallelize, reshard_
 from .run_folder import RunFolder
 from .schedules import check_schedule, learning_rate
 
@@ -178,7 +181,7 @@ def finetune(
         parallel if distributed.is_distributed() else None, distributed.world_size(),
     )  # fmt: skip
     recipe.check()
-    distributed.check_parallel(parallel)
+    check_parallel(parallel)
     for name, value in (("steps", steps), ("log_every", log_every)):
         if value < 1:
             raise FFMergeError(f"{name}: got {value}, wanted at least 1")
@@ -192,7 +195,7 @@ def finetune(
             "it, or use 'ddp'"
         )
     settings = asdict(recipe)
-    wrapped = distributed.parallelize(model, recipe.parallel)
+    wrapped = parallelize(model, recipe.parallel)
     if optimizer is not None:
         optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer()
         settings |= {"optimizer": type(optimizer).__name__, **getattr(optimizer, "settings", {})}
@@ -217,7 +220,7 @@ class _Run:
         self.optimizer = optimizer
         self.teacher, self.loss_fn = teacher, loss_fn
         self.step = 0
-        self.device = distributed.device_of(model)
+        self.device = device_of(model)
         if recipe.autocast == "fp16" and self.device.type != "cuda":
             raise FFMergeError(f"autocast: fp16 needs a CUDA device, the model is on {self.device}; use 'bf16'")
         self.scaler = torch.amp.GradScaler(enabled=recipe.autocast == "fp16")
@@ -268,15 +271,17 @@ class _Run:
         """One optimiser step; returns the mean loss, the gradient norm and the number of labels, of all ranks."""
         batches = self.take(stream)
         counts = [label_count(self.model, batch) for batch in batches]
-        total = distributed.sum_over_ranks(torch.tensor(sum(counts), dtype=torch.float64, device=self.device)).item()
+        total = distributed.sum_over_ranks([torch.tensor(sum(counts), dtype=torch.float64, device=self.device)])[
+            0
+        ].item()
         if not total:
             raise FFMergeError(f"step {self.step + 1}: the batches hold no labels; give labelled examples")
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else distributed.no_sync(self.wrapped):
+            with contextlib.nullcontext() if last else no_sync(self.wrapped):
                 loss += self.backward(on_device(batch, self.model), count, total)
-        loss = float(distributed.sum_over_ranks(loss)) / total
+        loss = float(distributed.sum_over_ranks([loss])[0]) / total
         norm = self.clip()
         self.check_finite(loss, norm)
         for group in self.optimizer.param_groups:
@@ -327,7 +332,7 @@ class _Run:
         self.scaler.unscale_(self.optimizer)
         limit = self.recipe.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return float(whole(norm))
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Stop before a broken update; with loss scaling an infinite gradient is ordinary and only skips the step."""
@@ -355,7 +360,7 @@ class _Run:
     def evaluate(self, evaluate: Callable[[nn.Module], float]) -> dict[str, Any]:
         with torch.no_grad(), evaluating(self.model):
             metric = distributed.from_rank_zero(float(evaluate(self.model)))
-        distributed.reshard_(self.model)
+        reshard_(self.model)
         best = self.folder.offer(self.model, self.step, metric)
         row = {"step": self.step, "metric": metric, "best": best}
         self.folder.log(row)

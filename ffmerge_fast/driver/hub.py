@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._env import online, require
-from .._errors import FFMergeError
+from ..support.env import online, require
+from ..support.errors import FFMergeError
 from .images import ImageData
 
 _IMAGE_COLUMNS = ("image", "img")

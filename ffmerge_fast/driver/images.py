@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._env import require
-from .._errors import FFMergeError
+from ..support.env import require
+from ..support.errors import FFMergeError
 from .text import existing
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
+from ..support.errors import FFMergeError
 from .text import IGNORED
 
 LossFunction = Callable[[nn.Module, Any], Any]

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from .._errors import FFMergeError
 from ..baselines import hard_prune
 from ..project.fold import fold
 from ..project.importance import Importance, importance
 from ..project.projector import Projector, project, resolve
-from . import distributed, training_state
+from ..support import distributed
+from ..support.errors import FFMergeError
+from . import training_state
 from .data import Task
 from .finetune import FinetuneResult, finetune
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from .._env import require
 from ..merge.align import MergePlan
 from ..merge.statistics import CorrelationStats
+from ..support.env import require
 
 _MOST_NEURONS = 256  # shown per side: beyond that a pixel is less than a dot
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
-from . import distributed, training_state
+from ..support import distributed
+from ..support.errors import FFMergeError
+from . import training_state
 from .training_state import BEST, CHECKPOINT
 
 _LOG = "log.jsonl"

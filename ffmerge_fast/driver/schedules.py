@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .._errors import FFMergeError
+from ..support.errors import FFMergeError
 
 SCHEDULES = ("inverse_sqrt", "linear", "cosine", "constant")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import FFMergeError
+from ..support.errors import FFMergeError
 
 TextSource = str | os.PathLike | Sequence[str]
 IGNORED = -100  # label of a position that is not scored (transformers' convention)

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
-from .._folders import new_folder
+from ..support.distributed import sharded_like, whole
+from ..support.errors import FFMergeError
+from ..support.files import new_folder
 
 CHECKPOINT, BEST = "checkpoint", "best"
 _MODEL, _OPTIMIZER, _RNG, _STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer_state.json"
@@ -51,7 +52,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU; sharded ones (DTensor) are gathered, so every rank must call this."""
-    return {name: _whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def save_checkpoint(
@@ -184,16 +185,7 @@ def _like(saved: Tensor, tensor: Tensor) -> Tensor:
     """`saved` on the device of `tensor`, and sharded as it is; a scalar (AdamW's step) stays as it is."""
     if saved.ndim == 0 and tensor.ndim:
         return saved
-    saved = saved.to(tensor.device)
-    if hasattr(tensor, "placements"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(saved, tensor.device_mesh, tensor.placements)
-    return saved
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return sharded_like(saved.to(tensor.device), tensor)
 
 
 def _load(file: Path) -> dict[str, Tensor]:

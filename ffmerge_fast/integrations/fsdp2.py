@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._errors import FFMergeError
+from ..support import distributed
+from ..support.errors import FFMergeError
 
 
 def shard_(model: nn.Module, **options: Any) -> nn.Module:
@@ -40,7 +41,7 @@ def copy_whole_(sharded: nn.Module, whole: nn.Module) -> nn.Module:
     """Give `whole`, the same model not sharded, the weights of a sharded one, for saving; every rank must call it."""
     targets = dict(whole.named_parameters())
     for name, parameter in sharded.named_parameters():
-        targets[name].copy_(parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter)
+        targets[name].copy_(distributed.whole(parameter))
     return whole
 
 

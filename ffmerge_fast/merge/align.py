@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._errors import FFMergeError
-from .._table import format_bytes, format_table
 from ..models import FFNSublayer, is_conv1d
+from ..support.errors import FFMergeError
+from ..support.sizes import format_bytes
+from ..support.tables import format_table
 from .layers import Group, anchor_of, format_layers, parse_layers, windows
 from .statistics import CorrelationStats, ModelSummary
 

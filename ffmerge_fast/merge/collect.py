@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import FFNSublayer, by_stack, find_ffns
+from ..support.distributed import file_of_rank, on_all_ranks, share_of_rank, world_size
+from ..support.errors import FFMergeError
 from .combine import is_merged
 from .layers import anchor_of, parse_layers, windows
-from .passes import FFNPasses, on_all_ranks, share_of_rank, world_size
+from .passes import FFNPasses
 from .statistics import CorrelationStats, ModelSummary, Pair, layer_pairs
 
 
@@ -140,8 +141,7 @@ class _Cache:
     """The running sums on disk, so that a killed run goes on."""
 
     def __init__(self, folder: str | os.PathLike | None, save_seconds: float):
-        rank = f"-rank{torch.distributed.get_rank()}" if world_size() > 1 else ""
-        self._path = Path(folder) / f"statistics{rank}.safetensors" if folder else None
+        self._path = Path(folder) / f"{file_of_rank('statistics')}.safetensors" if folder else None
         self._save_seconds, self._saved = save_seconds, time.monotonic()
 
     def resume(self, stats: CorrelationStats, max_memory: int | str | None) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
-from .._table import format_bytes
 from ..models import (
     FFNSublayer,
     base_model_path,
@@ -25,6 +23,8 @@ from ..models import (
     set_module,
     weight_owner,
 )
+from ..support.errors import FFMergeError
+from ..support.sizes import format_bytes
 from .align import MergeGroup, MergePlan
 
 CONFIG_VERSION = 1

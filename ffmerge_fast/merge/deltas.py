@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._env import require
-from .._errors import FFMergeError
 from ..models import FFNSublayer, delta_parameters, is_conv1d, set_module
 from ..ops import assign
-from ..ops._activations import FORWARD
+from ..ops.common.activations import FORWARD
+from ..support.distributed import broadcast_, sum_over_ranks
+from ..support.env import require
+from ..support.errors import FFMergeError
 from .combine import CONFIG_VERSION, config_groups
-from .local import sum_over_ranks
-from .passes import world_size
 
 Weights = Mapping[str, Any]  # of one FFN, as `ops.shared_ffn` takes them
 
@@ -118,11 +117,8 @@ def _aligned(theirs: Weights, ours: Weights, x: Tensor) -> Weights:
 
 def same_on_all_ranks(deltas: Deltas) -> Deltas:
     """Those of the first process: eigenvectors may be rounded differently elsewhere."""
-    if world_size() == 1:
-        return deltas
     same = {name: Delta(*(t if t is None else t.contiguous() for t in delta)) for name, delta in deltas.items()}
-    for tensor in (t for delta in same.values() for t in delta if t is not None):
-        torch.distributed.broadcast(tensor, 0)
+    broadcast_([tensor for delta in same.values() for tensor in delta if tensor is not None])
     return same
 
 

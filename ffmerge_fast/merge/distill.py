@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
-from .._progress import progress
 from ..models import FFNSublayer
 from ..ops import shared_ffn
+from ..support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
+from ..support.errors import FFMergeError
+from ..support.progress import progress
 from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
 from .distill_report import DistillGroup, DistillReport
 from .layers import format_layers
-from .local import LayerData, ffn_parameters, groups_to_recover, op_arguments, record, stream_weights, sum_over_ranks
-from .passes import on_all_ranks, share_of_rank
+from .local import LayerData, ffn_parameters, groups_to_recover, op_arguments, record, stream_weights
 from .streams import wide
 
 _CHECKS = 20  # how often in a training the held-out tokens are judged

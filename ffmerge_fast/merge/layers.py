@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from .._errors import FFMergeError
 from ..models import FFNSublayer, by_stack
+from ..support.errors import FFMergeError
 
 Group = tuple[str, tuple[int, ...]]  # (stack, layer indices in rising order)
 _SYNTAX = (

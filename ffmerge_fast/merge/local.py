@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import FFNSublayer, delta_rank, find_ffns, is_conv1d
-from ..ops._activations import FORWARD
+from ..ops.common.activations import FORWARD
+from ..support.errors import FFMergeError
 from .combine import is_merged, shared_groups
-from .passes import world_size
 from .streams import BlockPasses, Flow
 
 
@@ -72,14 +71,6 @@ def record(
         moments = part.moments if part.x else empty.new_zeros(3, ffn.d_model, dtype=torch.float64)
         data[ffn.key] = LayerData(torch.cat([empty, *part.x]), torch.cat([empty, *part.y]), moments)
     return data
-
-
-def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor's sum over all processes; itself without a `torch.distributed` job."""
-    if world_size() > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-    return list(tensors)
 
 
 def stream_weights(variances: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
-from .._progress import progress
 from ..models import DECODER, ENCODER, FFNSublayer
+from ..support.distributed import world_size
+from ..support.errors import FFMergeError
+from ..support.progress import progress
 
 
 class FFNPasses:
@@ -175,54 +176,6 @@ def _torch_mask(batch: Mapping, name: str, model: nn.Module) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
-
-
-def world_size() -> int:
-    """Processes of the `torch.distributed` job; 1 without one."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def share_of_rank(max_tokens: int) -> int:
-    """This rank's part of `max_tokens`; the first ranks take the remainder."""
-    world = world_size()
-    if world == 1:
-        return max_tokens
-    return max_tokens // world + (torch.distributed.get_rank() < max_tokens % world)
-
-
-@contextlib.contextmanager
-def on_all_ranks(name: str) -> Iterator[None]:
-    """Work that every rank does before they meet: collective, all ranks enter it as often.
-
-    An error of the block leaves it as it is, and makes all other ranks raise instead of waiting for this one.
-
-    Args:
-        name: of the work, for the other ranks' error.
-
-    Raises:
-        FFMergeError: the block failed on another rank (names the first one, and its error).
-    """
-    error = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    if world_size() > 1:
-        _raise_for_others(name, error)
-    if error is not None:
-        raise error
-
-
-def _raise_for_others(name: str, error: Exception | None) -> None:
-    """Tell every rank about this one's error; raise if this one has none, but another has."""
-    kind = "" if isinstance(error, FFMergeError) else f"{type(error).__name__}: "
-    message = None if error is None else kind + " ".join(str(error).split())
-    messages: list[str | None] = [None] * world_size()
-    torch.distributed.all_gather_object(messages, message)
-    failed = [rank for rank, found in enumerate(messages) if found is not None]
-    if failed and error is None:
-        raise FFMergeError(f"{name}: rank {failed[0]} failed: {messages[failed[0]]}")
 
 
 # ---------------------------------------------------------------------------------------------------------- run a model

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._errors import FFMergeError
-from .._progress import progress
 from ..models import find_ffns
 from ..ops import shared_ffn
+from ..support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
+from ..support.errors import FFMergeError
+from ..support.progress import progress
 from .align import MergePlan
 from .combine import merged
 from .layers import Group
-from .local import LayerData, check_activation, op_arguments, record, sum_over_ranks
-from .passes import on_all_ranks, share_of_rank
+from .local import LayerData, check_activation, op_arguments, record
 from .streams import wide
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import FFNSublayer
 from ..ops import CorrelationState
+from ..support.distributed import on_all_ranks, share_of_rank, world_size
+from ..support.errors import FFMergeError
 from .local import groups_to_recover, stream_weights
-from .passes import on_all_ranks, share_of_rank, world_size
 from .refit_group import Group, Solution
 from .refit_report import RefitGroup, RefitReport
 from .refit_rounds import Best, Replay

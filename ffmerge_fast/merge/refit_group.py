@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import FFNSublayer, is_conv1d
 from ..ops import CorrelationState
-from ..ops._activations import FORWARD
+from ..ops.common.activations import FORWARD
+from ..support.errors import FFMergeError
 from .layers import format_layers
 from .streams import wide
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .._table import format_table
+from ..support.tables import format_table
 from .layers import format_layers
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
-from .passes import evaluating, on_all_ranks, run, to_device, world_size
+from ..support.distributed import gather, on_all_ranks
+from ..support.errors import FFMergeError
+from .passes import evaluating, run, to_device
 from .refit_group import Group
 
 
@@ -44,10 +45,7 @@ class Best:
 
     def _agreed(self, score: float) -> float:
         """The mean over all ranks, so that they keep the same round."""
-        if world_size() == 1:
-            return score
-        scores = [0.0] * world_size()
-        torch.distributed.all_gather_object(scores, score)
+        scores = gather(score)
         return sum(scores) / len(scores)
 
 

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from .._errors import FFMergeError
-from .._progress import progress
-from ..ops.correlation.spool import parse_bytes
+from ..support.distributed import gather, is_distributed, on_all_ranks, rank, turns_of_rank
+from ..support.errors import FFMergeError
+from ..support.progress import progress
+from ..support.sizes import parse_bytes
 from .align import MergePlan, plan, rank_windows
 from .combine import merged
 from .layers import Group, format_layers, windows
-from .passes import evaluating, on_all_ranks, world_size
+from .passes import evaluating
 from .prefix import PrefixOutputs
 from .proxy import proxy_scores
 from .statistics import CorrelationStats
@@ -107,14 +107,14 @@ def _evaluated(
     prefix: PrefixOutputs,
 ) -> dict[str, float]:
     """The score of every window, each evaluated by one rank."""
-    turns = _turns_of_rank(list(wanted))
+    turns = turns_of_rank(list(wanted))
     for name in progress(turns, total=len(turns), desc="search", unit="window"):
         with on_all_ranks("search"):
             if name is not None and name not in scores.values:
                 first = next(layers[0] for stack, layers in wanted[name] if stack == prefix.stack)
                 with evaluating(model), merged(model, planned(wanted[name])), prefix.before(first):
                     scores.add(name, float(evaluate(model)))
-    return _gather(scores.values)
+    return {name: score for part in gather(scores.values) for name, score in part.items()}
 
 
 def _check_arguments(evaluate, higher_is_better: bool, resume, batches, max_tokens: int) -> None:
@@ -156,8 +156,7 @@ class _Scores:
     """Scores by window, mirrored in a JSON file after each one."""
 
     def __init__(self, path: str | os.PathLike | None, settings: dict):
-        rank = f".rank{torch.distributed.get_rank()}" if world_size() > 1 else ""
-        self._path = Path(f"{path}{rank}") if path else None
+        self._path = Path(f"{path}.rank{rank()}" if is_distributed() else path) if path else None
         self._settings, self.values = settings, {}
         if self._path is not None and self._path.exists():
             try:
@@ -181,20 +180,3 @@ class _Scores:
             beside = self._path.with_name(f".{self._path.name}.tmp")
             beside.write_text(json.dumps({"settings": self._settings, "scores": self.values}, indent=1))
             os.replace(beside, self._path)
-
-
-def _turns_of_rank(names: list[str]) -> list[str | None]:
-    """This rank's share of the windows; every rank has as many turns, the last may be None."""
-    world = world_size()
-    if world == 1:
-        return names
-    turns = names[torch.distributed.get_rank() :: world]
-    return turns + [None] * (-(-len(names) // world) - len(turns))
-
-
-def _gather(values: dict[str, float]) -> dict[str, float]:
-    if world_size() == 1:
-        return values
-    parts: list = [None] * world_size()
-    torch.distributed.all_gather_object(parts, values)
-    return {name: score for part in parts for name, score in part.items()}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._errors import FFMergeError
-from .._progress import progress
 from ..models import FFNSublayer, base_model_type, find_ffns, fingerprint
+from ..support.errors import FFMergeError
+from ..support.progress import progress
 
 FORMAT = 1
 Pair = tuple[int, int]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import FFNSublayer
+from ..support.errors import FFMergeError
 from .passes import FFNPasses
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import FFNSublayer, find_ffns, is_conv1d
+from ..support.errors import FFMergeError
 from .layout import ATTENTION, Layout
 
 

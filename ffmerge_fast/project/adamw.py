@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .._errors import FFMergeError
+from ..support.errors import FFMergeError
 from .blockwise import dequantize, quantize, scale_count
 
 STATES = ("fp32", "8bit")

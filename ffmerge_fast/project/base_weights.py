@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._errors import FFMergeError
-from .._weight_files import Reader, WeightEntry, entries_of, matching, memory, write
+from ..support.errors import FFMergeError
+from ..support.tensor_files import Reader, WeightEntry, entries_of, matching, memory, write
 from .units import Unit
 
 PLACES = (None, "cpu", "disk")

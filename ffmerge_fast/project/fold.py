@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from .units import is_sharded, whole
+from ..support.distributed import is_sharded, whole
 
 
 def fold(student: nn.Module) -> nn.Module:

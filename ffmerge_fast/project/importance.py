@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
-from .._progress import progress
 from ..merge.passes import evaluating, run, to_device, token_masks
 from ..models import base_model_type, fingerprint
+from ..support.distributed import file_of_rank, is_distributed, sum_over_ranks
+from ..support.errors import FFMergeError
+from ..support.progress import progress
 from .activations import sums_over_tokens
 from .layout import ATTENTION, FFN, MODEL, Layout, read_layout
 
@@ -193,7 +194,7 @@ def _measure(made: Importance, model: nn.Module, layout: Layout, batches: Iterab
                 made.scores[name] += total
             bar.update(1)
             cache.save_if_due(made, batches=number + 1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         _all_reduce_(made, next(model.parameters()).device)
     if not made.tokens:
         raise FFMergeError("importance: no calibration data: `batches` held no tokens")
@@ -201,7 +202,7 @@ def _measure(made: Importance, model: nn.Module, layout: Layout, batches: Iterab
 
 def _all_reduce_(made: Importance, device: torch.device) -> None:
     packed = torch.cat([*made.scores.values(), torch.tensor([made.tokens], dtype=torch.float64)]).to(device)
-    torch.distributed.all_reduce(packed)
+    sum_over_ranks([packed])
     parts = packed.cpu().split([*map(len, made.scores.values()), 1])
     made.scores = {name: part.clone() for name, part in zip(made.scores, parts, strict=False)}
     made.tokens = int(parts[-1])
@@ -211,9 +212,7 @@ class _Cache:
     """The running sums on disk, so that a killed run goes on."""
 
     def __init__(self, folder: str | os.PathLike | None, save_seconds: float):
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = f"-rank{torch.distributed.get_rank()}" if several else ""
-        self._path = Path(folder) / f"importance{rank}.safetensors" if folder else None
+        self._path = Path(folder) / f"{file_of_rank('importance')}.safetensors" if folder else None
         self._save_seconds, self._saved = save_seconds, time.monotonic()
 
     def resume_(self, made: Importance) -> int:

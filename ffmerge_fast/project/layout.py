@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import base_model_type, delta_rank, find_ffns, get, is_conv1d, join
+from ..support.errors import FFMergeError
 
 MODEL, FFN, ATTENTION = "model", "ffn", "attention"
 QUERY_KEY, VALUE_OUTPUT = "query_key", "value_output"  # channels of a head that belong together

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import FFMergeError
+from ..support.distributed import is_sharded, whole
+from ..support.errors import FFMergeError
 from .adamw import AdamWOptions, adamw_
 from .base_weights import BaseWeights
 from .matrix import ProjectedMatrix, Projection, alike, gradients, project_
 from .owned_state import Entry, OwnedState, master_dtype
 from .ownership import Round, Sending, finish
-from .units import Unit, is_sharded, whole
+from .units import Unit
 
 _AT_ONCE = {"cuda": 2**25}  # values of Δ of the matrices that are multiplied at once; elsewhere one at a time
 

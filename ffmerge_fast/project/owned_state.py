@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import FFMergeError
+from ..support.distributed import is_sharded, whole
+from ..support.errors import FFMergeError
 from .adamw import AdamWOptions, new_moments
 from .ownership import Ownership
-from .units import Unit, is_sharded, whole
+from .units import Unit
 
 _SETTINGS = "projector"
 Entry = tuple[str, str]  # (parameter name, name of a trained tensor in its state)

@@ -14,7 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .units import Unit, fill_, is_sharded
+from ..support.distributed import (
+    device_to_send_from,
+    fill_,
+    is_distributed,
+    is_sharded,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
+from .units import Unit
 
 _BUCKET_BYTES = 2**23  # of weights that are sent in one go
 
@@ -45,11 +54,10 @@ class Ownership:
     """
 
     def __init__(self, sizes: Mapping[Unit, int], distribute: bool | None = None):
-        up = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.several = up if distribute is None else up and distribute
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if self.several else (0, 1)
+        self.several = is_distributed() and distribute is not False
+        self.rank, self.world = (rank(), world_size()) if self.several else (0, 1)
         self.owner = _dealt(sizes, self.world)
-        dealt = [[unit for unit in sizes if self.owner[unit] == rank] for rank in range(self.world)]
+        dealt = [[unit for unit in sizes if self.owner[unit] == owner] for owner in range(self.world)]
         self.mine = dealt[self.rank]
         buckets = [list(_bucketed(units)) for units in dealt]
         count = max(map(len, buckets))
@@ -58,14 +66,11 @@ class Ownership:
 
     def sum_(self, values: Tensor) -> Tensor:
         """Sum over the ranks, in place; they must be on the device that the backend communicates from."""
-        if self.several:
-            dist.all_reduce(values)
-        return values
+        return sum_over_ranks([values])[0] if self.several else values
 
     def device(self) -> torch.device:
         """What the backend sends from."""
-        nccl = self.several and dist.get_backend() == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        return device_to_send_from() if self.several else torch.device("cpu")
 
     def send(self, of_round: Round, values: Mapping[str, Tensor]) -> list[Sending]:
         """Start to give every rank the values that their owners have computed: {parameter name: whole tensor}."""

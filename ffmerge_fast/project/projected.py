@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import get, is_conv1d
+from ..support.errors import FFMergeError
 from .layout import MODEL, Axis, Layout
 from .matrix import ProjectedMatrix, Projection
 from .selection import Selection

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..merge.combine import CONFIG_VERSION
 from ..models import base_model_type, fingerprint
+from ..support.errors import FFMergeError
 from .adamw import AdamWOptions
 from .base_weights import BaseWeights
 from .basis import start_from_basis_, stream_basis

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..models import is_conv1d
+from ..support.errors import FFMergeError
 from .importance import Importance
 from .layout import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, Layout
 

@@ -8,8 +8,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .._errors import FFMergeError
 from ..merge.combine import shared_groups
+from ..support.errors import FFMergeError
 from .layout import Axis, Layout, resized
 from .selection import Selection, Sizes
 

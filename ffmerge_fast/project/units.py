@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from .matrix import ProjectedMatrix, Projection
@@ -68,25 +67,3 @@ def grouped(matrices: list[ProjectedMatrix]) -> list[Unit]:
         touching = [u for u in units if any(p in m.projections for m in u for p in matrix.projections)]
         units = [u for u in units if u not in touching] + [[m for u in touching for m in u] + [matrix]]
     return [Unit(members) for members in units]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 makes them."""
-    return hasattr(tensor, "placements")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of a sharded one; then every rank must call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-@torch.no_grad()
-def fill_(tensor: Tensor, values: Tensor) -> None:
-    """Copy whole values into a tensor, or this rank's part of them into a sharded one; nothing is sent."""
-    if not is_sharded(tensor):
-        tensor.copy_(values)
-        return
-    from torch.distributed.tensor import DTensor, Replicate
-
-    everywhere = DTensor.from_local(values, tensor.device_mesh, [Replicate()] * tensor.device_mesh.ndim)
-    tensor.to_local().copy_(everywhere.redistribute(placements=tensor.placements).to_local())

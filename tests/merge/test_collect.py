@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast import _backend
+from ffmerge_fast.ops.common import backends
 from tests.tiny import ALL, D_FF, D_MODEL, ENCODER_DECODER, features_of, logits, tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*correlations are noisy")
@@ -478,7 +478,7 @@ def until(data, stop):
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, backend, name, stop):
     """Bit for bit where every batch is multiplied at once; to rounding where saving multiplies what else would wait."""
-    monkeypatch.setattr(_backend, "_forced", backend)
+    monkeypatch.setattr(backends, "_forced", backend)
     model = tiny_model(name, layers=3)
     data = batches(model, 6)
     wanted = dict(window=3, max_tokens=60)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ffmerge_fast import _backend
+from ffmerge_fast.support import machine
 
 BACKENDS = ["reference", "cpp portable", "cpp avx2", "cpp avx512", "cpp amx", "cpp amx-emulated"]
 
@@ -11,9 +11,9 @@ def _forced(name):
     """Force a backend and an instruction set ("cpp avx2") by the environment while a test runs, or skip it."""
     backend, _, isa = name.partition(" ")
     if backend == "cpp":
-        if reason := _backend.why_no_extension():
+        if reason := machine.why_no_extension():
             pytest.skip(reason)
-        if isa not in [*_backend.extension().cpu_isas(), "amx-emulated"]:
+        if isa not in [*machine.extension().cpu_isas(), "amx-emulated"]:
             pytest.skip(f"this CPU has no {isa.upper()}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FFMERGE_BACKEND", backend)

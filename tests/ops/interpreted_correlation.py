@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.ops._activations import FORWARD
+from ffmerge_fast.ops.common.activations import FORWARD
 from ffmerge_fast.ops.correlation import op, reference, triton_backend
 from ffmerge_fast.testing import nan_poisoned_empty
 

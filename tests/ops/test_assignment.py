@@ -13,8 +13,9 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 import ffmerge_fast as ff
-from ffmerge_fast import _backend
 from ffmerge_fast.ops.assignment import op, reference
+from ffmerge_fast.ops.common import backends
+from ffmerge_fast.support import machine
 
 # The backend fixture sets the same thing for every example.
 each = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -23,11 +24,11 @@ each = settings(deadline=None, suppress_health_check=[HealthCheck.function_scope
 @pytest.fixture(autouse=True, params=["reference", "portable", "avx2", "avx512"])
 def backend(request, monkeypatch):
     """Every test runs on scipy and on the C++ backend at each instruction set of this CPU, forced in turn."""
-    monkeypatch.setattr(_backend, "_forced", "reference" if request.param == "reference" else "cpp")
+    monkeypatch.setattr(backends, "_forced", "reference" if request.param == "reference" else "cpp")
     if request.param != "reference":
-        if reason := _backend.why_no_extension():
+        if reason := machine.why_no_extension():
             pytest.skip(reason)
-        if request.param not in _backend.extension().cpu_isas():
+        if request.param not in machine.extension().cpu_isas():
             pytest.skip(f"this CPU has no {request.param}")
         monkeypatch.setenv("FFMERGE_CPU_ISA", request.param)
     return request.param

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ffmerge_fast as ff
-from ffmerge_fast.ops._activations import FORWARD
+from ffmerge_fast.ops.common.activations import FORWARD
 from ffmerge_fast.ops.correlation import op
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
 from tests.ops.correlation_data import correlate, features, state_of, tolerance, truth

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast import _backend
-from ffmerge_fast.ops.correlation import spool, state
+from ffmerge_fast.ops.correlation import state
+from ffmerge_fast.support import machine
+from ffmerge_fast.support.sizes import parse_bytes
 from tests.ops.correlation_data import correlate, features, state_of, tolerance, truth
 
 pytestmark = pytest.mark.usefixtures("correlation_backend")
@@ -181,7 +182,7 @@ def test_bad_budgets(value, message):
 
 @pytest.mark.parametrize("text, nbytes", [("8GiB", 8 * 2**30), ("500 MB", 500 * 10**6), ("1.5kib", 1536), (7, 7)])
 def test_parse_bytes(text, nbytes):
-    assert spool.parse_bytes(text) == nbytes
+    assert parse_bytes(text, "max_memory") == nbytes
 
 
 def test_too_little_memory_names_bytes_and_the_way_out(monkeypatch):
@@ -213,9 +214,9 @@ def test_a_full_disk_is_an_error_and_not_a_crash(monkeypatch):
 
 
 def test_an_instruction_set_that_the_cpu_lacks(monkeypatch):
-    if reason := _backend.why_no_extension():
+    if reason := machine.why_no_extension():
         pytest.skip(reason)
-    for isa in {"amx", "sse9"} - set(_backend.extension().cpu_isas()):
+    for isa in {"amx", "sse9"} - set(machine.extension().cpu_isas()):
         monkeypatch.setenv("FFMERGE_CPU_ISA", isa)
         monkeypatch.setenv("FFMERGE_BACKEND", "cpp")
         with pytest.raises(ff.FFMergeError, match=f"FFMERGE_CPU_ISA: got '{isa}', want one this CPU has: portable"):
@@ -224,9 +225,9 @@ def test_an_instruction_set_that_the_cpu_lacks(monkeypatch):
 
 def test_the_hardware_schedule_is_compiled():
     """Where no CPU with AMX is at hand, at least its instruction is: tdpbf16ps tmm0, tmm4, tmm6."""
-    if (reason := _backend.why_no_extension()) or platform.machine() != "x86_64":
+    if (reason := machine.why_no_extension()) or platform.machine() != "x86_64":
         pytest.skip(reason or "not x86-64")
-    assert bytes.fromhex("c4e24a5cc4") in Path(_backend.extension().__file__).read_bytes()
+    assert bytes.fromhex("c4e24a5cc4") in Path(machine.extension().__file__).read_bytes()
 
 
 def tile_product(a, b):

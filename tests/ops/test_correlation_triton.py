@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ffmerge_fast import _tuning
+from ffmerge_fast.ops.common import tuning
 from ffmerge_fast.ops.correlation import triton_backend
 from ffmerge_fast.ops.correlation.layout import Packed, Product
 from ffmerge_fast.ops.correlation.sums import LayerSums
@@ -15,7 +15,7 @@ from tests.ops.triton_tools import SHARED_BYTES, compile_for_hopper, needs_trito
 PAIRS, PAIRS_NARROW = "correlation_accumulate_pairs", "correlation_accumulate_pairs_narrow"
 CONFIGS = [
     pytest.param(config, id=f"{path.stem}-{kernel}")
-    for path in sorted(_tuning.CONFIGS.glob("*.json"))
+    for path in sorted(tuning.CONFIGS.glob("*.json"))
     for kernel, config in json.loads(path.read_text(encoding="utf-8")).items()
     if kernel.startswith("correlation")
 ]
@@ -125,8 +125,8 @@ def test_closed_form_fits(shared, wide):
 
 
 def test_shipped_configs_are_complete():
-    assert _tuning.file_name("NVIDIA H100 80GB HBM3") == "NVIDIA_H100_80GB_HBM3.json"
-    files = sorted(_tuning.CONFIGS.glob("*.json"))
+    assert tuning.file_name("NVIDIA H100 80GB HBM3") == "NVIDIA_H100_80GB_HBM3.json"
+    files = sorted(tuning.CONFIGS.glob("*.json"))
     assert {"NVIDIA_H200.json", "NVIDIA_H100_80GB_HBM3.json"} <= {path.name for path in files}
     for path in files:
         shipped = json.loads(path.read_text(encoding="utf-8"))

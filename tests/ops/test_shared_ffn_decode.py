@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast import _backend
+from ffmerge_fast.ops.common import backends
 from ffmerge_fast.ops.shared_ffn import cpp_backend
 from ffmerge_fast.ops.shared_ffn.weights import Weights
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty
@@ -181,7 +181,7 @@ def test_float64_is_left_to_the_reference(shared_ffn_backend):
             ff.ops.shared_ffn(torch.zeros(1, 4).double(), torch.zeros(8, 4).double(), torch.zeros(4, 8).double())
     with pytest.MonkeyPatch.context() as patch:  # undone before the backend's own
         patch.delenv("FFMERGE_BACKEND")
-        assert _backend.select("shared_ffn", torch.zeros(1).double()).__name__.endswith("reference")
+        assert backends.select("shared_ffn", torch.zeros(1).double()).__name__.endswith("reference")
 
 
 def test_matrix_units_take_up_to_sixteen_tokens_in_bfloat16(shared_ffn_backend):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast._weight_files import WeightEntry
+from ffmerge_fast.support.tensor_files import WeightEntry
 from tests.project.helpers import batches, equal, projector, scores, tied_layers, train, weights
 from tests.tiny import tiny_model
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ffmerge_fast import _backend
 from ffmerge_fast.ops.projection.chain import rows_first
 from ffmerge_fast.project.matrix import ProjectedMatrix, Projection, gradients, project_
 from ffmerge_fast.project.selection import Choice
+from ffmerge_fast.support import machine
 
 
 def choice(blocks, kept_blocks, width, kept, g):
@@ -64,7 +64,7 @@ def formula(matrix, deltas, residual):
 @pytest.fixture(params=["reference", "cpp", "cpp amx-emulated"])
 def backend(request, monkeypatch):
     name, _, isa = request.param.partition(" ")
-    if name == "cpp" and (reason := _backend.why_no_extension()):
+    if name == "cpp" and (reason := machine.why_no_extension()):
         pytest.skip(reason)
     monkeypatch.setenv("FFMERGE_BACKEND", name)
     if isa:

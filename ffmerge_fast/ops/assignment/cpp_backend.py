@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _backend
+from ...support import machine
 
 
 def can_run(tensor: Tensor | None = None) -> str | None:
     """Runs wherever the extension is built (on the CPU: other tensors are copied)."""
-    return _backend.why_no_extension()
+    return machine.why_no_extension()
 
 
 def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, d, _ = scores.shape
     permutation = torch.empty((batch, d), dtype=torch.int64)
     objective, gap = (torch.empty(batch, dtype=torch.float64) for _ in range(2))
-    extension = _backend.extension()
+    extension = machine.extension()
     solve = extension.assignment_f32 if scores.dtype == torch.float32 else extension.assignment_f64
     solve(
         scores.data_ptr(),
@@ -41,7 +41,7 @@ def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
         scores.stride(1),
         transposed,
         not maximize,
-        _backend.native_isa(),
+        machine.native_isa(),
         torch.get_num_threads(),
         permutation.data_ptr(),
         objective.data_ptr(),

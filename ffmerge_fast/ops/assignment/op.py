@@ -9,14 +9,14 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from ... import _backend
-from ..._errors import FFMergeError
-from ..._library import define_op
+from ...support.errors import FFMergeError
+from ..common import backends
+from ..common.registry import define_op
 from . import reference
 
 
 def _assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    permutation, objective, gap = _backend.select("assignment", scores).assign(scores, maximize)
+    permutation, objective, gap = backends.select("assignment", scores).assign(scores, maximize)
     return permutation.to(scores.device), objective, gap
 
 

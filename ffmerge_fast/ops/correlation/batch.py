@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..._errors import FFMergeError
+from ...support.errors import FFMergeError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

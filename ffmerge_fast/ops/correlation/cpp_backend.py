@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ... import _backend, _env
-from .._activations import FORWARD
+from ...support import env, machine
+from ..common.activations import FORWARD
 from . import reference
 from .layout import Packed, Pair, Product, RowLayout
 from .sums import LayerSums
@@ -23,12 +23,12 @@ def can_run(tensor: Tensor | None = None) -> str | None:
     """Runs on CPU tensors wherever the extension is built."""
     if tensor is not None and tensor.device.type != "cpu":
         return f"the tensors are on {tensor.device}"
-    return _backend.why_no_extension()
+    return machine.why_no_extension()
 
 
 def layout(widths, pairs, device, compute, activation) -> RowLayout:
     """Tiles where the CPU multiplies bfloat16 tiles and `compute` allows it, else rows."""
-    amx = _backend.cpu_isa() in ("amx", _env.AMX_EMULATED)
+    amx = machine.cpu_isa() in ("amx", env.AMX_EMULATED)
     tiled = amx and compute in ("auto", "bf16", "bf16x3")
     return (_TileLayout if tiled else _RowLayout)(widths, pairs, device, compute, activation)
 
@@ -133,8 +133,8 @@ class _TileLayout(RowLayout):
         left, right = {a for a, _ in self.pairs}, {b for _, b in self.pairs}
         split = compute != "bf16"
         self._forms = {key: (width, key in left, key in right, split) for key, width in widths.items()}
-        self._emulated = _backend.cpu_isa() == _env.AMX_EMULATED
-        self._extension = _backend.extension()
+        self._emulated = machine.cpu_isa() == env.AMX_EMULATED
+        self._extension = machine.extension()
         self._pool = _Pool()
         self._exact: set = set()  # layers whose features are bfloat16: exact unless a pivot is subtracted
 
@@ -154,7 +154,7 @@ class _TileLayout(RowLayout):
             form,
             filled,
             [block.data_ptr() for block in packed.blocks],
-            _backend.native_isa(),
+            machine.native_isa(),
             _threads(),
         )
 
@@ -219,7 +219,7 @@ def _pack_rows(
     x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor, rounded: bool, out: Tensor
 ):
     arguments = _arguments(x, activation, pivot, sum_, sumsq)
-    _backend.extension().correlation_pack_rows(*arguments, rounded, out.data_ptr(), _backend.native_isa(), _threads())
+    machine.extension().correlation_pack_rows(*arguments, rounded, out.data_ptr(), machine.native_isa(), _threads())
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:

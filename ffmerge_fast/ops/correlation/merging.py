@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..._errors import FFMergeError
+from ...support.errors import FFMergeError
 
 if TYPE_CHECKING:
     from .state import CorrelationState

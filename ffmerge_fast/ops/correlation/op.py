@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ... import _backend
-from ..._library import define_op
+from ..common import backends
+from ..common.registry import define_op
 
 if TYPE_CHECKING:
     from .state import CorrelationState
 
 
 def _accumulate_layer_(x: Tensor, *rest) -> Tensor:
-    return _backend.select("correlation", x).accumulate_layer_(x, *rest)
+    return backends.select("correlation", x).accumulate_layer_(x, *rest)
 
 
 def _accumulate_layer_fake(x, mask, count, pivot, sum_, sumsq, activation, compute, set_pivot):
@@ -24,7 +24,7 @@ def _accumulate_layer_fake(x, mask, count, pivot, sum_, sumsq, activation, compu
 
 
 def _accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
-    _backend.select("correlation", products).accumulate_pair_(a, b, products)
+    backends.select("correlation", products).accumulate_pair_(a, b, products)
 
 
 accumulate_layer_ = define_op(

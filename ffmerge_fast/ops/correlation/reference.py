@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._activations import FORWARD
+from ..common.activations import FORWARD
 from .layout import RowLayout
 
 layout = RowLayout  # how this backend keeps features and products

@@ -7,13 +7,14 @@ from collections.abc import Hashable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ... import _backend
-from ..._errors import FFMergeError
-from .._activations import check_activation
+from ...support.errors import FFMergeError
+from ...support.machine import free_memory
+from ...support.sizes import format_bytes, parse_bytes
+from ..common import backends
+from ..common.activations import check_activation
 from . import merging
 from .accumulators import Accumulators, SpooledAccumulators, StreamingAccumulators
 from .batch import Batch, flat_features
-from .spool import format_bytes, free_memory, parse_bytes
 from .sums import NAMES, LayerSums, comoments
 
 Key = Hashable
@@ -54,7 +55,7 @@ class CorrelationState:
     ):
         self.widths, self.compute, self.activation = dict(widths), compute, activation
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
-        self.max_memory = None if max_memory is None else parse_bytes(max_memory)
+        self.max_memory = None if max_memory is None else parse_bytes(max_memory, "max_memory")
         self.pairs: list[tuple[Key, Key]] = []
         self._check_arguments()
         self._partners: dict[Key, set[Key]] = {key: set() for key in self.widths}
@@ -251,7 +252,7 @@ class CorrelationState:
             self._partners[b].add(a)
 
     def _make_accumulators(self) -> Accumulators:
-        backend = _backend.select("correlation", torch.empty(0, device=self.device))
+        backend = backends.select("correlation", torch.empty(0, device=self.device))
         layout = backend.layout(self.widths, self.pairs, self.device, self.compute, self.activation)
         sizes = [layout.accumulator_bytes(pair) for pair in self.pairs]
         needed, largest = sum(sizes), max(sizes, default=0)

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ... import _env, _tuning
+from ...support import env
+from ..common import tuning
 from . import reference
 from .layout import Packed, Pair, Product, RowLayout
 from .sums import LayerSums
@@ -23,7 +24,7 @@ _WAVES = 8  # tiles per multiprocessor from which one pair alone fills the GPU e
 
 def can_run(tensor: Tensor | None = None) -> str | None:
     """CUDA and ROCm tensors, or CPU tensors under TRITON_INTERPRET=1 (slow; for tests)."""
-    interpreted = _env.triton_interpreter()
+    interpreted = env.triton_interpreter()
     if tensor is not None and tensor.device.type != "cuda" and not interpreted:
         return f"the tensor is on {tensor.device}, want a GPU"
     reason = _why_no_triton()
@@ -180,7 +181,7 @@ class TensorCoreLayout(RowLayout):
             *(a, b, c, schedule.problems, schedule.tiles, len(products), tokens),
             SPLIT=self._split,
             VECTOR=schedule.vector,
-            INTERPRETED=_env.triton_interpreter(),
+            INTERPRETED=env.triton_interpreter(),
             **schedule.config,
         )
 
@@ -208,13 +209,13 @@ class _Schedule:
         self.tiles = torch.cat(tiles).to(device)
 
 
-def product_config(device: torch.device, narrow: bool) -> _tuning.Config:
+def product_config(device: torch.device, narrow: bool) -> tuning.Config:
     """Parameters of the kernel that multiplies, for its wide or its narrow tile."""
     key = "correlation_accumulate_pairs" + "_narrow" * narrow
-    return _tuning.config(key, device, closed_form if narrow else lambda shared: closed_form(shared, wide=True))
+    return tuning.config(key, device, closed_form if narrow else lambda shared: closed_form(shared, wide=True))
 
 
-def closed_form(shared: int, wide: bool = False) -> _tuning.Config:
+def closed_form(shared: int, wide: bool = False) -> tuning.Config:
     """The largest tile and pipeline that fit into `shared` bytes of one block."""
     stages = {block: min(4, (shared - 4096) // (2 * sum(block) * 64)) for block in ((128, 256), (128, 128), (64, 64))}
     if wide and stages[128, 256] == 4:
@@ -280,7 +281,7 @@ def _accumulate_layer_(
         SPLIT=flags is not None,
         BLOCK_T=8 if x.device.type == "cuda" else 64,  # the interpreter takes a while for each block
         BLOCK_D=_COLUMNS,
-        INTERPRETED=_env.triton_interpreter(),
+        INTERPRETED=env.triton_interpreter(),
         num_warps=4,
     )
     _run(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ... import _backend
+from ..common import backends
 from . import rows as op
 from .reference import wide
 
@@ -132,7 +132,7 @@ def _gradient(sides: Sequence[Side], ys: list[Tensor], xs: list[Tensor]) -> list
 def _weights(problems: Sequence[Problem]) -> list[Tensor]:
     """W of each problem in the dtype it is multiplied in."""
     weight = problems[0].weight
-    dtype = _backend.select("projection", weight).operand_dtype(weight.dtype)
+    dtype = backends.select("projection", weight).operand_dtype(weight.dtype)
     return [p.weight.to(dtype) for p in problems]
 
 

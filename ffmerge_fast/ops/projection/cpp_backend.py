@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _backend, _env
+from ...support import env, machine
 from . import reference
 
 _HUGE = 2**22  # bytes from which a result is worth large pages
@@ -18,12 +18,12 @@ def can_run(tensor: Tensor | None = None) -> str | None:
     """Runs on CPU tensors wherever the extension is built."""
     if tensor is not None and tensor.device.type != "cpu":
         return f"the tensors are on {tensor.device}"
-    return _backend.why_no_extension()
+    return machine.why_no_extension()
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """bfloat16 where the CPU multiplies it in tiles (oneDNN, through torch), else float32 or better."""
-    if dtype == torch.bfloat16 and _backend.cpu_isa() in ("amx", _env.AMX_EMULATED):
+    if dtype == torch.bfloat16 and machine.cpu_isa() in ("amx", env.AMX_EMULATED):
         return dtype
     return reference.operand_dtype(dtype)
 
@@ -118,7 +118,7 @@ def _multiply_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
 def _expect_writes(out: Tensor) -> None:
     """Large pages for a large result: fresh memory otherwise faults at every 4 KiB."""
     if out.nbytes >= _HUGE:
-        _backend.extension().prefer_huge_pages(out.data_ptr(), out.nbytes)
+        machine.extension().prefer_huge_pages(out.data_ptr(), out.nbytes)
 
 
 def _blocks(x: Tensor, blocks: int) -> Tensor:
@@ -138,7 +138,7 @@ def _select_(out: Tensor, x: Tensor, index: Tensor, residual: Tensor | None) -> 
         out, x, rows, columns = out.T, x.T, columns, rows
         residual = None if residual is None else residual.T
     added = (0, (0, 0)) if residual is None else (residual.data_ptr(), residual.stride())
-    _backend.extension().projection_select_f32(
+    machine.extension().projection_select_f32(
         tuple(out.shape), x.data_ptr(), x.stride(), rows, columns, *added, out.data_ptr(), out.stride(0), _threads()
     )
 
@@ -148,7 +148,7 @@ def _scatter_(out: Tensor, y: Tensor, index: Tensor) -> None:
     rows, columns = index.data_ptr(), 0
     if out.stride(1) != 1:
         out, y, rows, columns = out.T, y.T, columns, rows
-    _backend.extension().projection_scatter_f32(
+    machine.extension().projection_scatter_f32(
         tuple(y.shape), y.data_ptr(), y.stride(), rows, columns, out.data_ptr(), out.stride(0), _threads()
     )
 

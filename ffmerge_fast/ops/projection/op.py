@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._errors import FFMergeError
-from ..._library import define_op
+from ...support.errors import FFMergeError
+from ..common.registry import define_op
 from .chain import Problem, Side, gradients, project_, rows_first
 
 

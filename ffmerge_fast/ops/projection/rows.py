@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ... import _backend
-from ..._library import define_op
+from ..common import backends
+from ..common.registry import define_op
 
 
 def _on_backend(name):
     def run(outs, *rest):
-        backend = _backend.select("projection", outs[0])
+        backend = backends.select("projection", outs[0])
         with torch.autocast(outs[0].device.type, enabled=False):
             getattr(backend, name)(outs, *rest)
 

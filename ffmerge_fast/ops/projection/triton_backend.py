@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _env, _tuning
+from ...support import env
+from ..common import tuning
 from ..correlation.triton_backend import _multiprocessors, _no_tf32, can_run
 from . import reference
 
@@ -60,14 +61,14 @@ def project_rows_gradient_(outs: list[Tensor], ys: list[Tensor], xs: list[Tensor
         _launch(ys, xs, outs, [], [], [])
 
 
-def closed_form(shared: int) -> _tuning.Config:
+def closed_form(shared: int) -> tuning.Config:
     """The largest tile and pipeline that fit into `shared` bytes of one block, for a left side in float32."""
     wide = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
     stages = {block: min(4, (shared - 4096) // (6 * block * 64)) for block in (128, 64)}
     return wide | {"num_stages": stages[128]} if stages[128] > 1 else narrow(wide | {"num_stages": stages[64]})
 
 
-def narrow(config: _tuning.Config) -> _tuning.Config:
+def narrow(config: tuning.Config) -> tuning.Config:
     """The same with tiles of a quarter, where too few would keep a GPU busy."""
     return config | {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
@@ -95,7 +96,7 @@ def _launch(
 
 def _launch_group(kernel, count, a, b, outs, indices, kept, residuals) -> None:
     (blocks, m, n), depth, device = outs[0].shape, a[0].shape[2], outs[0].device
-    config = _tuning.config("projection_rows", device, closed_form)
+    config = tuning.config("projection_rows", device, closed_form)
     tiles = count * blocks * -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
     if tiles < _multiprocessors(device):
         config = narrow(config)
@@ -113,7 +114,7 @@ def _launch_group(kernel, count, a, b, outs, indices, kept, residuals) -> None:
         *(*pointers, blocks, m, n, depth, *strides),
         SELECT=bool(indices),
         RESIDUAL=bool(residuals),
-        INTERPRETED=_env.triton_interpreter(),
+        INTERPRETED=env.triton_interpreter(),
         **config,
     )
 

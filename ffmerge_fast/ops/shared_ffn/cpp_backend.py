@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _backend, _env
+from ...support import env, machine
 from .pieces import backward_in_pieces, like, pieces, stacked
 from .weights import GradientSums, Weights
 
@@ -24,7 +24,7 @@ def can_run(tensor: Tensor | None = None) -> str | None:
         return f"the tensors are on {tensor.device}"
     if tensor is not None and tensor.dtype not in _DTYPE:
         return f"the tensors are {tensor.dtype}"
-    return _backend.why_no_extension()
+    return machine.why_no_extension()
 
 
 def forward(
@@ -80,10 +80,10 @@ def _hidden_gradients(weights: Weights, activation: str, recompute: str, x: Tens
 
     d_gate = None if weights.gate is None else room(1)
     written = room(0) if hidden is None else None
-    _backend.extension().shared_ffn_activate_backward(
+    machine.extension().shared_ffn_activate_backward(
         *(_ACTIVATION[activation], _DTYPE[d_up.dtype], d_up.data_ptr()),
         *map(_address, (pre[0], None if d_gate is None else pre[1], d_up, d_gate, written)),
-        *(d_up.numel(), _backend.native_isa(), torch.get_num_threads()),
+        *(d_up.numel(), machine.native_isa(), torch.get_num_threads()),
     )
     return d_up, d_gate, hidden if written is None else written
 
@@ -111,12 +111,12 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
     up, gate, down, up_bias, gate_bias, down_bias = map(_readable, weights)
     tokens, outputs = x.shape[0], down.shape[0]
     y = x.new_empty(tokens, outputs)
-    _backend.extension().shared_ffn_decode(
+    machine.extension().shared_ffn_decode(
         _weight(up, up_bias),
         _NO_WEIGHT if gate is None else _weight(gate, gate_bias),
         _weight(down, down_bias),
         *(_DTYPE[x.dtype], _ACTIVATION[activation], x.data_ptr(), tokens, x.stride(0), y.data_ptr()),
-        *(*_instructions(_backend.cpu_isa()), torch.get_num_threads()),
+        *(*_instructions(machine.cpu_isa()), torch.get_num_threads()),
     )
     return y
 
@@ -124,7 +124,7 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
 @cache
 def _instructions(isa: str) -> tuple[str, int]:
     """What decoding takes for an instruction set: the one of its plain kernels, and its matrix unit."""
-    return _backend.native_isa(), {"amx": 1, _env.AMX_EMULATED: 2}.get(isa, 0)
+    return machine.native_isa(), {"amx": 1, env.AMX_EMULATED: 2}.get(isa, 0)
 
 
 @cache
@@ -134,7 +134,7 @@ def most_decoded_tokens(dtype: torch.dtype) -> int:
         return 32
     if _gemm_dtype(dtype) != dtype:
         return 64
-    return 16 if dtype == torch.bfloat16 and _backend.extension().cpu_isa() == "amx" else 8
+    return 16 if dtype == torch.bfloat16 and machine.extension().cpu_isa() == "amx" else 8
 
 
 @cache
@@ -149,9 +149,9 @@ def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _activate(pre: list[Tensor], hidden: Tensor, activation: str) -> Tensor:
     """act(up), or act(gate) · up, in one pass; `hidden` may be pre[0]."""
-    _backend.extension().shared_ffn_activate(
+    machine.extension().shared_ffn_activate(
         *(_ACTIVATION[activation], _DTYPE[hidden.dtype], pre[0].data_ptr(), _address(pre[1]) if len(pre) > 1 else 0),
-        *(hidden.data_ptr(), hidden.numel(), _backend.native_isa(), torch.get_num_threads()),
+        *(hidden.data_ptr(), hidden.numel(), machine.native_isa(), torch.get_num_threads()),
     )
     return hidden
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _backend
-from ..._errors import FFMergeError
-from ..._library import define_op
-from .._activations import check_activation
+from ...support.errors import FFMergeError
+from ..common import backends
+from ..common.activations import check_activation
+from ..common.registry import define_op
 from .buffers import GradientBuffer, gradient_buffer
 
 _POLICIES = ("none", "activation", "full")
@@ -21,7 +21,7 @@ _WEIGHTS = "Tensor up, Tensor? gate, Tensor down, Tensor? up_bias, Tensor? gate_
 
 def _forward(xs, up, *rest):
     with _no_autocast(up):
-        return _backend.select("shared_ffn", up).forward(xs, up, *rest)
+        return backends.select("shared_ffn", up).forward(xs, up, *rest)
 
 
 _AS_IT_IS = nullcontext()
@@ -40,7 +40,7 @@ def _forward_fake(xs, up, gate, down, up_bias, gate_bias, down_bias, activation,
 
 def _backward(grads, xs, saved, up, *rest):
     with _no_autocast(up):
-        return _backend.select("shared_ffn", up).backward(grads, xs, saved, up, *rest)
+        return backends.select("shared_ffn", up).backward(grads, xs, saved, up, *rest)
 
 
 def _backward_fake(grads, xs, saved, up, gate, down, up_bias, gate_bias, down_bias, activation, recompute, needs):

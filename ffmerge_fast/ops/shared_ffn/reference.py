@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._activations import BACKWARD, FORWARD
+from ..common.activations import BACKWARD, FORWARD
 from .weights import GradientSums, Weights
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _env, _tuning
+from ...support import env
+from ..common import tuning
 from ..correlation.triton_backend import _multiprocessors, _no_tf32, _run, can_run
 from . import reference
 from .counters import counters
@@ -72,7 +73,7 @@ def backward(
     return dxs, sums.needed()
 
 
-def closed_form(shared: int, halves: int) -> _tuning.Config:
+def closed_form(shared: int, halves: int) -> tuning.Config:
     """Tiles of the kernel that computes hidden features: the largest that fit into `shared` bytes of one block.
 
     halves: 2 with a gate, whose products share a tile with those of up.
@@ -85,12 +86,12 @@ def closed_form(shared: int, halves: int) -> _tuning.Config:
     return tile | {"num_warps": rows // 16, "num_stages": stages}
 
 
-def narrow(config: _tuning.Config, halves: int) -> _tuning.Config:
+def narrow(config: tuning.Config, halves: int) -> tuning.Config:
     """The same with smaller tiles, where too few would keep a GPU busy."""
     return config | {"BLOCK_M": 64, "BLOCK_N": 64 // halves, "PARTS": 1, "num_warps": 4}
 
 
-def decode_closed_form(shared: int, halves: int) -> _tuning.Config:
+def decode_closed_form(shared: int, halves: int) -> tuning.Config:
     """Slices for a few tokens: small ones, so that all multiprocessors read weights."""
     stages = min(4, 1 + (shared - 2048) // (2 * 512 * (16 + 16)))  # one stage less is in memory
     tile = {"BLOCK_F": 32, "BLOCK_D": 256 // halves, "BLOCK_N": 16, "BLOCK_K": 512}
@@ -128,7 +129,7 @@ def _fused_hidden(x: Tensor, weights: Weights, activation: str, outs: list[Tenso
     up, gate, halves = weights.up, weights.gate, weights.halves
     (m, depth), n, device = x.shape, len(up), x.device
     key = "shared_ffn_hidden" + "_gated" * (halves - 1)
-    config = _tuning.config(key, device, partial(closed_form, halves=halves))
+    config = tuning.config(key, device, partial(closed_form, halves=halves))
     tiles, tma = _tiles(m, n, config), _tma(x, up, gate)
     if tiles < _multiprocessors(device):  # to describe matrices to TMA would take as long as a small tile
         config, tma = narrow(config, halves), ""
@@ -145,12 +146,12 @@ def _fused_hidden(x: Tensor, weights: Weights, activation: str, outs: list[Tenso
         *(m, n, depth, *x.stride(), *up.stride(), *_strides(gate)),
         ACTIVATION=activation,
         TMA=tma,
-        INTERPRETED=_env.triton_interpreter(),
+        INTERPRETED=env.triton_interpreter(),
         **config,
     )
 
 
-def _tiles(m: int, n: int, config: _tuning.Config) -> int:
+def _tiles(m: int, n: int, config: tuning.Config) -> int:
     return -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
 
 
@@ -191,7 +192,7 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
     up, gate, down = weights.up, weights.gate, weights.down
     (m, d), f, n, device = x.shape, len(up), len(down), x.device
     key = "shared_ffn_decode" + "_gated" * (weights.halves - 1)
-    config = _tuning.config(key, device, partial(decode_closed_form, halves=weights.halves))
+    config = tuning.config(key, device, partial(decode_closed_form, halves=weights.halves))
     writers = -(-f // config["BLOCK_F"])
     readers = max(1, min(-(-n // config["BLOCK_N"]), _multiprocessors(device) - 1))  # not all: somebody must write
     hidden, y = x.new_empty(m, f), x.new_empty(m, n)
@@ -204,7 +205,7 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
         ACTIVATION=activation,
         PREFETCH=_prefetch(down),
         WARPS=config["num_warps"],
-        INTERPRETED=_env.triton_interpreter(),
+        INTERPRETED=env.triton_interpreter(),
         **config,
     )
     return y
@@ -262,7 +263,7 @@ def _activate(
         CHUNK=_ROWS,
         BLOCK_M=8 if pre[0].is_cuda else _ROWS,  # the interpreter takes a while for each block
         BLOCK_N=_COLUMNS,
-        INTERPRETED=_env.triton_interpreter(),
+        INTERPRETED=env.triton_interpreter(),
         num_warps=4,
     )
 

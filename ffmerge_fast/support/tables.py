@@ -17,11 +17,3 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]], title
 
     lines = [line([str(h) for h in headers]), "  ".join("-" * w for w in widths), *map(line, cells)]
     return "\n".join([title, *lines] if title else lines)
-
-
-def format_bytes(n: float) -> str:
-    """12_345_678 -> '12.3 MB' (powers of 1000, as on disks)."""
-    units = ["B", "kB", "MB", "GB"]
-    while abs(n) >= 1000 and len(units) > 1:
-        n, units = n / 1000, units[1:]
-    return f"{n:.0f} B" if units[0] == "B" else f"{n:.1f} {units[0]}"

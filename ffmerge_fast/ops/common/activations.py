@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._errors import FFMergeError
+from ...support.errors import FFMergeError
 
 _aten = torch.ops.aten
 _QUICK = 1.702

@@ -7,7 +7,7 @@ import os
 from functools import cache
 from types import ModuleType
 
-from ._errors import FFMergeError
+from .errors import FFMergeError
 
 AMX_EMULATED = "amx-emulated"  # FFMERGE_CPU_ISA for tests: the schedule of AMX, its instructions emulated
 _TRUE = {"1", "true", "yes", "on"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ._errors import FFMergeError
+from .errors import FFMergeError
 
 
 @contextlib.contextmanager
