@@ -35,7 +35,7 @@ def test_forced_backend_runs_and_is_restored():
         raise RuntimeError
     assert backends._forced is None
     ff.use_backend("reference")
-    assert backends.select("assignment") is backends._load("ops.assignment.reference")
+    assert backends.select("assignment") is backends._load("ffmerge_fast.ops.assignment.reference")
 
 
 def test_unknown_backend_is_refused_at_once():
@@ -45,7 +45,7 @@ def test_unknown_backend_is_refused_at_once():
 
 
 def test_forcing_what_cannot_run_raises_the_reason(monkeypatch):
-    monkeypatch.setattr(backends, "_MODULES", {op: {"reference": f"ops.{op}.reference"} for op in backends.OPS})
+    monkeypatch.setattr(backends, "modules_of", lambda op: {"reference": f"ffmerge_fast.ops.{op}.reference"})
     with pytest.raises(ff.FFMergeError, match=f"cannot use backend 'cpp': {NOT_BUILT}"):
         ff.use_backend("cpp")
     for name, reason in {"cpp": NOT_BUILT, "nonsense": "unknown backend"}.items():
@@ -73,7 +73,8 @@ def test_the_first_backend_that_can_run_is_chosen(monkeypatch):
             return permutation, objective + 1000, gap
 
     load = backends._load
-    monkeypatch.setitem(backends._MODULES["assignment"], "cpp", "stub")
+    modules = {"cpp": "stub", "reference": reference.__name__}
+    monkeypatch.setattr(backends, "modules_of", lambda op: modules)
     monkeypatch.setattr(backends, "_load", lambda path: Stub if path == "stub" else load(path))
     assert ff.ops.assign(torch.eye(5)).objective == 1005
     assert ff.ops.assign(torch.eye(3)).objective == 3

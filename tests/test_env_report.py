@@ -20,6 +20,15 @@ LEVELS = ["portable", "avx2", "avx512", "amx"]
 def no_extension(monkeypatch):
     """`import ffmerge_fast._C` fails, as after an installation without a compiler."""
     monkeypatch.setitem(sys.modules, "ffmerge_fast._C", None)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    """Ask the machine anew."""
+    for answer in (machine.load_extension, machine.cpu_isas, machine._choose_isa):
+        answer.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +55,17 @@ def test_without_extension_the_report_says_why_and_what_to_do(no_extension):
 
 
 def test_broken_extension_is_reported_in_one_line(monkeypatch):
-    import_module = env_report.importlib.import_module
+    import_module = machine.importlib.import_module
 
     def broken(name, *args):
         if name == "ffmerge_fast._C":
             raise ImportError("undefined symbol: x\nmore detail")
         return import_module(name, *args)
 
-    monkeypatch.setattr(env_report.importlib, "import_module", broken)
+    forget()
+    monkeypatch.setattr(machine.importlib, "import_module", broken)
     assert env_report.report()["extension"]["reason"] == "undefined symbol: x"
+    forget()
 
 
 def test_levels_are_ordered_and_the_best_is_the_default():

@@ -10,7 +10,7 @@ import torch
 
 import ffmerge_fast as ff
 from ffmerge_fast.ops.common.activations import FORWARD
-from ffmerge_fast.ops.correlation import op, reference, triton_backend
+from ffmerge_fast.ops.correlation import reference, registered, triton_backend
 from ffmerge_fast.testing import nan_poisoned_empty
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("FFMERGE_BACKEND") == "triton"
@@ -224,4 +224,4 @@ def test_opcheck():
     count = torch.zeros((), dtype=torch.int64)
     for compute in ("bf16", "fp32"):
         arguments = (features(20, 6, 1), torch.rand(20) < 0.5, count, *sums, "gelu", compute, True)
-        torch.library.opcheck(op.accumulate_layer_, arguments)
+        torch.library.opcheck(registered.accumulate_layer_, arguments)

@@ -40,9 +40,9 @@ def shared_ffn_backend():
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels that were launched."""
-    names, run = [], backend._run
+    names, run = [], backend.launch
     monkeypatch.setattr(
-        backend, "_run", lambda kernel, *rest, **options: names.append(kernel) or run(kernel, *rest, **options)
+        backend, "launch", lambda kernel, *rest, **options: names.append(kernel) or run(kernel, *rest, **options)
     )
     return lambda: [kernel.__name__.removeprefix("_shared_ffn_").removesuffix("_kernel") for kernel in names]
 
@@ -80,7 +80,7 @@ def test_long_sums_of_few_tokens():
 def test_readers_and_counters(processors, monkeypatch):
     zeros = torch.zeros(4, dtype=torch.int32)
     monkeypatch.setattr(backend, "counters", lambda device: zeros)
-    monkeypatch.setattr(backend, "_multiprocessors", lambda device: processors)
+    monkeypatch.setattr(backend, "multiprocessors", lambda device: processors)
     for seed in range(2):  # the second launch finds the counters as the first one left them
         check(random(4, 100, torch.bfloat16, seed), make(100, 70, False, True, torch.bfloat16))
         assert not zeros.any()

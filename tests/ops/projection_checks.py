@@ -2,7 +2,7 @@
 
 import torch
 
-from ffmerge_fast.ops.projection import rows as ops
+from ffmerge_fast.ops.projection import registered as ops
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty
 from tests.ops import projection_data as data
 

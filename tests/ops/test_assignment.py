@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 import ffmerge_fast as ff
-from ffmerge_fast.ops.assignment import op, reference
+from ffmerge_fast.ops.assignment import reference, registered
 from ffmerge_fast.ops.common import backends
 from ffmerge_fast.support import machine
 
@@ -342,5 +342,5 @@ def test_instruction_set_that_the_cpu_lacks(cpp, monkeypatch):
 
 
 def test_opcheck():
-    torch.library.opcheck(op._assign_op, (noise(2, 10, 10), True))
-    torch.library.opcheck(op._assign_op, (noise(1, 7, 7).double(), False))
+    torch.library.opcheck(registered.assign_op, (noise(2, 10, 10), True))
+    torch.library.opcheck(registered.assign_op, (noise(1, 7, 7).double(), False))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ffmerge_fast as ff
 from ffmerge_fast.ops.common.activations import FORWARD
-from ffmerge_fast.ops.correlation import op
+from ffmerge_fast.ops.correlation import registered
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
 from tests.ops.correlation_data import correlate, features, state_of, tolerance, truth
 
@@ -316,15 +316,20 @@ def _layer_arguments(x, mask=None, activation=None, compute="fp32"):
 
 def test_opcheck():
     x = features(20, 6, 1)
-    torch.library.opcheck(op.accumulate_layer_, _layer_arguments(x))
-    torch.library.opcheck(op.accumulate_layer_, _layer_arguments(x.bfloat16(), torch.rand(20) < 0.5, "gelu", "bf16"))
-    torch.library.opcheck(op.accumulate_pair_, (x, features(20, 4, 2), torch.zeros(6, 4)))
+    torch.library.opcheck(registered.accumulate_layer_, _layer_arguments(x))
+    torch.library.opcheck(
+        registered.accumulate_layer_, _layer_arguments(x.bfloat16(), torch.rand(20) < 0.5, "gelu", "bf16")
+    )
+    torch.library.opcheck(registered.accumulate_pair_, (x, features(20, 4, 2), torch.zeros(6, 4)))
 
 
 def test_compiles_whole_and_not_again_for_other_token_counts():
     def step(a, b, sums_a, sums_b, products):
-        packed = [op.accumulate_layer_(x, None, *sums, "gelu", "fp32", False) for x, sums in ((a, sums_a), (b, sums_b))]
-        op.accumulate_pair_(*packed, products)
+        packed = [
+            registered.accumulate_layer_(x, None, *sums, "gelu", "fp32", False)
+            for x, sums in ((a, sums_a), (b, sums_b))
+        ]
+        registered.accumulate_pair_(*packed, products)
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     results = []

@@ -171,7 +171,7 @@ def test_a_large_budget_changes_nothing():
         (0, "max_memory: got 0, want"),
         (True, "max_memory: got True, want"),
         (-5, "max_memory: got -5, want"),
-        ("1KiB", "max_memory: 1.0 KiB, but the products of one pair take"),
+        ("1KiB", "max_memory: 1.0 kB, but the products of one pair take"),
     ],
 )
 def test_bad_budgets(value, message):
@@ -219,7 +219,7 @@ def test_an_instruction_set_that_the_cpu_lacks(monkeypatch):
     for isa in {"amx", "sse9"} - set(machine.extension().cpu_isas()):
         monkeypatch.setenv("FFMERGE_CPU_ISA", isa)
         monkeypatch.setenv("FFMERGE_BACKEND", "cpp")
-        with pytest.raises(ff.FFMergeError, match=f"FFMERGE_CPU_ISA: got '{isa}', want one this CPU has: portable"):
+        with pytest.raises(ff.FFMergeError, match=f"FFMERGE_CPU_ISA='{isa}' .*: use one of portable"):
             ff.CorrelationState({0: 4}, [])
 
 

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from ffmerge_fast.ops.common import tuning
+from ffmerge_fast.ops.common import triton_launch, tuning
+from ffmerge_fast.ops.common.triton_launch import can_run, no_tf32
 from ffmerge_fast.ops.correlation import triton_backend
-from ffmerge_fast.ops.correlation.layout import Packed, Product
+from ffmerge_fast.ops.correlation.packing import Packed, Product
 from ffmerge_fast.ops.correlation.sums import LayerSums
 from tests.ops.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
 
@@ -102,7 +103,7 @@ def test_launches_bind_and_other_token_counts_compile_nothing(compute, monkeypat
     def compile_only(kernel, grid, device, *arguments, **options):
         compiled.add(id(kernel.warmup(*arguments, grid=grid, **options)))
 
-    monkeypatch.setattr(triton_backend, "_run", compile_only)
+    monkeypatch.setattr(triton_backend, "launch", compile_only)
     monkeypatch.setattr(driver, "_active", Hopper())  # set_active has no way back on a machine without a driver
     variants = []
     for tokens in (2100, 4096, 1, 2049):
@@ -135,14 +136,14 @@ def test_shipped_configs_are_complete():
 
 
 def test_reasons_why_it_cannot_run(monkeypatch):
-    assert "want a GPU" in triton_backend.can_run(torch.empty(0))
+    assert "want a GPU" in can_run(torch.empty(0))
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "triton.language", None)
-    triton_backend._why_no_triton.cache_clear()
+    triton_launch._why_no_triton.cache_clear()
     try:
-        assert "pip install 'ffmerge_fast[gpu]'" in triton_backend.can_run()
+        assert "pip install 'ffmerge_fast[gpu]'" in can_run()
     finally:
-        triton_backend._why_no_triton.cache_clear()
+        triton_launch._why_no_triton.cache_clear()
 
 
 @pytest.mark.parametrize("switch", ["legacy", "new"])
@@ -157,7 +158,7 @@ def test_float32_products_never_use_tf32(switch):
         else:
             torch.set_float32_matmul_precision("high")
         before = read()
-        with triton_backend._no_tf32():
+        with no_tf32():
             assert not matmul.allow_tf32
         assert read() == before
     finally:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ffmerge_fast.ops.projection import rows as ops
+from ffmerge_fast.ops.projection import registered as ops
 from tests.ops import projection_data as data
 from tests.ops.projection_checks import check_rows, check_selection, check_wider_kept
 

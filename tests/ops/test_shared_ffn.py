@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.ops.shared_ffn import op
+from ffmerge_fast.ops.shared_ffn import registered
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
 from tests.ops.shared_ffn_data import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
 
@@ -198,9 +198,9 @@ def test_opcheck(gated, shared_ffn_backend):
     xs = [torch.randn(5, 6), torch.randn(3, 6)]
     needs = [True, True, gated, True, True, gated, True]
     for policy in POLICIES:
-        torch.library.opcheck(op._forward_op, (xs, *order, "gelu", policy))
-        ys, saved = op._forward_op(xs, *order, "gelu", policy)
-        torch.library.opcheck(op._backward_op, (ys, xs, saved, *order, "gelu", policy, needs))
+        torch.library.opcheck(registered.forward_op, (xs, *order, "gelu", policy))
+        ys, saved = registered.forward_op(xs, *order, "gelu", policy)
+        torch.library.opcheck(registered.backward_op, (ys, xs, saved, *order, "gelu", policy, needs))
 
 
 @pytest.mark.parametrize("recompute", POLICIES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.ops.shared_ffn import buffers
+from ffmerge_fast.ops.shared_ffn import gradient_buffers
 from ffmerge_fast.testing import assert_close_to_float64
 from tests.ops.shared_ffn_data import POLICIES, make, plain, plain_list, with_gradients
 
@@ -92,7 +92,7 @@ def test_weights_kept_transposed_are_filled_in_their_own_layout():
     kept = {n: torch.nn.Parameter(w.T.contiguous()) for n, w in straight.items()}
     x = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
     views = {n: w.T for n, w in kept.items()}
-    assert all(buffers.gradient_buffer(v) is None for v in views.values())  # no backward is running
+    assert all(gradient_buffers.gradient_buffer(v) is None for v in views.values())  # no backward is running
     layers(ff.ops.shared_ffn, x, views).square().mean().backward()
     expected = gradients(plain, {n: torch.nn.Parameter(w) for n, w in straight.items()}, x)
     for name, w in kept.items():

@@ -6,27 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import isnan
 
-import torch
 from torch import Tensor
 
 from ...support.errors import FFMergeError
-from ..common import backends
-from ..common.registry import define_op
 from . import reference
-
-
-def _assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    permutation, objective, gap = backends.select("assignment", scores).assign(scores, maximize)
-    return permutation.to(scores.device), objective, gap
-
-
-def _assign_fake(scores, maximize):
-    batch, d, _ = scores.shape
-    objective = torch.empty(batch, dtype=torch.float64, device="cpu")
-    return scores.new_empty((batch, d), dtype=torch.int64), objective, torch.empty_like(objective)
-
-
-_assign_op = define_op("_assign(Tensor scores, bool maximize) -> (Tensor, Tensor, Tensor)", _assign, _assign_fake)
+from .registered import assign_op
 
 
 @dataclass(eq=False)
@@ -80,7 +64,7 @@ def assign(scores: Tensor, maximize: bool = True) -> Assignment:
         raise FFMergeError(f"scores: got shape {list(scores.shape)}, want [d, d] or [B, d, d]")
     scores = scores.detach()
     single = scores.ndim == 2
-    permutation, objective, gap = _assign_op(scores[None] if single else scores, maximize)
+    permutation, objective, gap = assign_op(scores[None] if single else scores, maximize)
     objectives, gaps = objective.tolist(), gap.tolist()
     if any(map(isnan, objectives)):
         raise FFMergeError("scores: hold NaN or Inf; give dead neurons score 0")

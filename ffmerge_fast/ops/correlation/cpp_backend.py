@@ -9,12 +9,11 @@ from torch import Tensor
 
 from ...support import env, machine
 from ..common.activations import FORWARD
+from ..common.cpu import ACTIVATIONS, DTYPES
 from . import reference
-from .layout import Packed, Pair, Product, RowLayout
+from .packing import Packed, Pair, Product, RowLayout
 from .sums import LayerSums
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
 _PIVOT_ROWS = 64  # of the first batch: a pivot need only be near the mean
 _LEAF = 128  # width at which a self product is not split further
 
@@ -191,9 +190,6 @@ class _TileLayout(RowLayout):
     def accumulator_bytes(self, pair: Pair) -> int:
         return self._extension.correlation_accumulator_bytes(*(self.widths[key] for key in pair))
 
-    def token_bytes(self, key) -> int:
-        return self._extension.correlation_chunk_bytes(self._forms[key]) // self._CHUNK
-
 
 class _Pool:
     """Buffers that are used again: fresh memory costs a page fault for every 4 KiB."""
@@ -253,7 +249,7 @@ def _unless_small(mean: Tensor, variance: Tensor) -> Tensor:
 def _arguments(x: Tensor, activation: str | None, pivot: Tensor, sum_: Tensor, sumsq: Tensor) -> tuple[int, ...]:
     """A layer's features, as the packing functions of the extension take them."""
     sums = (tensor.data_ptr() for tensor in (pivot, sum_, sumsq))
-    return x.data_ptr(), _DTYPE[x.dtype], *x.shape, x.stride(0), _ACTIVATION[activation], *sums
+    return x.data_ptr(), DTYPES[x.dtype], *x.shape, x.stride(0), ACTIVATIONS[activation], *sums
 
 
 def _accumulate_self_(x: Tensor, products: Tensor) -> None:

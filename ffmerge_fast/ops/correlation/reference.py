@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.activations import FORWARD
-from .layout import RowLayout
+from .packing import RowLayout
 
 layout = RowLayout  # how this backend keeps features and products
 _ROWS = 256  # rows per float64 block: bounds the temporaries of the column sums

@@ -13,8 +13,8 @@ from ...support.sizes import format_bytes, parse_bytes
 from ..common import backends
 from ..common.activations import check_activation
 from . import merging
-from .accumulators import Accumulators, SpooledAccumulators, StreamingAccumulators
 from .batch import Batch, flat_features
+from .products import Accumulators, SpooledAccumulators, StreamingAccumulators
 from .sums import NAMES, LayerSums, comoments
 
 Key = Hashable

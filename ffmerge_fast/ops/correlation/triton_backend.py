@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextvars
-import importlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
 
 import torch
@@ -13,45 +10,16 @@ from torch import Tensor
 
 from ...support import env
 from ..common import tuning
+from ..common.triton_launch import can_run, launch, multiprocessors, no_tf32
 from . import reference
-from .layout import Packed, Pair, Product, RowLayout
+from .packing import Packed, Pair, Product, RowLayout
 from .sums import LayerSums
+
+__all__ = ["accumulate_layer_", "accumulate_pair_", "can_run", "layout"]
 
 _CHUNK, _COLUMNS = 256, 128  # tokens and features of one program of the layer kernel
 _FAR = 1.0  # |mean| / std from which a bfloat16 feature gets a pivot; below, x itself is exact and needs no low half
 _WAVES = 8  # tiles per multiprocessor from which one pair alone fills the GPU evenly, and cuBLAS is as fast or faster
-
-
-def can_run(tensor: Tensor | None = None) -> str | None:
-    """CUDA and ROCm tensors, or CPU tensors under TRITON_INTERPRET=1 (slow; for tests)."""
-    interpreted = env.triton_interpreter()
-    if tensor is not None and tensor.device.type != "cuda" and not interpreted:
-        return f"the tensor is on {tensor.device}, want a GPU"
-    reason = _why_no_triton()
-    if reason or interpreted:
-        return reason
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    device = torch.device("cuda") if tensor is None else tensor.device
-    return _why_not_device(device)
-
-
-@cache
-def _why_no_triton() -> str | None:
-    try:
-        language = importlib.import_module("triton.language")
-    except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install 'ffmerge_fast[gpu]'"
-    if not hasattr(language, "make_tensor_descriptor"):
-        return "this triton has no tensor descriptors: install triton 3.4 or newer"
-    return None
-
-
-@cache
-def _why_not_device(device: torch.device) -> str | None:
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has no bfloat16 tensor cores (compute capability 8.0)"
-    return None
 
 
 def accumulate_layer_(
@@ -80,7 +48,7 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
     if a.dtype == b.dtype == torch.bfloat16 and products.dtype == torch.float32 and _addmm_adds_to_float32(products):
         _addmm_to_float32_(products, a.T, b)
         return
-    with _no_tf32():
+    with no_tf32():
         reference.accumulate_pair_(a, b, products)
 
 
@@ -131,9 +99,6 @@ class TensorCoreLayout(RowLayout):
             return accumulator
         return accumulator.triu().add_(accumulator.triu(1).T)
 
-    def token_bytes(self, key: Hashable) -> int:
-        return self._pitch(key) * torch.bfloat16.itemsize
-
     def _pitch(self, key: Hashable) -> int:
         return _padded(self.widths[key]) * (2 if self._split else 1)
 
@@ -159,7 +124,7 @@ class TensorCoreLayout(RowLayout):
         if self._split or a == b or not _addmm_adds_to_float32(product.accumulator):
             return False
         tiles = len(_tiles(self.widths[a], self.widths[b], False, 128, 256))
-        if tiles < _WAVES * _multiprocessors(self.device):
+        if tiles < _WAVES * multiprocessors(self.device):
             return False
         rows = [p.blocks[0][1 : 1 + p.tokens, : self.widths[key]] for p, key in ((product.a, a), (product.b, b))]
         _addmm_to_float32_(product.accumulator, rows[0].T, rows[1])
@@ -174,7 +139,7 @@ class TensorCoreLayout(RowLayout):
         unused = [products[0]] * (kernels.PAIRS - len(products))
         sides = ([p.a.blocks[0], p.b.blocks[0], p.accumulator] for p in (*products, *unused))
         a, b, c = (tuple(column) for column in zip(*sides, strict=True))
-        _run(
+        launch(
             kernels._correlation_accumulate_pairs_kernel,
             (schedule.programs,),
             self.device,
@@ -190,7 +155,7 @@ class _Schedule:
     """What a launch computes, by the widths of its pairs alone: made once per set of shapes, kept on the device."""
 
     def __init__(self, shapes: tuple[tuple[int, int, bool], ...], device: torch.device):
-        processors = _multiprocessors(device)
+        processors = multiprocessors(device)
         for narrow in (False, True):  # the narrow tile where the wide one leaves processors idle
             self.config = product_config(device, narrow)
             block = self.config["BLOCK_M"], self.config["BLOCK_N"]
@@ -272,7 +237,7 @@ def _accumulate_layer_(
     counts = torch.empty(chunks, dtype=torch.int64, device=x.device)
     mask = None if mask is None else mask.view(torch.uint8)
     pitch = 0 if out is None else out.stride(0)
-    _run(
+    launch(
         _kernels()._correlation_accumulate_layer_kernel,
         (blocks, chunks),
         x.device,
@@ -284,7 +249,7 @@ def _accumulate_layer_(
         INTERPRETED=env.triton_interpreter(),
         num_warps=4,
     )
-    _run(
+    launch(
         _kernels()._correlation_layer_sums_kernel,
         (blocks,),
         x.device,
@@ -305,53 +270,12 @@ def _padded(n: int) -> int:
     return -(-n // _kernels().ALIGNMENT) * _kernels().ALIGNMENT
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def _addmm_adds_to_float32(accumulator: Tensor) -> bool:
     """Whether this torch multiplies bfloat16 and adds to float32 in place (on GPUs, since 2.8)."""
     return accumulator.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")
-
-
-def _run(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
-    """Launch a kernel on `device`; scratch memory (tensor descriptors) comes from torch, as CUDA graphs want it."""
-    launch = kernel[grid]
-    if device.type != "cuda":
-        launch(*arguments, **options)
-        return
-
-    def run():
-        import triton
-
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-        launch(*arguments, **options)
-
-    with torch.cuda.device(device):
-        contextvars.copy_context().run(run)  # so that a caller's own allocator stays
 
 
 def _addmm_to_float32_(products: Tensor, a: Tensor, b: Tensor) -> None:
     """products (float32) += a b of bfloat16 matrices, without a temporary."""
     with torch.autocast(products.device.type, enabled=False):
         torch.addmm(products, a, b, out_dtype=torch.float32, out=products)
-
-
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Plain float32 products, whichever of torch's two switches allows TF32."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch >= 2.9, set by the newer switch alone
-        matmul, before = torch.backends.cuda.matmul, None
-        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    else:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        if before is None:
-            matmul.fp32_precision = precision
-        else:
-            torch.set_float32_matmul_precision(before)

@@ -10,36 +10,10 @@ INTERPRETED marks what Triton's interpreter (3.9) gets wrong: it truncates to bf
 import triton
 import triton.language as tl
 
+from ..common.triton_math import activate, pick, to_bfloat16
+
 PAIRS = 8  # per launch; their addresses are arguments, so that nothing is copied to the device at a launch
 ALIGNMENT = 64  # of a row's halves, in features: TMA wants 16 bytes, swizzling 128
-
-
-@triton.jit
-def _activate(x, NAME: tl.constexpr):
-    if NAME == "relu":
-        x = tl.where(x < 0, 0.0, x)  # not maximum: NaN must stay
-    elif NAME == "relu2":
-        x = tl.where(x < 0, 0.0, x) * x
-    elif NAME == "gelu":
-        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif NAME == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2u)
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif NAME == "silu":
-        x = x * tl.sigmoid(x)
-    elif NAME == "quick_gelu":
-        x = x * tl.sigmoid(1.702 * x)
-    else:
-        tl.static_assert(NAME == "none")
-    return x
-
-
-@triton.jit
-def _to_bfloat16(x, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # to nearest even, by hand
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "chunk"])
@@ -85,15 +59,15 @@ def _correlation_accumulate_layer_kernel(
         t = t.to(tl.int64)[:, None]
         d = columns.to(tl.int64)[None, :]
         value = tl.load(x + t * stride_t + d * stride_d, mask=counting, other=0.0).to(tl.float32)
-        value = tl.where(counting, _activate(value, ACTIVATION) - shift[None, :], 0.0)
+        value = tl.where(counting, activate(value, ACTIVATION) - shift[None, :], 0.0)
         if out is not None:
             writing = (t < rows) & inside[None, :]
             high = value
             if out.dtype.element_ty == tl.bfloat16:
-                high = _to_bfloat16(value, INTERPRETED)
+                high = to_bfloat16(value, INTERPRETED)
             tl.store(out + t * pitch + d, high, mask=writing)
             if SPLIT:
-                low = _to_bfloat16(value - high.to(tl.float32), INTERPRETED)
+                low = to_bfloat16(value - high.to(tl.float32), INTERPRETED)
                 nonzero = low.to(tl.float32) != 0
                 rest = rest | nonzero.to(tl.int32)
                 tl.store(out + t * pitch + pitch // 2 + d, low, mask=writing)
@@ -129,17 +103,6 @@ def _correlation_layer_sums_kernel(sums, counts, count, total, squares, chunks, 
     tl.store(squares + columns, new_squares, mask=inside)
     if tl.program_id(0) == 0:
         tl.store(count, tl.load(count) + tokens)
-
-
-@triton.jit
-def _pick(pointers, index):
-    """pointers[index] of a tuple of 16-byte aligned pointers, as the first one plus a distance: a chain of selects."""
-    origin = pointers[0].to(tl.int64)
-    distance = tl.zeros((), tl.int64)
-    for i in tl.static_range(1, len(pointers)):
-        distance = tl.where(index == i, pointers[i].to(tl.int64) - origin, distance)
-    SIZE: tl.constexpr = pointers[0].dtype.element_ty.primitive_bitwidth // 8
-    return pointers[0] + distance // 16 * (16 // SIZE)  # the compiler sees the alignment only in this form
 
 
 @triton.jit
@@ -202,9 +165,9 @@ def _correlation_accumulate_pairs_kernel(
         if start < last:
             half_a = tl.cdiv(width_a, 64) * 64
             half_b = tl.cdiv(width_b, 64) * 64
-            flags_a = _pick(a, pair)
-            flags_b = _pick(b, pair)
-            out = _pick(c, pair)
+            flags_a = pick(a, pair)
+            flags_b = pick(b, pair)
+            out = pick(c, pair)
             pitch_a = HALVES * half_a
             pitch_b = HALVES * half_b
             rows_a = tl.make_tensor_descriptor(

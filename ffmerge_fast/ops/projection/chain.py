@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common import backends
-from . import rows as op
+from . import registered as op
 from .reference import wide
 
 

@@ -107,22 +107,6 @@ def project_weight(
     return ProjectWeightFunction.apply(weight, p_out, p_in, residual)
 
 
-@torch.no_grad()
-def project_weight_backward(
-    grad: Tensor, weight: Tensor, p_out: Tensor | None = None, p_in: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The chain rule of `project_weight` without autograd: gradients of P_out and P_in from that of W_C.
-
-    Args:
-        grad: of W_C [r_out, r_in]; the other arguments as in `project_weight`.
-
-    Returns:
-        (of P_out, of P_in), in their dtypes and shapes; an empty tensor for one that is absent.
-    """
-    inner = _project_op(weight, p_out, p_in, None)[1] if p_out is not None and p_in is not None else weight.new_empty(0)
-    return _backward_op(grad, weight, p_out, p_in, inner)
-
-
 def _check(name: str, tensor: Tensor | None, weight: Tensor, shape: tuple[int | None, int | None]) -> None:
     if tensor is None:
         return

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...support import env
 from ..common import tuning
-from ..correlation.triton_backend import _multiprocessors, _no_tf32, can_run
+from ..common.triton_launch import can_run, launch, multiprocessors, no_tf32
 from . import reference
 
 __all__ = ["can_run", "operand_dtype", "project_rows_", "project_rows_adjoint_", "project_rows_gradient_"]
@@ -31,7 +31,7 @@ def project_rows_(
 ) -> None:
     """As the reference, with Δ rounded to the dtype of x."""
     if xs[0].dtype not in _HALF:
-        with _no_tf32():
+        with no_tf32():
             return reference.project_rows_(outs, xs, deltas, indices, kept, residuals)
     blocks = len(deltas[0])
     _launch(deltas, _cut(xs, blocks), _cut(outs, blocks), indices, kept, _cut(residuals, blocks))
@@ -40,7 +40,7 @@ def project_rows_(
 def project_rows_adjoint_(outs: list[Tensor], ys: list[Tensor], deltas: list[Tensor], indices: list[Tensor]) -> None:
     """As the reference, with Δ rounded to the dtype of y: what is scattered there is selected here."""
     if ys[0].dtype not in _HALF:
-        with _no_tf32():
+        with no_tf32():
             return reference.project_rows_adjoint_(outs, ys, deltas, indices)
     blocks = len(deltas[0])
     inverse = [_inverse(index, len(out)) for index, out in zip(indices, outs, strict=False)]
@@ -50,7 +50,7 @@ def project_rows_adjoint_(outs: list[Tensor], ys: list[Tensor], deltas: list[Ten
 def project_rows_gradient_(outs: list[Tensor], ys: list[Tensor], xs: list[Tensor]) -> None:
     """As the reference."""
     if xs[0].dtype not in _HALF:
-        with _no_tf32():
+        with no_tf32():
             return reference.project_rows_gradient_(outs, ys, xs)
     blocks = len(outs[0])
     ys, xs = _cut(ys, blocks), [x.mT for x in _cut(xs, blocks)]
@@ -98,7 +98,7 @@ def _launch_group(kernel, count, a, b, outs, indices, kept, residuals) -> None:
     (blocks, m, n), depth, device = outs[0].shape, a[0].shape[2], outs[0].device
     config = tuning.config("projection_rows", device, closed_form)
     tiles = count * blocks * -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
-    if tiles < _multiprocessors(device):
+    if tiles < multiprocessors(device):
         config = narrow(config)
         tiles = count * blocks * -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
     if not tiles:
@@ -107,7 +107,7 @@ def _launch_group(kernel, count, a, b, outs, indices, kept, residuals) -> None:
     strides += kept[0].stride() if kept else (0, 0)
     strides += residuals[0].stride() if residuals else (0, 0, 0)
     pointers = [tuple(column or outs) for column in (a, b, outs, indices, kept, residuals)]
-    _run(
+    launch(
         kernel,
         (tiles,),
         device,
@@ -117,14 +117,6 @@ def _launch_group(kernel, count, a, b, outs, indices, kept, residuals) -> None:
         INTERPRETED=env.triton_interpreter(),
         **config,
     )
-
-
-def _run(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
-    if device.type != "cuda":
-        kernel[grid](*arguments, **options)
-        return
-    with torch.cuda.device(device):
-        kernel[grid](*arguments, **options)
 
 
 def _alike(columns: list[list[Tensor]]) -> bool:
@@ -148,4 +140,4 @@ def _cublas_wins(out: Tensor) -> bool:
     if not out.is_cuda or len(out) > 1 or out.dtype != torch.float32 or not hasattr(torch.ops.aten.mm, "dtype_out"):
         return False
     tiles = -(-out.shape[1] // 128) * -(-out.shape[2] // 128)
-    return tiles >= _WAVES * _multiprocessors(out.device)
+    return tiles >= _WAVES * multiprocessors(out.device)

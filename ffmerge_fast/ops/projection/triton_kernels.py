@@ -6,16 +6,9 @@ INTERPRETED marks what Triton's interpreter (3.9) gets wrong: it truncates to bf
 import triton
 import triton.language as tl
 
-from ..correlation.triton_kernels import _pick, _to_bfloat16
+from ..common.triton_math import pick, rounded
 
 GROUP = 8  # problems of a launch; their addresses are arguments, so that nothing is copied to the device
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    if dtype == tl.bfloat16 and x.dtype == tl.float32:
-        x = _to_bfloat16(x, INTERPRETED)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -74,14 +67,14 @@ def _project_rows_kernel(
     rows = (m < M)[:, None]
     columns = (n < N)[None, :]
 
-    x_at = _pick(a, problem) + block * stride_ab + m64 * stride_am + k[None, :].to(tl.int64) * stride_ak
-    y_at = _pick(b, problem) + block * stride_bb + k[:, None].to(tl.int64) * stride_bk + n64 * stride_bn
+    x_at = pick(a, problem) + block * stride_ab + m64 * stride_am + k[None, :].to(tl.int64) * stride_ak
+    y_at = pick(b, problem) + block * stride_bb + k[:, None].to(tl.int64) * stride_bk + n64 * stride_bn
     dtype: tl.constexpr = b[0].dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_at, mask=rows & (k[None, :] < K - start), other=0.0)
         y = tl.load(y_at, mask=columns & (k[:, None] < K - start), other=0.0)
-        x = _rounded(x, dtype, INTERPRETED)
+        x = rounded(x, dtype, INTERPRETED)
         if INTERPRETED:
             x = x.to(tl.float32)
             y = y.to(tl.float32)
@@ -91,11 +84,11 @@ def _project_rows_kernel(
 
     inside = rows & columns
     if SELECT:
-        chosen = tl.load(_pick(index, problem) + block * M + m, mask=m < M, other=-1)[:, None]
-        at = _pick(kept, problem) + chosen * stride_km + n64 * stride_kn
+        chosen = tl.load(pick(index, problem) + block * M + m, mask=m < M, other=-1)[:, None]
+        at = pick(kept, problem) + chosen * stride_km + n64 * stride_kn
         acc += tl.load(at, mask=inside & (chosen >= 0), other=0.0).to(tl.float32)
     if RESIDUAL:
-        at = _pick(residual, problem) + block * stride_rb + m64 * stride_rm + n64 * stride_rn
+        at = pick(residual, problem) + block * stride_rb + m64 * stride_rm + n64 * stride_rn
         acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = _pick(out, problem) + block * stride_ob + m64 * stride_om + n64 * stride_on
-    tl.store(at, _rounded(acc, out[0].dtype.element_ty, INTERPRETED), mask=inside)
+    at = pick(out, problem) + block * stride_ob + m64 * stride_om + n64 * stride_on
+    tl.store(at, rounded(acc, out[0].dtype.element_ty, INTERPRETED), mask=inside)

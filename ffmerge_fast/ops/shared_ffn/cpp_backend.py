@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...support import env, machine
+from ..common.cpu import ACTIVATIONS, DTYPES
 from .pieces import backward_in_pieces, like, pieces, stacked
 from .weights import GradientSums, Weights
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ACTIVATION = {name: i for i, name in enumerate((None, "relu", "gelu", "gelu_tanh", "silu", "relu2", "quick_gelu"))}
 _NO_WEIGHT = (0, 0, 0, 0, 0, False)
 _PIECE = 512  # tokens whose hidden features exist at a time, where none are kept
 
@@ -22,7 +21,7 @@ def can_run(tensor: Tensor | None = None) -> str | None:
     """Runs on CPU tensors of at most 32 bits wherever the extension is built."""
     if tensor is not None and tensor.device.type != "cpu":
         return f"the tensors are on {tensor.device}"
-    if tensor is not None and tensor.dtype not in _DTYPE:
+    if tensor is not None and tensor.dtype not in DTYPES:
         return f"the tensors are {tensor.dtype}"
     return machine.why_no_extension()
 
@@ -81,7 +80,7 @@ def _hidden_gradients(weights: Weights, activation: str, recompute: str, x: Tens
     d_gate = None if weights.gate is None else room(1)
     written = room(0) if hidden is None else None
     machine.extension().shared_ffn_activate_backward(
-        *(_ACTIVATION[activation], _DTYPE[d_up.dtype], d_up.data_ptr()),
+        *(ACTIVATIONS[activation], DTYPES[d_up.dtype], d_up.data_ptr()),
         *map(_address, (pre[0], None if d_gate is None else pre[1], d_up, d_gate, written)),
         *(d_up.numel(), machine.native_isa(), torch.get_num_threads()),
     )
@@ -115,7 +114,7 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
         _weight(up, up_bias),
         _NO_WEIGHT if gate is None else _weight(gate, gate_bias),
         _weight(down, down_bias),
-        *(_DTYPE[x.dtype], _ACTIVATION[activation], x.data_ptr(), tokens, x.stride(0), y.data_ptr()),
+        *(DTYPES[x.dtype], ACTIVATIONS[activation], x.data_ptr(), tokens, x.stride(0), y.data_ptr()),
         *(*_instructions(machine.cpu_isa()), torch.get_num_threads()),
     )
     return y
@@ -150,7 +149,7 @@ def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
 def _activate(pre: list[Tensor], hidden: Tensor, activation: str) -> Tensor:
     """act(up), or act(gate) · up, in one pass; `hidden` may be pre[0]."""
     machine.extension().shared_ffn_activate(
-        *(_ACTIVATION[activation], _DTYPE[hidden.dtype], pre[0].data_ptr(), _address(pre[1]) if len(pre) > 1 else 0),
+        *(ACTIVATIONS[activation], DTYPES[hidden.dtype], pre[0].data_ptr(), _address(pre[1]) if len(pre) > 1 else 0),
         *(hidden.data_ptr(), hidden.numel(), machine.native_isa(), torch.get_num_threads()),
     )
     return hidden

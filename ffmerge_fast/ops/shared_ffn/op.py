@@ -3,65 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...support.errors import FFMergeError
-from ..common import backends
 from ..common.activations import check_activation
-from ..common.registry import define_op
-from .buffers import GradientBuffer, gradient_buffer
+from .gradient_buffers import GradientBuffer, gradient_buffer
+from .registered import backward, backward_op, forward, forward_op
 
 _POLICIES = ("none", "activation", "full")
-_WEIGHTS = "Tensor up, Tensor? gate, Tensor down, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias"
-
-
-def _forward(xs, up, *rest):
-    with _no_autocast(up):
-        return backends.select("shared_ffn", up).forward(xs, up, *rest)
-
-
-_AS_IT_IS = nullcontext()
-
-
-def _no_autocast(tensor):
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
-
-
-def _forward_fake(xs, up, gate, down, up_bias, gate_bias, down_bias, activation, recompute):
-    kept = {"none": 2, "activation": 1, "full": 0}[recompute] + (gate is not None and recompute != "full")
-    outputs = [x.new_empty((x.shape[0], down.shape[0])) for x in xs]
-    return outputs, [x.new_empty((x.shape[0], up.shape[0])) for x in xs for _ in range(kept)]
-
-
-def _backward(grads, xs, saved, up, *rest):
-    with _no_autocast(up):
-        return backends.select("shared_ffn", up).backward(grads, xs, saved, up, *rest)
-
-
-def _backward_fake(grads, xs, saved, up, gate, down, up_bias, gate_bias, down_bias, activation, recompute, needs):
-    weights = (up, gate, down, up_bias, gate_bias, down_bias)
-    sum_dtype = torch.float64 if up.dtype == torch.float64 else torch.float32
-    needed = (w for w, need in zip(weights, needs[1:], strict=True) if need)
-    sums = [w.new_empty(w.shape, dtype=sum_dtype) for w in needed]
-    return [x.new_empty(x.shape) for x in xs] if needs[0] else [], sums
-
-
-_forward_op = define_op(
-    f"_shared_ffn_forward(Tensor[] xs, {_WEIGHTS}, str activation, str recompute) -> (Tensor[], Tensor[])",
-    _forward,
-    _forward_fake,
-)
-_backward_op = define_op(
-    f"_shared_ffn_backward(Tensor[] grads, Tensor[] xs, Tensor[] saved, {_WEIGHTS}, str activation, str recompute,"
-    " bool[] needs) -> (Tensor[], Tensor[])",
-    _backward,
-    _backward_fake,
-)
 
 
 class SharedFFNFunction(torch.autograd.Function):
@@ -71,7 +23,7 @@ class SharedFFNFunction(torch.autograd.Function):
     def forward(ctx, activation, recompute, dtype, up, gate, down, up_bias, gate_bias, down_bias, *xs):
         weights = (up, gate, down, up_bias, gate_bias, down_bias)
         inputs = [x.to(dtype) for x in xs]
-        outputs, saved = _forward_op(inputs, *_cast(weights, dtype), activation, recompute)
+        outputs, saved = forward_op(inputs, *_cast(weights, dtype), activation, recompute)
         ctx.save_for_backward(*weights, *inputs, *saved)
         ctx.options = (activation, recompute)
         ctx.dtypes = (dtype, [x.dtype for x in xs])
@@ -96,9 +48,9 @@ def _gradients(ctx, tensors: tuple, buffers: list[GradientBuffer | None], *grads
     arguments = [g.to(dtype) for g in grads], xs, saved, *_cast(weights, dtype), *ctx.options
     needs = [any(needs_x), *needs_weight]
     if any(buffer is not None for buffer in buffers):
-        dxs, sums = _backward(*arguments, needs, [buffer and buffer.sum for buffer in buffers])
+        dxs, sums = backward(*arguments, needs, [buffer and buffer.sum for buffer in buffers])
     else:
-        dxs, sums = _backward_op(*arguments, needs)
+        dxs, sums = backward_op(*arguments, needs)
     sums = iter(sums)
     totals = [next(sums) if need else None for need in needs_weight]
     d_weights = [
@@ -157,7 +109,7 @@ def shared_ffn(
     if torch.is_grad_enabled():
         outputs = SharedFFNFunction.apply(activation, recompute, dtype, *weights, *flat)
     else:  # nothing will be needed again
-        run = _forward if _is_eager() else _forward_op  # the dispatcher takes 13 µs, a small FFN in cache 100
+        run = forward if _is_eager() else forward_op  # the dispatcher takes 13 µs, a small FFN in cache 100
         outputs, _ = run(_cast(flat, dtype), *_cast(weights, dtype), activation, "full")
     outputs = [_in_shape_of(one, y) for y, one in zip(outputs, xs, strict=True)]
     return outputs[0] if isinstance(x, Tensor) else outputs

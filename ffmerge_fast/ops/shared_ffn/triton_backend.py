@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...support import env
 from ..common import tuning
-from ..correlation.triton_backend import _multiprocessors, _no_tf32, _run, can_run
+from ..common.triton_launch import can_run, launch, multiprocessors, no_tf32
 from . import reference
 from .counters import counters
 from .pieces import backward_in_pieces, like, stacked
@@ -100,7 +100,7 @@ def decode_closed_form(shared: int, halves: int) -> tuning.Config:
 
 def _exact(dtype: torch.dtype):
     """torch multiplies float32, and never as TF32; our kernels are for tensor cores."""
-    return _no_tf32() if dtype == torch.float32 else nullcontext()
+    return no_tf32() if dtype == torch.float32 else nullcontext()
 
 
 def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
@@ -131,16 +131,16 @@ def _fused_hidden(x: Tensor, weights: Weights, activation: str, outs: list[Tenso
     key = "shared_ffn_hidden" + "_gated" * (halves - 1)
     config = tuning.config(key, device, partial(closed_form, halves=halves))
     tiles, tma = _tiles(m, n, config), _tma(x, up, gate)
-    if tiles < _multiprocessors(device):  # to describe matrices to TMA would take as long as a small tile
+    if tiles < multiprocessors(device):  # to describe matrices to TMA would take as long as a small tile
         config, tma = narrow(config, halves), ""
         tiles = _tiles(m, n, config)
     if not tiles:
         return
     *kept, hidden = outs
     kept += [None] * (2 - len(kept))
-    _run(
+    launch(
         kernels._shared_ffn_hidden_kernel,
-        (min(tiles, _multiprocessors(device)) if tma else tiles,),
+        (min(tiles, multiprocessors(device)) if tma else tiles,),
         device,
         *(x, up, gate, *map(_vector, (weights.up_bias, weights.gate_bias)), hidden, *kept),
         *(m, n, depth, *x.stride(), *up.stride(), *_strides(gate)),
@@ -194,9 +194,9 @@ def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
     key = "shared_ffn_decode" + "_gated" * (weights.halves - 1)
     config = tuning.config(key, device, partial(decode_closed_form, halves=weights.halves))
     writers = -(-f // config["BLOCK_F"])
-    readers = max(1, min(-(-n // config["BLOCK_N"]), _multiprocessors(device) - 1))  # not all: somebody must write
+    readers = max(1, min(-(-n // config["BLOCK_N"]), multiprocessors(device) - 1))  # not all: somebody must write
     hidden, y = x.new_empty(m, f), x.new_empty(m, n)
-    _run(
+    launch(
         _shared_ffn_decode_kernel,
         (writers + readers,),
         device,
@@ -253,7 +253,7 @@ def _activate(
     if not pre[0].numel():
         return
     pre = [p.contiguous() for p in pre]
-    _run(
+    launch(
         kernels._shared_ffn_activate_kernel,
         (-(-width // _COLUMNS), -(-tokens // _ROWS)),
         pre[0].device,

@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..correlation.triton_kernels import _activate
-from ..projection.triton_kernels import _rounded
-from .triton_kernels import _dot
+from ..common.triton_math import activate, dot, rounded
 
 
 @triton.jit
@@ -46,12 +44,12 @@ def _skinny_products(
     for start in range(0, K, BLOCK_K):
         a = tl.load(x_at, mask=(m < M) & (kx < K - start), other=0.0)
         b = tl.load(w_at, mask=(rows < N) & (kw < K - start), other=0.0)
-        acc_w = _dot(a, b, acc_w, INTERPRETED)
+        acc_w = dot(a, b, acc_w, INTERPRETED)
         x_at += BLOCK_K * stride_xk
         w_at += BLOCK_K * stride_wk
         if v is not None:
             b = tl.load(v_at, mask=(rows < N) & (kw < K - start), other=0.0)
-            acc_v = _dot(a, b, acc_v, INTERPRETED)
+            acc_v = dot(a, b, acc_v, INTERPRETED)
             v_at += BLOCK_K * stride_vk
     product_w = tl.sum(acc_w, 0)
     product_v = product_w
@@ -125,10 +123,10 @@ def _shared_ffn_decode_kernel(
         if gate is not None:
             if gate_bias is not None:
                 g += tl.load(gate_bias + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
-            h *= _activate(g, ACTIVATION)
+            h *= activate(g, ACTIVATION)
         else:
-            h = _activate(h, ACTIVATION)
-        h = _rounded(h, hidden.dtype.element_ty, INTERPRETED)
+            h = activate(h, ACTIVATION)
+        h = rounded(h, hidden.dtype.element_ty, INTERPRETED)
         tl.store(hidden + m * F + f[None, :], h, mask=(m < M) & (f < F)[None, :])
         tl.debug_barrier()  # all threads have written
         tl.atomic_add(counters, 1, sem="release")
@@ -152,7 +150,7 @@ def _shared_ffn_decode_kernel(
             )
             if down_bias is not None:
                 out += tl.load(down_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            out = _rounded(out, y.dtype.element_ty, INTERPRETED)
+            out = rounded(out, y.dtype.element_ty, INTERPRETED)
             tl.store(y + m * N + n[None, :], out, mask=(m < M) & (n < N)[None, :])
         if tl.atomic_add(counters + 1, 1) == readers - 1:  # for the next launch; nobody waits any more
             tl.store(counters, 0)

@@ -6,38 +6,7 @@ INTERPRETED marks what Triton's interpreter (3.9) gets wrong: it truncates to bf
 import triton
 import triton.language as tl
 
-from ..correlation.triton_kernels import _activate
-from ..projection.triton_kernels import _rounded
-
-
-@triton.jit
-def _derivative(x, NAME: tl.constexpr):
-    """Of `_activate`, the same expressions differentiated by hand."""
-    if NAME == "relu":
-        d = tl.where(x <= 0, 0.0, 1.0)
-    elif NAME == "relu2":
-        d = 2 * tl.where(x < 0, 0.0, x)
-    elif NAME == "gelu":
-        d = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif NAME == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        d = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
-    elif NAME == "silu":
-        s = tl.sigmoid(x)
-        d = s + x * s * (1 - s)
-    else:
-        tl.static_assert(NAME == "quick_gelu")
-        s = tl.sigmoid(1.702 * x)
-        d = s + 1.702 * x * s * (1 - s)
-    return d
-
-
-@triton.jit
-def _dot(a, b, acc, INTERPRETED: tl.constexpr):
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc)
+from ..common.triton_math import activate, derivative, dot, rounded
 
 
 @triton.jit
@@ -108,16 +77,16 @@ def _write_hidden(
         if up_bias is not None:
             u += tl.load(up_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if kept_up is not None:
-            tl.store(kept_up + at, _rounded(u, dtype, INTERPRETED), mask=inside)
+            tl.store(kept_up + at, rounded(u, dtype, INTERPRETED), mask=inside)
         if gate is not None:
             if gate_bias is not None:
                 g += tl.load(gate_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
             if kept_gate is not None:
-                tl.store(kept_gate + at, _rounded(g, dtype, INTERPRETED), mask=inside)
-            u *= _activate(g, ACTIVATION)
+                tl.store(kept_gate + at, rounded(g, dtype, INTERPRETED), mask=inside)
+            u *= activate(g, ACTIVATION)
         else:
-            u = _activate(u, ACTIVATION)
-        tl.store(hidden + at, _rounded(u, dtype, INTERPRETED), mask=inside)
+            u = activate(u, ACTIVATION)
+        tl.store(hidden + at, rounded(u, dtype, INTERPRETED), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -178,10 +147,10 @@ def _shared_ffn_hidden_kernel(
             else:
                 a = xs.load([row, start])
             b = _load_weights(ups, column, start, N, K, stride_un, stride_uk, TMA, BLOCK_N, BLOCK_K)
-            acc = _dot(a, b, acc, INTERPRETED)
+            acc = dot(a, b, acc, INTERPRETED)
             if gate is not None:
                 b = _load_weights(gates, column, start, N, K, stride_gn, stride_gk, TMA, BLOCK_N, BLOCK_K)
-                acc_gate = _dot(a, b, acc_gate, INTERPRETED)
+                acc_gate = dot(a, b, acc_gate, INTERPRETED)
         if gate is None:
             acc_gate = acc
         _write_hidden(pointers, row, column, M, N, acc, acc_gate, ACTIVATION, PARTS, INTERPRETED)
@@ -224,22 +193,22 @@ def _shared_ffn_activate_kernel(
             d = tl.load(d_hidden + at, mask=inside, other=0.0).to(tl.float32)
         tl.debug_barrier()  # all threads have read what others may overwrite now
         if gate is not None:
-            act = _activate(g, ACTIVATION)
+            act = activate(g, ACTIVATION)
             h = act * u
         else:
-            h = _activate(u, ACTIVATION)
+            h = activate(u, ACTIVATION)
         if hidden is not None:
-            tl.store(hidden + at, _rounded(h, dtype, INTERPRETED), mask=inside)
+            tl.store(hidden + at, rounded(h, dtype, INTERPRETED), mask=inside)
         if d_hidden is not None:
             if gate is not None:
-                d_g = d * u * _derivative(g, ACTIVATION)
-                tl.store(d_gate + at, _rounded(d_g, dtype, INTERPRETED), mask=inside)
+                d_g = d * u * derivative(g, ACTIVATION)
+                tl.store(d_gate + at, rounded(d_g, dtype, INTERPRETED), mask=inside)
                 if gate_sums is not None:
                     total_gate += d_g
                 d *= act
             else:
-                d *= _derivative(u, ACTIVATION)
-            tl.store(d_up + at, _rounded(d, dtype, INTERPRETED), mask=inside)
+                d *= derivative(u, ACTIVATION)
+            tl.store(d_up + at, rounded(d, dtype, INTERPRETED), mask=inside)
             if up_sums is not None:
                 total_up += d
     at = part.to(tl.int64) * N + n

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import op
+from . import registered
 from .sums import LayerSums
 
 Pair = tuple[Hashable, Hashable]
@@ -57,7 +57,7 @@ class RowLayout:
 
     def pack_(self, key: Hashable, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
         """Add the tokens of one layer to its sums and to `packed`."""
-        x = op.accumulate_layer_(x, mask, *sums.tensors(), self.activation, self.compute, not sums.tokens)
+        x = registered.accumulate_layer_(x, mask, *sums.tensors(), self.activation, self.compute, not sums.tokens)
         packed.blocks.append(x)
         packed.tokens += len(x)
 
@@ -75,7 +75,7 @@ class RowLayout:
     def multiply_(self, products: Iterable[Product]) -> None:
         """Add up the products."""
         for product in products:
-            op.accumulate_pair_(_rows(product.a), _rows(product.b), product.accumulator)
+            registered.accumulate_pair_(_rows(product.a), _rows(product.b), product.accumulator)
 
     def matrix(self, pair: Pair, accumulator: Tensor) -> Tensor:
         """The products as a matrix [d_a, d_b]: the accumulator itself or a new one."""
@@ -89,10 +89,6 @@ class RowLayout:
     def accumulator_bytes(self, pair: Pair) -> int:
         """Memory of one accumulator."""
         return self.widths[pair[0]] * self.widths[pair[1]] * self.dtype.itemsize
-
-    def token_bytes(self, key: Hashable) -> int:
-        """Memory of one packed token of a layer."""
-        return self.widths[key] * self.dtype.itemsize
 
 
 def _rows(packed: Packed) -> Tensor:

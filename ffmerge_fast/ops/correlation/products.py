@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .layout import Packed, Pair, Product, RowLayout
+from .packing import Packed, Pair, Product, RowLayout
 from .spool import Spool
 from .sums import LayerSums
 
