@@ -27,7 +27,7 @@ from torch import nn
 import ffmerge_fast as ff
 from benchmarks.measure import machine
 from ffmerge_fast.driver.data import Task, load_images, load_parallel, load_task
-from ffmerge_fast.models import by_stack
+from ffmerge_fast.models.sublayers import by_stack
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("average", "permute", "copy")

@@ -10,14 +10,16 @@ from .driver.finetune import finetune
 from .integrations.transformers import register_when_imported as _register_when_imported
 from .merge.align import MergeGroup, MergePlan, plan
 from .merge.collect import collect
-from .merge.combine import expand_, is_merged, merge, merge_, print_parameters, shared_groups
+from .merge.combine import expand_, merge, merge_, print_parameters
 from .merge.distill import local_distill_
 from .merge.distill_report import DistillGroup, DistillReport
 from .merge.recover import refit_
 from .merge.refit_report import RefitGroup, RefitReport
 from .merge.select import search, sweep
 from .merge.statistics import CorrelationStats
-from .models import FFNSpec, FFNSublayer, find_ffns, register_family, supported_families
+from .models.families import FFNSpec, register_family, supported_families
+from .models.sublayers import FFNSublayer, find_ffns
+from .models.ties import is_merged, shared_groups
 from .ops.common.backends import backends, use_backend
 from .ops.correlation import CorrelationState
 from .project.importance import Importance, importance

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .models import is_conv1d
+from .models.projections import is_conv1d
 from .ops import shared_ffn
 
 LEAST, LEAST_FOR_ONE_TOKEN = 2**17, 2**21  # numbers of `up`, float32 on a CPU: below, torch's own calls take less time

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ._ffn_layout import FFNInside, Layout, WholeFFN, at, clear_hooks
-from .models import FFNSublayer, delta_parameters, is_conv1d
+from .models.projections import delta_parameters, is_conv1d
+from .models.sublayers import FFNSublayer
 from .ops.common.activations import FORWARD
 
 _TOLERANCE = 1e-4  # of the largest output, between two float32 computations of the same

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .merge.combine import find_ffns, shared_groups
-from .merge.passes import evaluating, run, to_device
-from .models import delta_rank
+from .merge.combine import find_ffns
+from .models.forward import evaluating, run, to_device
+from .models.projections import delta_rank
+from .models.ties import shared_groups
 from .support.errors import FFMergeError
 from .support.files import one_line
 

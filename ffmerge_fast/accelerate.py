@@ -8,8 +8,8 @@ from functools import cache
 from torch import nn
 
 from ._ffn_trial import host_path, layout_of
-from ._stream_guard import refuse_streamed
-from .models import find_ffns
+from .models.streamed import refuse_streamed
+from .models.sublayers import find_ffns
 from .ops.shared_ffn.op import check_recompute
 from .support.errors import FFMergeError
 

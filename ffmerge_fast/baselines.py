@@ -9,7 +9,7 @@ from torch import nn
 
 from .merge.align import plan
 from .merge.combine import check_unmerged, merge_
-from .models import find_ffns
+from .models.sublayers import find_ffns
 from .project.importance import Importance
 from .project.projector import chosen, resolve
 from .project.student import build_student, fresh_student

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ._manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
-from .merge.combine import find_ffns, is_merged
-from .models import MERGED_TYPE_PREFIX, FFNSublayer, set_module, supported_families
+from .merge.combine import find_ffns
+from .models.families import MERGED_TYPE_PREFIX, supported_families
+from .models.sublayers import FFNSublayer, set_module
+from .models.ties import is_merged
 from .support.env import online, require
 from .support.errors import FFMergeError
 from .support.files import new_folder, one_line
@@ -156,7 +158,7 @@ def _class_of(config: Any, transformers: Any) -> type:
     if not names:
         raise FFMergeError('config.json names no architecture: add "architectures": ["<model class>"]')
     if names[0].startswith("FFMerged"):
-        from ._modeling import modeling_ffmerge
+        from .remote_code import modeling_ffmerge
 
         return getattr(modeling_ffmerge, names[0])
     if not hasattr(transformers, names[0]):
@@ -212,7 +214,7 @@ def _share_plain_(model: nn.Module, ffns: Sequence[FFNSublayer], rank: int) -> N
     first, *others = ffns
     if rank:
         require("transformers", extra="hf")
-        from ._modeling import modeling_ffmerge
+        from .remote_code import modeling_ffmerge
 
         for name in first.projections:
             modeling_ffmerge.add_deltas_(model, [ffn.projections[name] for ffn in ffns], rank)

@@ -110,9 +110,9 @@ def _close_distributed() -> None:
 
 
 def _inspect(args) -> Result:
-    from .merge.combine import shared_groups
-    from .merge.statistics import ModelSummary
-    from .models import delta_rank, deltas_of
+    from .models.projections import delta_rank, deltas_of
+    from .models.summary import ModelSummary
+    from .models.ties import shared_groups
 
     model = _model(args)
     summary = ModelSummary.of(model)
@@ -444,7 +444,8 @@ def _register_layout(args) -> None:
     """Four dotted paths on the command line describe a family that is not in the table."""
     if not args.ffn_up:
         return
-    from .models import FFNSpec, base_model_type_of_folder, register_family
+    from .models.families import FFNSpec, register_family
+    from .models.sublayers import base_model_type_of_folder
 
     if not args.ffn_down or args.ffn_layers is None:
         raise FFMergeError("--ffn-up needs --ffn-layers and --ffn-down too (and --ffn-gate if the FFN is gated)")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ._stream_guard import HANDLE, refusal, refuse_streamed
 from ._stream_loader import Loader
 from ._stream_passes import Passes, Places
 from ._stream_plan import Weight, check_budget, choose_resident, following_steps, nbytes_outside, parcels_of, total
 from ._stream_source import PLACES, Source
-from .models import by_stack, find_ffns
+from .models.streamed import HANDLE, refusal, refuse_streamed
+from .models.sublayers import by_stack, find_ffns
 from .support.errors import FFMergeError
 from .support.sizes import parse_bytes
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..merge.passes import evaluating
+from ..models.forward import evaluating
 from ..support.env import require
 from ..support.errors import FFMergeError
 from ..support.progress import progress

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..merge.passes import evaluating
+from ..models.forward import evaluating
 from ..support import distributed
 from ..support.distributed import whole
 from ..support.errors import FFMergeError

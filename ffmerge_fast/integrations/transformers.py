@@ -40,11 +40,11 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _register_all() -> None:
-    from .. import models
+    from ..models import sublayers
 
-    for model_type in models.supported_families():
+    for model_type in sublayers.supported_families():
         _register(model_type)
-    models.on_register(_register)
+    sublayers.on_register(_register)
 
 
 def _register(model_type: str) -> None:
@@ -53,14 +53,14 @@ def _register(model_type: str) -> None:
     from transformers.configuration_utils import PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    from ..models import MERGED_TYPE_PREFIX
+    from ..models.families import MERGED_TYPE_PREFIX
 
     stock_name = CONFIG_MAPPING_NAMES.get(model_type)
     if stock_name is None:
         return
 
     def from_dict(cls, config_dict, **kwargs):
-        from .._modeling import modeling_ffmerge
+        from ..remote_code import modeling_ffmerge
 
         config_class = getattr(modeling_ffmerge, modeling_ffmerge.PREFIX + stock_name)
         modeling_ffmerge.register(config_class)

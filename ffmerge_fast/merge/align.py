@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..models import FFNSublayer, is_conv1d
+from ..models.projections import is_conv1d
+from ..models.sublayers import FFNSublayer
+from ..models.summary import ModelSummary
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from ..support.tables import format_table
 from .layers import Group, anchor_of, format_layers, parse_layers, windows
-from .statistics import CorrelationStats, ModelSummary
+from .statistics import CorrelationStats
 
 METHODS = ("permute", "average", "random", "weights")
 

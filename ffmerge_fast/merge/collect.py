@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import FFNSublayer, by_stack, find_ffns
+from ..calibration.passes import FFNPasses
+from ..models.sublayers import FFNSublayer, by_stack, find_ffns
+from ..models.summary import ModelSummary
+from ..models.ties import is_merged
 from ..support.distributed import file_of_rank, on_all_ranks, share_of_rank, world_size
 from ..support.errors import FFMergeError
-from .combine import is_merged
 from .layers import anchor_of, parse_layers, windows
-from .passes import FFNPasses
-from .statistics import CorrelationStats, ModelSummary, Pair, layer_pairs
+from .statistics import CorrelationStats, Pair, layer_pairs
 
 
 def collect(

@@ -5,29 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..models import (
-    FFNSublayer,
-    base_model_path,
-    delta_parameters,
-    delta_rank,
-    deltas_of,
-    find_ffns,
-    is_conv1d,
-    join,
-    out_dim,
-    set_module,
-    weight_owner,
-)
+from ..models.projections import delta_parameters, delta_rank, deltas_of, is_conv1d, out_dim
+from ..models.sublayers import FFNSublayer, find_ffns, set_module
+from ..models.ties import CONFIG_VERSION, config_groups, is_merged, shared_groups
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from .align import MergeGroup, MergePlan
-
-CONFIG_VERSION = 1
 
 
 def merge_(model: nn.Module, plan: MergePlan) -> nn.Module:
@@ -79,7 +67,7 @@ def expand_(model: nn.Module) -> nn.Module:
     ffns = {(f.stack, f.index): f for f in find_ffns(model)}
     groups = [[ffns[stack, i] for i in layers] for stack, layers in shared_groups(model)]
     if getattr(getattr(model, "config", None), "ffmerge", None):
-        from .._modeling import modeling_ffmerge
+        from ..remote_code import modeling_ffmerge
 
         modeling_ffmerge.release_(model)
     if delta_rank(model):
@@ -90,20 +78,6 @@ def expand_(model: nn.Module) -> nn.Module:
     for path in (path for members in groups for ffn in members[1:] for path in ffn.shared):
         set_module(model, path, copy.deepcopy(model.get_submodule(path)))
     return model
-
-
-def shared_groups(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Which layers hold one FFN (the same modules, deltas aside): [("decoder", (4, 5, 6, 7)), ...]."""
-    holders: dict[tuple, list[FFNSublayer]] = {}
-    for ffn in find_ffns(model):
-        owners = (weight_owner(model.get_submodule(path)) for path in ffn.projections.values())
-        holders.setdefault(tuple(map(id, owners)), []).append(ffn)
-    return [(group[0].stack, tuple(f.index for f in group)) for group in holders.values() if len(group) > 1]
-
-
-def is_merged(model: nn.Module) -> bool:
-    """Whether any two layers of `model` hold one FFN."""
-    return bool(shared_groups(model))
 
 
 def print_parameters(model: nn.Module) -> None:
@@ -253,7 +227,7 @@ def _record(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> None
     """Make a transformers model an instance of its FFMerged class, whose config lists the groups."""
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         return
-    from .._modeling import modeling_ffmerge
+    from ..remote_code import modeling_ffmerge
 
     if not modeling_ffmerge.can_adopt(model):
         warnings.warn(
@@ -264,25 +238,3 @@ def _record(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> None
         return
     members = [_members(ffns, group) for group in groups]
     modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": config_groups(model, members)})
-
-
-def config_groups(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int = 0) -> list[dict]:
-    """The groups as config.json carries them: layers, and module paths relative to the base model.
-
-    Args:
-        rank: of the layers' deltas.
-    """
-    base = base_model_path(model)
-    prefix = f"{base}." if base else ""
-
-    def patterns(ffn: FFNSublayer, paths: Iterable[str]) -> list[str]:
-        parent = ffn.path.rpartition(".")[0].removeprefix(prefix)
-        return [join(parent, "{i}", path.removeprefix(ffn.path + ".")) for path in paths]
-
-    entries = []
-    for members in groups:
-        first = members[0]
-        entry = {"layers": [f.index for f in members], "modules": patterns(first, first.shared)}
-        deltas = {"delta_rank": rank, "projections": patterns(first, first.projections.values())} if rank else {}
-        entries.append(entry | deltas)
-    return entries

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import FFNSublayer, delta_parameters, is_conv1d, set_module
+from ..models.projections import delta_parameters, is_conv1d
+from ..models.sublayers import FFNSublayer, set_module
+from ..models.ties import CONFIG_VERSION, config_groups
 from ..ops import assign
 from ..ops.common.activations import FORWARD
 from ..support.distributed import broadcast_, sum_over_ranks
 from ..support.env import require
 from ..support.errors import FFMergeError
-from .combine import CONFIG_VERSION, config_groups
 
 Weights = Mapping[str, Any]  # of one FFN, as `ops.shared_ffn` takes them
 
@@ -189,7 +190,7 @@ def attach_(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], deltas: M
     Args:
         deltas: {FFN key: Deltas}.
     """
-    from .._modeling import modeling_ffmerge
+    from ..remote_code import modeling_ffmerge
 
     rank = next(iter(deltas.values()))["down"].a.shape[1]
     adopted = bool(getattr(getattr(model, "config", None), "ffmerge", None))

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import FFNSublayer
+from ..calibration.blocks import at_least_float32
+from ..models.ffn_weights import ffn_parameters, op_arguments
+from ..models.sublayers import FFNSublayer
 from ..ops import shared_ffn
 from ..support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
 from ..support.errors import FFMergeError
@@ -17,8 +19,7 @@ from ..support.progress import progress
 from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
 from .distill_report import DistillGroup, DistillReport
 from .layers import format_layers
-from .local import LayerData, ffn_parameters, groups_to_recover, op_arguments, record, stream_weights
-from .streams import wide
+from .local import LayerData, groups_to_recover, record, stream_weights
 
 _CHECKS = 20  # how often in a training the held-out tokens are judged
 _WARMUP = 0.05  # share of the steps
@@ -112,7 +113,7 @@ class _Training:
     ):
         self._model, self._ffns, self._layers = model, ffns, [data[f.key] for f in ffns]
         self._parameters = ffn_parameters(model, ffns[0])
-        self._copies = [wide(p.detach()).clone().requires_grad_() for p in self._parameters]
+        self._copies = [at_least_float32(p.detach()).clone().requires_grad_() for p in self._parameters]
         self._replaced = {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=True)}
         self._split(batch_tokens, seed)
         variances = torch.stack([layer.variance.cpu() for layer in self._layers])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ..models import FFNSublayer, by_stack
+from ..models.sublayers import FFNSublayer, by_stack
 from ..support.errors import FFMergeError
 
 Group = tuple[str, tuple[int, ...]]  # (stack, layer indices in rising order)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import FFNSublayer, delta_rank, find_ffns, is_conv1d
-from ..ops.common.activations import FORWARD
+from ..calibration.blocks import BlockPasses, Flow
+from ..models.ffn_weights import check_activation
+from ..models.projections import delta_rank
+from ..models.sublayers import FFNSublayer, find_ffns
+from ..models.ties import is_merged, shared_groups
 from ..support.errors import FFMergeError
-from .combine import is_merged, shared_groups
-from .streams import BlockPasses, Flow
 
 
 @dataclass
@@ -83,35 +84,6 @@ def stream_weights(variances: Tensor) -> Tensor:
     return w / w.mean()
 
 
-def ffn_parameters(model: nn.Module, ffn: FFNSublayer) -> list[Tensor]:
-    """The parameters of an FFN's projections, each once: weights (as the modules hold them), then biases."""
-    modules = [model.get_submodule(path) for path in ffn.projections.values()]
-    return [m.weight for m in modules] + [m.bias for m in modules if m.bias is not None]
-
-
-def op_arguments(model: nn.Module, ffn: FFNSublayer, replaced: dict[int, Tensor] | None = None) -> dict[str, Any]:
-    """An FFN's weights as `ops.shared_ffn` takes them; views, through which gradients flow back.
-
-    Args:
-        replaced: {id(parameter): the tensor in its place}.
-    """
-    check_activation(ffn)
-
-    def tensors(path: str | None) -> tuple[Tensor | None, Tensor | None]:
-        if path is None:
-            return None, None
-        module = model.get_submodule(path)
-        weight, bias = ((replaced or {}).get(id(p), p) for p in (module.weight, module.bias))
-        return weight.T if is_conv1d(module) else weight, bias
-
-    (up, up_bias), (gate, gate_bias), (down, down_bias) = map(tensors, (ffn.up_path, ffn.gate_path, ffn.down_path))
-    if ffn.fused:
-        gate, up = up.chunk(2)
-        gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
-    weights = {"up": up, "gate": gate, "down": down}
-    return weights | {"up_bias": up_bias, "gate_bias": gate_bias, "down_bias": down_bias, "activation": ffn.activation}
-
-
 def groups_to_recover(model: nn.Module, teacher: nn.Module, name: str) -> list[list[FFNSublayer]]:
     """The layers of each merged group of `model`, which `teacher`, the original, must fit.
 
@@ -139,12 +111,3 @@ def groups_to_recover(model: nn.Module, teacher: nn.Module, name: str) -> list[l
     for members in groups:
         check_activation(members[0])
     return groups
-
-
-def check_activation(ffn: FFNSublayer) -> None:
-    """Raise FFMergeError unless the ops know the FFN's activation."""
-    if ffn.activation not in FORWARD:
-        raise FFMergeError(
-            f"activation {ffn.activation!r} of {ffn.key} is not known, wanted one of {', '.join(FORWARD)}; name it in "
-            "FFNSpec(activation=...)"
-        )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import FFNSublayer
-from .passes import may_stop
+from ..calibration.passes import may_stop
+from ..models.sublayers import FFNSublayer
 
 _WIDE_OUTPUTS = ("output_hidden_states", "output_attentions")
 

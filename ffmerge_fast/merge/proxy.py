@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import find_ffns
+from ..calibration.blocks import at_least_float32
+from ..models.ffn_weights import check_activation, op_arguments
+from ..models.sublayers import find_ffns
 from ..ops import shared_ffn
 from ..support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
 from ..support.errors import FFMergeError
@@ -16,8 +18,7 @@ from ..support.progress import progress
 from .align import MergePlan
 from .combine import merged
 from .layers import Group
-from .local import LayerData, check_activation, op_arguments, record
-from .streams import wide
+from .local import LayerData, record
 
 
 def proxy_scores(
@@ -63,5 +64,7 @@ def _errors(model: nn.Module, plan: MergePlan, ffns: Mapping, data: Mapping[str,
             arguments = op_arguments(model, members[0])
             xs = [data[f.key].x.to(arguments["up"]) for f in members]
             for ffn, y in zip(members, shared_ffn(xs, **arguments), strict=True):
-                found[ffn.key] = (wide(y) - wide(data[ffn.key].y)).square().sum(dtype=torch.float64).item()
+                found[ffn.key] = (
+                    (at_least_float32(y) - at_least_float32(data[ffn.key].y)).square().sum(dtype=torch.float64).item()
+                )
     return found

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import FFNSublayer
+from ..calibration.blocks import BlockPasses, Flow, at_least_float32, is_pre_norm
+from ..models.sublayers import FFNSublayer
 from ..ops import CorrelationState
 from ..support.distributed import on_all_ranks, share_of_rank, world_size
 from ..support.errors import FFMergeError
@@ -16,7 +17,6 @@ from .local import groups_to_recover, stream_weights
 from .refit_group import Group, Solution
 from .refit_report import RefitGroup, RefitReport
 from .refit_rounds import Best, Replay
-from .streams import BlockPasses, Flow, is_pre_norm, wide
 
 INPUTS = ("original", "merged")
 WEIGHTS = ("stream", "output", "equal")
@@ -158,7 +158,7 @@ class _Fit:
         goals: dict[str, Tensor] = {}  # of this batch: the original stream after each FFN
 
         def keep(ffn: FFNSublayer, flow: Flow, mask: Tensor) -> None:
-            goals[ffn.key] = flow.stream(self._pre_norm[ffn.stack]) + wide(flow.y)
+            goals[ffn.key] = flow.stream(self._pre_norm[ffn.stack]) + at_least_float32(flow.y)
 
         def receive(ffn: FFNSublayer, flow: Flow, mask: Tensor) -> None:
             stream = flow.stream(self._pre_norm[ffn.stack])

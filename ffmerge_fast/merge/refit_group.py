@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models import FFNSublayer, is_conv1d
+from ..calibration.blocks import at_least_float32
+from ..models.projections import is_conv1d
+from ..models.sublayers import FFNSublayer
 from ..ops import CorrelationState
 from ..ops.common.activations import FORWARD
 from ..support.errors import FFMergeError
 from .layers import format_layers
-from .streams import wide
 
 
 class Group:
@@ -67,8 +68,8 @@ class Group:
     def add(self, ffn: FFNSublayer, h: Tensor, y: Tensor, mask: Tensor) -> None:
         """Add one layer's tokens: h [.., d_ff], y [.., d_model]."""
         scale, state = self.scales[ffn.index], self.state
-        state.push("h", wide(h).to(state.device) * scale, mask)
-        state.push("y", wide(y).to(state.device) * scale, mask)
+        state.push("h", at_least_float32(h).to(state.device) * scale, mask)
+        state.push("y", at_least_float32(y).to(state.device) * scale, mask)
         if "1" in state.widths:
             state.push("1", torch.full((len(mask), 1), scale, device=state.device), mask)
         try:

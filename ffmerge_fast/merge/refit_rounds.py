@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.forward import evaluating, run, to_device
 from ..support.distributed import gather, on_all_ranks
 from ..support.errors import FFMergeError
-from .passes import evaluating, run, to_device
 from .refit_group import Group
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models.forward import evaluating
 from ..support.distributed import gather, is_distributed, on_all_ranks, rank, turns_of_rank
 from ..support.errors import FFMergeError
 from ..support.progress import progress
@@ -18,7 +19,6 @@ from ..support.sizes import parse_bytes
 from .align import MergePlan, plan, rank_windows
 from .combine import merged
 from .layers import Group, format_layers, windows
-from .passes import evaluating
 from .prefix import PrefixOutputs
 from .proxy import proxy_scores
 from .statistics import CorrelationStats

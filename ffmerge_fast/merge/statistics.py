@@ -7,66 +7,20 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
-from ..models import FFNSublayer, base_model_type, find_ffns, fingerprint
+from ..models.summary import ModelSummary
 from ..support.errors import FFMergeError
 from ..support.progress import progress
 
 FORMAT = 1
 Pair = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class ModelSummary:
-    """What statistics and plans remember of a model, to recognise it and to count what merging saves."""
-
-    model_type: str
-    fingerprint: str
-    parameters: int
-    nbytes: int
-    ffns: tuple[FFNSublayer, ...]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ModelSummary:
-        weights = list(model.parameters())
-        return cls(
-            model_type=base_model_type(model),
-            fingerprint=fingerprint(model),
-            parameters=sum(w.numel() for w in weights),
-            nbytes=sum(w.numel() * w.element_size() for w in weights),
-            ffns=tuple(find_ffns(model)),
-        )
-
-    @property
-    def stacks(self) -> list[str]:
-        return list(dict.fromkeys(f.stack for f in self.ffns))
-
-    def check(self, model: nn.Module, what: str) -> None:
-        """Raise FFMergeError unless `what` (the owner of this summary) was made from `model`."""
-        self.check_same(base_model_type(model), fingerprint(model), what)
-
-    def check_same(self, model_type: str, found: str, what: str) -> None:
-        """The same for a model of which type and fingerprint are known."""
-        if found != self.fingerprint:
-            raise FFMergeError(
-                f"{what} is of another model ({self.model_type} {self.fingerprint}; this one is {model_type} {found}): "
-                "make it again from this model"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelSummary:
-        ffns = tuple(FFNSublayer(**{**f, "shared": tuple(f["shared"])}) for f in values["ffns"])
-        return cls(**{**values, "ffns": ffns})
 
 
 @dataclass(frozen=True)

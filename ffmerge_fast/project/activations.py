@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models import FFNSublayer, find_ffns, is_conv1d
+from ..models.projections import is_conv1d
+from ..models.sublayers import FFNSublayer, find_ffns
 from ..support.errors import FFMergeError
 from .layout import ATTENTION, Layout
 

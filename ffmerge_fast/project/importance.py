@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..merge.passes import evaluating, run, to_device, token_masks
-from ..models import base_model_type, fingerprint
+from ..calibration.padding import token_masks
+from ..models.forward import evaluating, run, to_device
+from ..models.sublayers import base_model_type
+from ..models.summary import fingerprint
 from ..support.distributed import file_of_rank, is_distributed, sum_over_ranks
 from ..support.errors import FFMergeError
 from ..support.progress import progress

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import base_model_type, delta_rank, find_ffns, get, is_conv1d, join
+from ..models.projections import delta_rank, is_conv1d
+from ..models.sublayers import base_model_type, find_ffns, get, join
 from ..support.errors import FFMergeError
 
 MODEL, FFN, ATTENTION = "model", "ffn", "attention"

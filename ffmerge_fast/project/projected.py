@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..models import get, is_conv1d
+from ..models.projections import is_conv1d
+from ..models.sublayers import get
 from ..support.errors import FFMergeError
 from .layout import MODEL, Axis, Layout
 from .matrix import ProjectedMatrix, Projection

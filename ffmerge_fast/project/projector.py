@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..merge.combine import CONFIG_VERSION
-from ..models import base_model_type, fingerprint
+from ..models.sublayers import base_model_type
+from ..models.summary import fingerprint
+from ..models.ties import CONFIG_VERSION
 from ..support.errors import FFMergeError
 from .adamw import AdamWOptions
 from .base_weights import BaseWeights

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import is_conv1d
+from ..models.projections import is_conv1d
 from ..support.errors import FFMergeError
 from .importance import Importance
 from .layout import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, Layout

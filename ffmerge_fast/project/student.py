@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..merge.combine import shared_groups
+from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
 from .layout import Axis, Layout, resized
 from .selection import Selection, Sizes

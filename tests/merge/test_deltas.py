@@ -9,7 +9,7 @@ from torch import nn
 
 import ffmerge_fast as ff
 from ffmerge_fast.merge.deltas import _nearest, compute, hidden, nearest_deltas, unfused
-from ffmerge_fast.merge.local import op_arguments
+from ffmerge_fast.models.ffn_weights import op_arguments
 from tests.merge.test_distill import FAMILIES, members, pair
 from tests.merge.test_proxy import apply, flows
 from tests.tiny import D_FF, D_MODEL, logits, tiny_model

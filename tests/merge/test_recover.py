@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import ffmerge_fast as ff
-from ffmerge_fast.models import is_conv1d
+from ffmerge_fast.models.projections import is_conv1d
 from tests.tiny import ALL, logits, plant_copies_, tiny_inputs, tiny_model
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu": F.relu}

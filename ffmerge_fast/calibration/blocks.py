@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import FFNSublayer
+from ..models.sublayers import FFNSublayer
 from ..support.errors import FFMergeError
 from .passes import FFNPasses
 
@@ -26,7 +26,7 @@ class Flow:
 
     def stream(self, pre_norm: bool) -> Tensor:
         """The residual stream that y is added to."""
-        return wide(self.out) - wide(self.y) if pre_norm else wide(self.x)
+        return at_least_float32(self.out) - at_least_float32(self.y) if pre_norm else at_least_float32(self.x)
 
 
 class BlockPasses(FFNPasses):
@@ -113,9 +113,9 @@ def _block_output(model: nn.Module, ffn: FFNSublayer, batch: Any, change: Callab
 
     with BlockPasses(model, [ffn], 1 << 62, receive, change) as passes:
         passes.take(batch, 0)
-    return wide(found[0]), found[1]
+    return at_least_float32(found[0]), found[1]
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """x in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -6,52 +6,16 @@ Everything above this file speaks of `FFNSublayer`s only and never of a family.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from ._stream_guard import refuse_streamed
-from .support.env import require
-from .support.errors import FFMergeError
-
-ENCODER, DECODER = "encoder", "decoder"
-MERGED_TYPE_PREFIX = "ffmerge_"  # config.model_type of a merged checkpoint: "ffmerge_gpt2"
-
-
-@dataclass(frozen=True)
-class FFNSpec:
-    """Dotted paths to the FFN weights of one stack.
-
-    Args:
-        layers: path of the list of blocks, from the model or its base model ("h", "encoder.layers"); "" is the model.
-        up: path of W_up inside a block, `[d_ff, d_model]` as nn.Linear, or Conv1D.
-        down: path of W_down inside a block.
-        gate: path of W_gate inside a block, for gated FFNs (SwiGLU, GeGLU).
-        fused: `up` holds gate and up stacked, gate first (`[2 * d_ff, d_model]`, Phi-3).
-        module: path inside a block of the module that holds the whole FFN and nothing else. It is what merged layers
-            share; without it they share each of the two or three projections.
-        stack: "encoder" or "decoder".
-        activation: path inside a block of the activation, or its name ("gelu"); None: searched beside `up`.
-    """
-
-    layers: str
-    up: str
-    down: str
-    gate: str | None = None
-    fused: bool = False
-    module: str | None = None
-    stack: str = DECODER
-    activation: str | None = None
-
-    def __post_init__(self):
-        if self.stack not in (ENCODER, DECODER):
-            raise FFMergeError(f"FFNSpec(stack=...): got {self.stack!r}, wanted 'encoder' or 'decoder'")
-        if self.fused and self.gate:
-            raise FFMergeError("FFNSpec: give either gate= or fused=True (gate and up in one weight), not both")
+from ..support.env import require
+from ..support.errors import FFMergeError
+from .families import _FAMILIES, MERGED_TYPE_PREFIX, STACKS, FFNSpec
+from .projections import in_features, out_features
 
 
 @dataclass(frozen=True)
@@ -94,90 +58,6 @@ class FFNSublayer:
 # ---------------------------------------------------------------------------------------------------- family table
 
 
-def _gated(layers: str = "layers", mlp: str = "mlp") -> list[FFNSpec]:
-    return [FFNSpec(layers, f"{mlp}.up_proj", f"{mlp}.down_proj", f"{mlp}.gate_proj", module=mlp)]
-
-
-def _plain(
-    up: str, down: str, layers: str = "layers", module: str | None = "mlp", stack: str = DECODER
-) -> list[FFNSpec]:
-    prefix = f"{module}." if module else ""
-    return [FFNSpec(layers, prefix + up, prefix + down, module=module, stack=stack)]
-
-
-def _encoder_decoder() -> list[FFNSpec]:
-    return [FFNSpec(f"{stack}.layers", "fc1", "fc2", stack=stack, activation="activation_fn") for stack in _STACKS]
-
-
-def _t5() -> list[FFNSpec]:
-    specs = []
-    for stack, position in ((ENCODER, 1), (DECODER, 2)):
-        ffn = f"layer.{position}.DenseReluDense"
-        specs.append(FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.wo", module=ffn, stack=stack))
-        specs.append(FFNSpec(f"{stack}.block", f"{ffn}.wi_1", f"{ffn}.wo", f"{ffn}.wi_0", module=ffn, stack=stack))
-    return specs
-
-
-_STACKS = (ENCODER, DECODER)
-_BERT = [
-    FFNSpec(
-        "encoder.layer",
-        "intermediate.dense",
-        "output.dense",
-        stack=ENCODER,
-        activation="intermediate.intermediate_act_fn",
-    )
-]
-_VIT = _plain("fc1", "fc2", stack=ENCODER) + _BERT  # transformers 5, then transformers 4
-
-_FAMILIES: dict[str, list[FFNSpec]] = {
-    **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode"), _plain("c_fc", "c_proj", layers="h")),
-    "gptj": _plain("fc_in", "fc_out", layers="h"),
-    "gpt_neox": _plain("dense_h_to_4h", "dense_4h_to_h"),
-    "bloom": _plain("dense_h_to_4h", "dense_4h_to_h", layers="h"),
-    "falcon": _plain("dense_h_to_4h", "dense_4h_to_h", layers="h"),
-    "opt": [FFNSpec("decoder.layers", "fc1", "fc2", activation="activation_fn")],
-    "phi": _plain("fc1", "fc2"),
-    "starcoder2": _plain("c_fc", "c_proj"),
-    "phi3": [FFNSpec("layers", "mlp.gate_up_proj", "mlp.down_proj", fused=True, module="mlp")],
-    **dict.fromkeys(
-        (
-            "llama mistral ministral qwen2 qwen3 olmo olmo2 olmo3 gemma gemma2 gemma3_text smollm3 granite stablelm"
-            " cohere cohere2 helium"
-        ).split(),
-        _gated(),
-    ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    "distilbert": [FFNSpec("transformer.layer", "ffn.lin1", "ffn.lin2", stack=ENCODER, activation="ffn.activation")],
-    **dict.fromkeys(("vit", "deit"), _VIT),
-    **dict.fromkeys(("marian", "bart", "mbart", "pegasus", "m2m_100", "whisper", "blenderbot"), _encoder_decoder()),
-    **dict.fromkeys(("t5", "mt5"), _t5()),
-}
-_registration_hooks: list[Callable[[str], None]] = []
-
-
-def supported_families() -> list[str]:
-    """Model types (or class names) that `find_ffns` knows, `register_family`'s additions included."""
-    return sorted(_FAMILIES)
-
-
-def register_family(model_type: str, spec: FFNSpec | Sequence[FFNSpec]) -> None:
-    """Teach `find_ffns` a new family.
-
-    Args:
-        model_type: `config.model_type` of a transformers model, or the class name of any other `nn.Module`.
-        spec: one FFNSpec per stack; of several for one stack, the first whose paths exist is taken.
-    """
-    _FAMILIES[model_type] = [spec] if isinstance(spec, FFNSpec) else list(spec)
-    for hook in _registration_hooks:
-        hook(model_type)
-
-
-def on_register(hook: Callable[[str], None]) -> None:
-    """Call `hook(model_type)` for every later `register_family`."""
-    _registration_hooks.append(hook)
-
-
 # -------------------------------------------------------------------------------------------------------- detection
 
 
@@ -200,7 +80,7 @@ def find_ffns(model: nn.Module) -> list[FFNSublayer]:
         _refuse_experts(model)
         wanted = ", ".join(f"{s.layers}.<i>.{s.up}" for s in specs)
         raise FFMergeError(f"no FFN found in this {type(model).__name__}: family {family!r} expects {wanted}")
-    return [ffn for stack in _STACKS for ffn in found.get(stack, [])]
+    return [ffn for stack in STACKS for ffn in found.get(stack, [])]
 
 
 def base_model_path(model: nn.Module) -> str:
@@ -328,46 +208,6 @@ def _check_projection(path: str, module: nn.Module) -> None:
 # ----------------------------------------------------------------------------------------------- projection modules
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether the weight is stored `[in, out]` (transformers' Conv1D) instead of nn.Linear's `[out, in]`."""
-    name = type(module).__name__
-    return hasattr(module, "nf") if name == "Conv1D" else name.endswith("DeltaLinear") and module.transposed
-
-
-def delta_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A [out, rank], B [rank, in] and c [out] or None of one layer's projection with a low-rank delta; else {}."""
-    own = module._parameters
-    return {n: own.get(f"delta_{n}") for n in ("a", "b", "bias")} if own.get("delta_a") is not None else {}
-
-
-def weight_owner(projection: nn.Module) -> nn.Module:
-    """The module that holds a projection's weight: itself, or with a delta the first layer's."""
-    return getattr(projection, "shared", projection) if delta_parameters(projection) else projection
-
-
-def deltas_of(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all low-rank deltas in a model."""
-    return [p for module in model.modules() for p in delta_parameters(module).values() if p is not None]
-
-
-def delta_rank(model: nn.Module) -> int:
-    """Rank of the low-rank deltas in a model; 0: it has none."""
-    return next((d["a"].shape[1] for module in model.modules() if (d := delta_parameters(module))), 0)
-
-
-def out_dim(module: nn.Module) -> int:
-    """Axis of the weight that runs over output features."""
-    return 1 if is_conv1d(module) else 0
-
-
-def out_features(module: nn.Module) -> int:
-    return module.weight.shape[out_dim(module)]
-
-
-def in_features(module: nn.Module) -> int:
-    return module.weight.shape[1 - out_dim(module)]
-
-
 # ------------------------------------------------------------------------------------------------------- activation
 
 _ACTIVATIONS = {
@@ -417,34 +257,3 @@ def by_stack(ffns: Iterable[FFNSublayer]) -> dict[str, list[FFNSublayer]]:
     for ffn in ffns:
         stacks.setdefault(ffn.stack, []).append(ffn)
     return stacks
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Short hash of the FFN layout and of every weight of the layers around the FFNs, equal for fp32 and bf16 copies.
-
-    Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
-    where it is, well below a forward pass.
-
-    Raises:
-        FFMergeError: the model is streamed.
-    """
-    refuse_streamed(model, "statistics, plans and scores of a model")
-    digest = hashlib.sha256()
-    for ffn in find_ffns(model):
-        digest.update(repr((ffn.key, ffn.signature)).encode())
-        for name, weight in model.get_submodule(ffn.path).named_parameters():
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(_checksums(weight.detach()).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _checksums(weight: Tensor) -> Tensor:
-    """Sums over the rows and over the columns of a weight's bits, as bfloat16, in a table of int64 words [n, 256].
-
-    Integers wrap, so the sums are exact on every device. One changed value changes two of them, and a permutation
-    their order.
-    """
-    values = weight.new_zeros(-(-weight.numel() // 1024) * 1024, dtype=torch.bfloat16)
-    values[: weight.numel()] = weight.reshape(-1)
-    words = values.view(torch.int64).view(-1, 256)
-    return torch.cat([words.sum(0), words.sum(1)]).cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .support.errors import FFMergeError
+from ..support.errors import FFMergeError
 
 HANDLE = "_weight_stream"  # attribute of a streamed model
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import DECODER, ENCODER, FFNSublayer
+from ..models.forward import evaluating, run, to_device
+from ..models.sublayers import FFNSublayer
 from ..support.distributed import world_size
 from ..support.errors import FFMergeError
 from ..support.progress import progress
+from .padding import token_masks
 
 
 class FFNPasses:
@@ -147,66 +149,7 @@ def may_stop(model: nn.Module) -> bool:
 # -------------------------------------------------------------------------------------------------------------- padding
 
 
-def token_masks(batch: Any, model: nn.Module, stacks: Sequence[str]) -> dict[str, Tensor]:
-    """Per stack, which tokens are not padding, as far as the batch says."""
-    if not isinstance(batch, Mapping):
-        return {}
-    labels = batch.get("labels")
-    of_tokens = labels is not None and labels.ndim == 2 and not labels.is_floating_point()
-    from_labels = labels != -100 if of_tokens else None
-    two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    masks = {}
-    if ENCODER in stacks and getattr(model, "main_input_name", "") != "input_features":  # audio is never masked
-        mask = batch.get("attention_mask")
-        masks[ENCODER] = mask if mask is not None else _torch_mask(batch, "src_key_padding_mask", model)
-    if DECODER in stacks:
-        mask = batch.get("decoder_attention_mask" if two_stacks else "attention_mask")
-        mask = mask if mask is not None else _torch_mask(batch, "tgt_key_padding_mask", model)
-        masks[DECODER] = mask if mask is not None else from_labels
-    return {stack: mask for stack, mask in masks.items() if mask is not None}
-
-
-def _torch_mask(batch: Mapping, name: str, model: nn.Module) -> Tensor | None:
-    """The tokens that one of nn.Transformer's padding masks [batch, length] (True or -inf: padding) leaves."""
-    padding = batch.get(name)
-    if padding is None:
-        return None
-    batch_first = all(m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention))
-    return padding == 0 if batch_first else (padding == 0).T
-
-
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
 # ---------------------------------------------------------------------------------------------------------- run a model
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def to_device(batch: Any, model: nn.Module) -> Any:
-    """The batch's tensors on the device of the model's first parameter."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(v.to(device) if isinstance(v, Tensor) else v for v in batch)
-    raise FFMergeError(f"batches: got a {type(batch).__name__}, wanted dicts, tuples or tensors")
-
-
-def run(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a dict, a tuple or a tensor."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)

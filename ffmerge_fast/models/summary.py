@@ -1,0 +1,92 @@
+"""What is remembered of a model: its type, fingerprint, sizes and FFNs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..support.errors import FFMergeError
+from .streamed import refuse_streamed
+from .sublayers import FFNSublayer, base_model_type, find_ffns
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What statistics and plans remember of a model, to recognise it and to count what merging saves."""
+
+    model_type: str
+    fingerprint: str
+    parameters: int
+    nbytes: int
+    ffns: tuple[FFNSublayer, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelSummary:
+        weights = list(model.parameters())
+        return cls(
+            model_type=base_model_type(model),
+            fingerprint=fingerprint(model),
+            parameters=sum(w.numel() for w in weights),
+            nbytes=sum(w.numel() * w.element_size() for w in weights),
+            ffns=tuple(find_ffns(model)),
+        )
+
+    @property
+    def stacks(self) -> list[str]:
+        return list(dict.fromkeys(f.stack for f in self.ffns))
+
+    def check(self, model: nn.Module, what: str) -> None:
+        """Raise FFMergeError unless `what` (the owner of this summary) was made from `model`."""
+        self.check_same(base_model_type(model), fingerprint(model), what)
+
+    def check_same(self, model_type: str, found: str, what: str) -> None:
+        """The same for a model of which type and fingerprint are known."""
+        if found != self.fingerprint:
+            raise FFMergeError(
+                f"{what} is of another model ({self.model_type} {self.fingerprint}; this one is {model_type} {found}): "
+                "make it again from this model"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSummary:
+        ffns = tuple(FFNSublayer(**{**f, "shared": tuple(f["shared"])}) for f in values["ffns"])
+        return cls(**{**values, "ffns": ffns})
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Short hash of the FFN layout and of every weight of the layers around the FFNs, equal for fp32 and bf16 copies.
+
+    Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
+    where it is, well below a forward pass.
+
+    Raises:
+        FFMergeError: the model is streamed.
+    """
+    refuse_streamed(model, "statistics, plans and scores of a model")
+    digest = hashlib.sha256()
+    for ffn in find_ffns(model):
+        digest.update(repr((ffn.key, ffn.signature)).encode())
+        for name, weight in model.get_submodule(ffn.path).named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(_checksums(weight.detach()).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _checksums(weight: Tensor) -> Tensor:
+    """Sums over the rows and over the columns of a weight's bits, as bfloat16, in a table of int64 words [n, 256].
+
+    Integers wrap, so the sums are exact on every device. One changed value changes two of them, and a permutation
+    their order.
+    """
+    values = weight.new_zeros(-(-weight.numel() // 1024) * 1024, dtype=torch.bfloat16)
+    values[: weight.numel()] = weight.reshape(-1)
+    words = values.view(torch.int64).view(-1, 256)
+    return torch.cat([words.sum(0), words.sum(1)]).cpu()

@@ -1,0 +1,48 @@
+"""Which layers of a model hold one FFN, and how config.json says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from .projections import weight_owner
+from .sublayers import FFNSublayer, base_model_path, find_ffns, join
+
+CONFIG_VERSION = 1
+
+
+def shared_groups(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Which layers hold one FFN (the same modules, deltas aside): [("decoder", (4, 5, 6, 7)), ...]."""
+    holders: dict[tuple, list[FFNSublayer]] = {}
+    for ffn in find_ffns(model):
+        owners = (weight_owner(model.get_submodule(path)) for path in ffn.projections.values())
+        holders.setdefault(tuple(map(id, owners)), []).append(ffn)
+    return [(group[0].stack, tuple(f.index for f in group)) for group in holders.values() if len(group) > 1]
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether any two layers of `model` hold one FFN."""
+    return bool(shared_groups(model))
+
+
+def config_groups(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int = 0) -> list[dict]:
+    """The groups as config.json carries them: layers, and module paths relative to the base model.
+
+    Args:
+        rank: of the layers' deltas.
+    """
+    base = base_model_path(model)
+    prefix = f"{base}." if base else ""
+
+    def patterns(ffn: FFNSublayer, paths: Iterable[str]) -> list[str]:
+        parent = ffn.path.rpartition(".")[0].removeprefix(prefix)
+        return [join(parent, "{i}", path.removeprefix(ffn.path + ".")) for path in paths]
+
+    entries = []
+    for members in groups:
+        first = members[0]
+        entry = {"layers": [f.index for f in members], "modules": patterns(first, first.shared)}
+        deltas = {"delta_rank": rank, "projections": patterns(first, first.projections.values())} if rank else {}
+        entries.append(entry | deltas)
+    return entries
