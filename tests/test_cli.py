@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
 from ffmerge_fast import _stream_source, cli
+from ffmerge_fast.models import families
 from ffmerge_fast.ops.correlation import state
 
 from .tiny import tiny_model
@@ -326,7 +327,7 @@ def test_env(capsys):
 
 
 def test_unknown_family_by_four_paths(capsys, folder, tmp_path, monkeypatch):
-    monkeypatch.delitem(ff.models._FAMILIES, "gpt2")
+    monkeypatch.delitem(families._FAMILIES, "gpt2")
     assert "--ffn-up" in refuse(capsys, "inspect", folder)
     paths = ("--ffn-layers", "h", "--ffn-up", "mlp.c_fc", "--ffn-down", "mlp.c_proj")
     assert len(run(capsys, "inspect", folder, *paths)["ffns"]) == 5

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ffmerge_fast as ff
+from ffmerge_fast.models import families
 from ffmerge_fast.models.sublayers import base_model_type
 from ffmerge_fast.models.summary import fingerprint
 from tests.tiny import ALL, D_FF, D_MODEL, FAMILIES, features_of, logits, permute_ffn_, tiny_inputs, tiny_model
@@ -20,7 +21,7 @@ ACTIVATIONS = {
 
 @pytest.fixture(autouse=True)
 def _families_as_before(monkeypatch):
-    monkeypatch.setattr("ffmerge_fast.models.families._FAMILIES", dict(ff.models._FAMILIES))
+    monkeypatch.setattr("ffmerge_fast.models.families._FAMILIES", dict(families._FAMILIES))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -40,11 +40,11 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _register_all() -> None:
-    from ..models import sublayers
+    from ..models import families
 
-    for model_type in sublayers.supported_families():
+    for model_type in families.supported_families():
         _register(model_type)
-    sublayers.on_register(_register)
+    families.on_register(_register)
 
 
 def _register(model_type: str) -> None:

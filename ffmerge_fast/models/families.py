@@ -1,8 +1,11 @@
-"""Which models are known, and where the FFNs of each family lie: one `FFNSpec` per stack and layout."""
+"""Which models are known, and where their FFN weights lie.
+
+A family is one `FFNSpec` per stack (encoder, decoder), with alternatives for layouts that changed between versions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..support.errors import FFMergeError
@@ -129,6 +132,11 @@ def register_family(model_type: str, spec: FFNSpec | Sequence[FFNSpec]) -> None:
     _FAMILIES[model_type] = [spec] if isinstance(spec, FFNSpec) else list(spec)
     for hook in _registration_hooks:
         hook(model_type)
+
+
+def specs_of(names: Iterable[str]) -> tuple[list[FFNSpec], str] | None:
+    """(specs, name) of the first of these model types and class names that is known."""
+    return next(((_FAMILIES[name], name) for name in names if name in _FAMILIES), None)
 
 
 def on_register(hook: Callable[[str], None]) -> None:

@@ -1,8 +1,4 @@
-"""Where the feed-forward (FFN) weights of a model live: the family table, and detection of every FFN sublayer.
-
-A family is one `FFNSpec` per stack (encoder, decoder), with alternatives for layouts that changed between versions.
-Everything above this file speaks of `FFNSublayer`s only and never of a family.
-"""
+"""Finds every feed-forward (FFN) sublayer of a model. Everything above speaks of these and never of a family."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from torch import Tensor, nn
 
 from ..support.env import require
 from ..support.errors import FFMergeError
-from .families import _FAMILIES, MERGED_TYPE_PREFIX, STACKS, FFNSpec
+from .families import MERGED_TYPE_PREFIX, STACKS, FFNSpec, specs_of
 from .projections import in_features, out_features
 
 
@@ -103,9 +99,8 @@ def base_model_type_of_folder(folder: str) -> str:
 
 def _specs(model: nn.Module) -> tuple[list[FFNSpec], str]:
     names = [base_model_type(model), *(c.__name__ for c in type(model).__mro__)]
-    for name in names:
-        if name in _FAMILIES:
-            return _FAMILIES[name], name
+    if found := specs_of(names):
+        return found
     _refuse_experts(model)
     raise FFMergeError(
         f"no FFN layout known for {names[0]!r} ({type(model).__name__}): call ffmerge_fast.register_family("
