@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ffmerge_fast.project import projector as projectors
-from ffmerge_fast.project.matrix import ProjectedMatrix, Projection
-from ffmerge_fast.project.selection import Choice
-from ffmerge_fast.project.units import grouped
+from ffmerge_fast.projecting import projector as projectors
+from ffmerge_fast.projecting.matrices import ProjectedMatrix, Projection, grouped
+from ffmerge_fast.projecting.selection import Choice
 
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-4}  # a large eps: updates are smooth in the gradient
 

@@ -30,7 +30,7 @@ from benchmarks.measure import machine
 from benchmarks.quality import CASES, RESULTS
 from ffmerge_fast.driver import evaluate
 from ffmerge_fast.driver.finetune import finetune
-from ffmerge_fast.merge.layers import parse_layers
+from ffmerge_fast.merging.groups import parse_layers
 from ffmerge_fast.support.tables import format_table
 
 LAYERS = {"gpt2-pystdlib": ("4-9", "0-11"), "vit-cifar10": ("3-8", "0-11"), "marian-en-de": ("0-1", "0-3")}

@@ -8,22 +8,21 @@ from .baselines import from_scratch, hard_prune, tie_without_average
 from .checkpoint import from_pretrained, save_pretrained, verify
 from .driver.finetune import finetune
 from .integrations.transformers import register_when_imported as _register_when_imported
-from .merge.align import MergeGroup, MergePlan, plan
-from .merge.collect import collect
-from .merge.combine import expand_, merge, merge_, print_parameters
-from .merge.distill import local_distill_
-from .merge.distill_report import DistillGroup, DistillReport
-from .merge.recover import refit_
-from .merge.refit_report import RefitGroup, RefitReport
-from .merge.select import search, sweep
-from .merge.statistics import CorrelationStats
+from .merging.apply import expand_, merge, merge_, print_parameters
+from .merging.collect import collect
+from .merging.plan import MergeGroup, MergePlan, plan
+from .merging.recover.distill import local_distill_
+from .merging.recover.refit import refit_
+from .merging.recover.reports import DistillGroup, DistillReport, RefitGroup, RefitReport
+from .merging.search.search import search, sweep
+from .merging.statistics import CorrelationStats
 from .models.families import FFNSpec, register_family, supported_families
 from .models.sublayers import FFNSublayer, find_ffns
 from .models.ties import is_merged, shared_groups
 from .ops.common.backends import backends, use_backend
 from .ops.correlation import CorrelationState
-from .project.importance import Importance, importance
-from .project.projector import Projector, project
+from .projecting.importance import Importance, importance
+from .projecting.projector import Projector, project
 from .stream import WeightStream, stream_, unstream_
 from .support.errors import FFMergeError
 

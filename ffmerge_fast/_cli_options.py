@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from .merge.align import METHODS
-from .project.adamw import STATES
-from .project.base_weights import PLACES
-from .project.importance import METHODS as METHODS_OF_IMPORTANCE
-from .project.projector import INITS
-from .project.selection import ATTENTION_MODES
+from .merging.plan import METHODS
+from .projecting.importance import METHODS as METHODS_OF_IMPORTANCE
+from .projecting.optimizer.adamw import STATES
+from .projecting.optimizer.base_weights import PLACES
+from .projecting.projector import INITS
+from .projecting.selection import ATTENTION_MODES
 
 
 def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:

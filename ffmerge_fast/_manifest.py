@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .merge.combine import find_ffns
+from .merging.apply import find_ffns
 from .models.forward import evaluating, run, to_device
 from .models.projections import delta_rank
 from .models.ties import shared_groups

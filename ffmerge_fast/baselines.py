@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from .merge.align import plan
-from .merge.combine import check_unmerged, merge_
+from .merging.apply import check_unmerged, merge_
+from .merging.plan import plan
 from .models.sublayers import find_ffns
-from .project.importance import Importance
-from .project.projector import chosen, resolve
-from .project.student import build_student, fresh_student
+from .projecting.importance import Importance
+from .projecting.projector import chosen, resolve
+from .projecting.student import build_student, fresh_student
 
 
 def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anchor: str = "first") -> nn.Module:

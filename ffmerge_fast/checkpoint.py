@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ._manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
-from .merge.combine import find_ffns
+from .merging.apply import find_ffns
 from .models.families import MERGED_TYPE_PREFIX, supported_families
 from .models.sublayers import FFNSublayer, set_module
 from .models.ties import is_merged

@@ -147,9 +147,9 @@ def _collect(args) -> Result:
 
 
 def _plan(args) -> Result:
-    from .merge.align import plan
-    from .merge.select import sweep
-    from .merge.statistics import CorrelationStats
+    from .merging.plan import plan
+    from .merging.search.search import sweep
+    from .merging.statistics import CorrelationStats
 
     stats = CorrelationStats.load(args.statistics, max_memory=args.max_memory)
     if args.sweep:
@@ -165,7 +165,7 @@ def _plan(args) -> Result:
 
 
 def _search(args) -> Result:
-    from .merge.select import search
+    from .merging.search.search import search
 
     model = _model(args)
     seconds: dict[str, float] = {}
@@ -191,8 +191,8 @@ def _search(args) -> Result:
 
 def _merge(args) -> Result:
     from .checkpoint import EXTRAS, load_processor, save_pretrained
-    from .merge.align import MergePlan, plan
-    from .merge.combine import merge_
+    from .merging.apply import merge_
+    from .merging.plan import MergePlan, plan
     from .support.files import check_new_folder
 
     if args.delta_rank and "distill" not in args.recover:
@@ -224,7 +224,7 @@ def _merge(args) -> Result:
 
 def _refit(args, model: Any, teacher: Any) -> Any:
     """Refit W_down on the calibration data."""
-    from .merge.recover import refit_
+    from .merging.recover.refit import refit_
 
     task = _task(args, model, train=args.data, validation=args.eval_data)
     return refit_(
@@ -239,7 +239,7 @@ def _refit(args, model: Any, teacher: Any) -> Any:
 
 def _distill(args, model: Any, teacher: Any) -> Any:
     """Train the shared FFNs on their layers' inputs and outputs of the calibration data."""
-    from .merge.distill import local_distill_
+    from .merging.recover.distill import local_distill_
 
     task = _task(args, model, train=args.data, validation=args.eval_data)
     return local_distill_(
@@ -377,7 +377,7 @@ def _eval(args) -> Result:
 
 def _export(args) -> Result:
     from .checkpoint import load_processor, save_pretrained
-    from .merge.combine import expand_
+    from .merging.apply import expand_
 
     model = _model(args)
     if args.expand:
@@ -485,7 +485,7 @@ def _calibration_batches(args, task: Any) -> Any:
 
 
 def _statistics(args, model: Any, seconds: dict[str, float]) -> Any:
-    from .merge.statistics import CorrelationStats
+    from .merging.statistics import CorrelationStats
 
     if args.statistics:
         return CorrelationStats.load(args.statistics, max_memory=args.max_memory)
@@ -493,7 +493,7 @@ def _statistics(args, model: Any, seconds: dict[str, float]) -> Any:
 
 
 def _collect_statistics(args, model: Any, seconds: dict[str, float]) -> Any:
-    from .merge.collect import collect
+    from .merging.collect import collect
 
     task = _task(args, model, train=args.data, validation=args.eval_data)
     layers = getattr(args, "layers", None)

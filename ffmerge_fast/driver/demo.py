@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from ..baselines import hard_prune
 from ..checkpoint import save_pretrained, verify
-from ..merge.align import MergePlan, plan
-from ..merge.collect import collect
-from ..merge.combine import merge
-from ..merge.recover import refit_
-from ..merge.select import search
-from ..merge.statistics import CorrelationStats
-from ..project.importance import importance
-from ..project.projector import project
+from ..merging.apply import merge
+from ..merging.collect import collect
+from ..merging.plan import MergePlan, plan
+from ..merging.recover.refit import refit_
+from ..merging.search.search import search
+from ..merging.statistics import CorrelationStats
+from ..projecting.importance import importance
+from ..projecting.projector import project
 from ..support.env import require
 from ..support.files import new_folder
 from ..support.sizes import format_bytes

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..baselines import hard_prune
-from ..project.fold import fold
-from ..project.importance import Importance, importance
-from ..project.projector import Projector, project, resolve
+from ..projecting.importance import Importance, importance
+from ..projecting.projector import Projector, project, resolve
+from ..projecting.student import fold
 from ..support import distributed
 from ..support.errors import FFMergeError
 from . import training_state

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..merge.align import MergePlan
-from ..merge.statistics import CorrelationStats
+from ..merging.plan import MergePlan
+from ..merging.statistics import CorrelationStats
 from ..support.env import require
 
 _MOST_NEURONS = 256  # shown per side: beyond that a pixel is less than a dot

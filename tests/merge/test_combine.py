@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast.merge.align import MergeGroup
-from ffmerge_fast.merge.combine import merged
+from ffmerge_fast.merging.apply import merged
+from ffmerge_fast.merging.plan import MergeGroup
 from tests.tiny import (
     ALL,
     D_FF,

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast.merge.deltas import _nearest, compute, hidden, nearest_deltas, unfused
+from ffmerge_fast.merging.recover.deltas import _nearest, compute, hidden, nearest_deltas, unfused
 from ffmerge_fast.models.ffn_weights import op_arguments
 from tests.merge.test_distill import FAMILIES, members, pair
 from tests.merge.test_proxy import apply, flows

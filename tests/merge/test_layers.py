@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ffmerge_fast as ff
-from ffmerge_fast.merge.layers import anchor_of, format_layers, parse_layers, windows
+from ffmerge_fast.merging.groups import anchor_of, format_layers, parse_layers, windows
 
 STACKS = {1: ["decoder"], 2: ["encoder", "decoder"]}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.merge import statistics
-from ffmerge_fast.merge.align import MergePlan
+from ffmerge_fast.merging import statistics
+from ffmerge_fast.merging.plan import MergePlan
 from tests.tiny import ALL, D_FF, FAMILIES, plant_copies_, tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*correlations are noisy")

@@ -251,7 +251,7 @@ def test_the_weights_come_from_the_first_tokens_of_a_stream(monkeypatch):
     model, teacher, batches = pair("gpt2")
     other = copy.deepcopy(model)
     tokens = int(batches[0]["attention_mask"].sum()) + 3
-    monkeypatch.setattr(sys.modules["ffmerge_fast.merge.recover"], "_SCALE_TOKENS", tokens)
+    monkeypatch.setattr(sys.modules["ffmerge_fast.merging.recover.refit"], "_SCALE_TOKENS", tokens)
     ff.refit_(model, teacher, iter(batches))
     ff.refit_(other, teacher, [{k: v[i : i + 2] for k, v in b.items()} for b in batches for i in (0, 2)])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffmerge_fast.ops.projection import op, triton_backend
-from ffmerge_fast.project.matrix import ProjectedMatrix, gradients, project_
+from ffmerge_fast.projecting.matrices import ProjectedMatrix, gradients, project_
 from tests.ops import projection_data as data
 from tests.ops.projection_checks import check_rows, check_selection, check_wider_kept
 from tests.ops.test_projection import SIDES, make, plain, with_gradients

@@ -3,7 +3,7 @@
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.project.layout import read_layout
+from ffmerge_fast.projecting.axes import read_layout
 from tests.tiny import tiny_inputs, tiny_model
 
 FAMILIES = (

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from ffmerge_fast.project import adamw
-from ffmerge_fast.project.adamw import adamw_, new_moments
-from ffmerge_fast.project.blockwise import BLOCK, _values, dequantize, quantize
+from ffmerge_fast.projecting.optimizer import adamw
+from ffmerge_fast.projecting.optimizer.adamw import adamw_, new_moments
+from ffmerge_fast.projecting.optimizer.blockwise import BLOCK, _values, dequantize, quantize
 
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 

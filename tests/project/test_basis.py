@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.project.basis import stream_basis
+from ffmerge_fast.projecting.bases import stream_basis
 from tests.project.helpers import FAMILIES, batches, equal, layout, projector, scores, train, weights
 from tests.project.test_optimizer import EPS, Naive
 from tests.tiny import logits, tiny_inputs, tiny_model

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 import ffmerge_fast as ff
-from ffmerge_fast.project import ownership
-from ffmerge_fast.project.adamw import MIN_8BIT
-from ffmerge_fast.project.ownership import Ownership
+from ffmerge_fast.projecting.optimizer import ownership
+from ffmerge_fast.projecting.optimizer.adamw import MIN_8BIT
+from ffmerge_fast.projecting.optimizer.ownership import Ownership
 from tests.project import worker
 from tests.project.helpers import equal, projector, scores, weights
 from tests.ranks import run_two_ranks

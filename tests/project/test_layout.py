@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.project.layout import read_layout
+from ffmerge_fast.projecting.axes import read_layout
 from tests.tiny import FAMILIES, tiny_model
 
 # Axes as stored: d residual stream, f FFN neurons, a attention channels (of a width that follows d_model), - neither.

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ffmerge_fast.ops.projection.chain import rows_first
-from ffmerge_fast.project.matrix import ProjectedMatrix, Projection, gradients, project_
-from ffmerge_fast.project.selection import Choice
+from ffmerge_fast.projecting.matrices import ProjectedMatrix, Projection, gradients, project_
+from ffmerge_fast.projecting.selection import Choice
 from ffmerge_fast.support import machine
 
 

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 import ffmerge_fast as ff
 from ffmerge_fast.ops.projection import chain
-from ffmerge_fast.project import optimizer as optimizers
+from ffmerge_fast.projecting.optimizer import optimizer as optimizers
 from tests.project.helpers import batches, equal, projector, tied_layers, train, weights
 from tests.project.test_matrix import dense
 from tests.tiny import logits, tiny_inputs, tiny_model

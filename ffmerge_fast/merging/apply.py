@@ -1,0 +1,240 @@
+"""Apply a plan: permute, average and tie the FFNs of each group; and undo, inspect and count ties."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..models.projections import delta_parameters, delta_rank, deltas_of, is_conv1d, out_dim
+from ..models.sublayers import FFNSublayer, find_ffns, set_module
+from ..models.ties import CONFIG_VERSION, config_groups, is_merged, shared_groups
+from ..support.errors import FFMergeError
+from ..support.sizes import format_bytes
+from .plan import MergeGroup, MergePlan
+
+
+def merge_(model: nn.Module, plan: MergePlan) -> nn.Module:
+    """Merge the FFNs of `model` in place: k modules of each group become one shared module (paper A, eqs. 3 to 6).
+
+    W_up, W_gate and their biases are averaged over permuted rows, W_down over permuted columns, b_down as it is; in
+    float32, rounded once. A transformers model becomes an instance of `FFMerged<its class>` (a subclass), so that its
+    own `save_pretrained`, and any trainer's, writes each shared weight once and the result loads. (With a warning, a
+    model of a class from elsewhere is merged in memory only.)
+
+    Raises:
+        FFMergeError: the plan is of another model, or the model is merged already. Nothing is changed then.
+    """
+    ffns = _checked(model, plan)
+    merged = [_merged_modules(model, _members(ffns, group), group) for group in plan.groups]
+    for group, modules in zip(plan.groups, merged, strict=True):
+        _share(model, _members(ffns, group), modules)
+    _record(model, ffns, plan.groups)
+    return model
+
+
+def merge(model: nn.Module, plan: MergePlan) -> nn.Module:
+    """`merge_` on a copy; `model` stays as it is."""
+    _checked(model, plan)
+    return merge_(copy.deepcopy(model), plan)
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module, plan: MergePlan) -> Iterator[nn.Module]:
+    """The merged model inside; exactly the original modules again afterwards, also after an error."""
+    ffns = _checked(model, plan)
+    originals = {path: model.get_submodule(path) for ffn in ffns.values() for path in ffn.shared}
+    try:
+        for group in plan.groups:
+            members = _members(ffns, group)
+            _share(model, members, _merged_modules(model, members, group))
+        yield model
+    finally:
+        for path, module in originals.items():
+            set_module(model, path, module)
+
+
+def expand_(model: nn.Module) -> nn.Module:
+    """Undo the tie in place: every layer gets its own copy of its FFN, for tools that cannot share.
+
+    The model computes the same and has its original size and stock class again. Low-rank deltas become part of the
+    weights, rounded once.
+    """
+    ffns = {(f.stack, f.index): f for f in find_ffns(model)}
+    groups = [[ffns[stack, i] for i in layers] for stack, layers in shared_groups(model)]
+    if getattr(getattr(model, "config", None), "ffmerge", None):
+        from ..remote_code import modeling_ffmerge
+
+        modeling_ffmerge.release_(model)
+    if delta_rank(model):
+        paths = [path for members in groups for ffn in members for path in ffn.projections.values()]
+        for path, folded in [(path, _folded(model.get_submodule(path))) for path in paths]:
+            set_module(model, path, folded)
+        return model
+    for path in (path for members in groups for ffn in members[1:] for path in ffn.shared):
+        set_module(model, path, copy.deepcopy(model.get_submodule(path)))
+    return model
+
+
+def print_parameters(model: nn.Module) -> None:
+    """Print how many parameters and bytes the model has, and would have with every FFN on its own."""
+    seen = {id(p): p for p in model.parameters()}.values()
+    stored, nbytes = sum(p.numel() for p in seen), sum(p.numel() * p.element_size() for p in seen)
+    ffns = {(f.stack, f.index): f for f in find_ffns(model)}
+    groups = shared_groups(model)
+    removed = [ffns[stack, i] for stack, layers in groups for i in layers[1:]]
+    deltas = deltas_of(model)
+    extra, extra_bytes = sum(p.numel() for p in deltas), sum(p.nbytes for p in deltas)
+    full = stored - extra + sum(f.parameters for f in removed)
+    text = ", ".join(f"{stack} {'+'.join(map(str, layers))}" for stack, layers in groups) or "none"
+    print(
+        f"parameters {stored:,} of {full:,} ({stored / full - 1:+.1%}), {format_bytes(nbytes)} of "
+        f"{format_bytes(nbytes - extra_bytes + sum(f.nbytes for f in removed))}; shared FFNs: {text}"
+        + (f", with deltas of rank {delta_rank(model)}: {extra:,}" if deltas else "")
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ private
+
+_Ffns = dict[tuple[str, int], FFNSublayer]
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raise FFMergeError if layers of `model` hold one FFN."""
+    if is_merged(model):
+        raise FFMergeError(
+            "merge: this model's FFNs are merged already; start from the original, or call expand_ first"
+        )
+
+
+def _checked(model: nn.Module, plan: MergePlan) -> _Ffns:
+    check_unmerged(model)
+    plan.model.check(model, "plan")
+    ffns = {(f.stack, f.index): f for f in find_ffns(model)}
+    for group in plan.groups:
+        _check_parameters(model, _members(ffns, group))
+    return ffns
+
+
+def _check_parameters(model: nn.Module, members: Sequence[FFNSublayer]) -> None:
+    def layout(ffn: FFNSublayer) -> list:
+        return [(name, p.shape, p.dtype, p.device) for path in ffn.shared for name, p in _named(model, path)]
+
+    for ffn in members[1:]:
+        if layout(ffn) != layout(members[0]):
+            raise FFMergeError(
+                f"merge: FFNs {members[0].key} and {ffn.key} differ in parameters, dtype or device; group equal FFNs"
+            )
+
+
+def _named(model: nn.Module, path: str):
+    return model.get_submodule(path).named_parameters()
+
+
+def _members(ffns: _Ffns, group: MergeGroup) -> list[FFNSublayer]:
+    return [ffns[group.stack, i] for i in group.layers]
+
+
+@torch.no_grad()
+def _merged_modules(model: nn.Module, members: Sequence[FFNSublayer], group: MergeGroup) -> list[nn.Module]:
+    """New modules for `members[0].shared`, holding the average of all members' permuted parameters."""
+    averages: dict[int, Tensor] = {}  # by identity of the first member's parameters
+    for count, ffn in enumerate(members, start=1):
+        for parameter, mine in _paired(model, members[0], ffn):
+            permuted = _permute(parameter, _neuron_dim(model, ffn, parameter), group.permutations[ffn.index], ffn.fused)
+            permuted = permuted.to(torch.promote_types(mine.dtype, torch.float32))
+            # a running mean, so that equal layers average to exactly themselves
+            averages[id(mine)] = averages[id(mine)].lerp_(permuted, 1 / count) if count > 1 else permuted.clone()
+    modules = []
+    for path in members[0].shared:
+        original = model.get_submodule(path)
+        module = copy.deepcopy(original)
+        for new, old in zip(module.parameters(), original.parameters(), strict=True):
+            new.copy_(averages[id(old)])
+            new.grad = None  # deepcopy brings the first layer's along
+        modules.append(module)
+    return modules
+
+
+def _paired(model: nn.Module, first: FFNSublayer, ffn: FFNSublayer) -> Iterator[tuple[Tensor, Tensor]]:
+    """(parameter of `ffn`, the same parameter of `first`)."""
+    for path, first_path in zip(ffn.shared, first.shared, strict=True):
+        yield from zip(
+            model.get_submodule(path).parameters(), model.get_submodule(first_path).parameters(), strict=True
+        )
+
+
+def _neuron_dim(model: nn.Module, ffn: FFNSublayer, parameter: Tensor) -> int | None:
+    """The axis of a parameter that runs over the hidden neurons; None for what lives in d_model (b_down)."""
+    for path in filter(None, (ffn.gate_path, ffn.up_path)):
+        module = model.get_submodule(path)
+        if parameter is module.weight:
+            return out_dim(module)
+        if parameter is module.bias:
+            return 0
+    down = model.get_submodule(ffn.down_path)
+    if parameter is down.weight:
+        return 1 - out_dim(down)
+    if parameter is down.bias:
+        return None
+    raise FFMergeError(
+        f"merge: the FFN {ffn.key} has a parameter of shape {list(parameter.shape)} besides its projections; register "
+        "the family without module=, so that only the projections are shared"
+    )
+
+
+def _permute(parameter: Tensor, dim: int | None, permutation: Tensor, fused: bool) -> Tensor:
+    """The parameter with its neurons in the anchor's order; in a fused gate and up, both halves alike."""
+    if dim is None:
+        return parameter
+    permutation = permutation.to(parameter.device)
+    if fused and parameter.shape[dim] == 2 * len(permutation):
+        permutation = torch.cat([permutation, permutation + len(permutation)])
+    return parameter.index_select(dim, permutation)
+
+
+def _share(model: nn.Module, members: Sequence[FFNSublayer], modules: Sequence[nn.Module]) -> None:
+    for ffn in members:
+        for path, module in zip(ffn.shared, modules, strict=True):
+            set_module(model, path, module)
+
+
+@torch.no_grad()
+def _folded(projection: nn.Module) -> nn.Module:
+    """An nn.Linear or Conv1D with W + A B and b + c."""
+    a, b, c = delta_parameters(projection).values()
+    wide = torch.promote_types(a.dtype, torch.float32)
+    change = (a.to(wide) @ b.to(wide)).T if is_conv1d(projection) else a.to(wide) @ b.to(wide)
+    values = {"weight": projection.weight + change, "bias": None if c is None else projection.bias + c.to(wide)}
+    with torch.device("meta"):
+        if is_conv1d(projection):
+            from transformers.pytorch_utils import Conv1D
+
+            folded = Conv1D(*reversed(change.shape))
+        else:
+            folded = nn.Linear(*reversed(change.shape), bias=c is not None)
+    for name, value in values.items():
+        if value is not None:
+            setattr(folded, name, nn.Parameter(value.to(a.dtype), requires_grad=a.requires_grad))
+    return folded.train(projection.training)
+
+
+def _record(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> None:
+    """Make a transformers model an instance of its FFMerged class, whose config lists the groups."""
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        return
+    from ..remote_code import modeling_ffmerge
+
+    if not modeling_ffmerge.can_adopt(model):
+        warnings.warn(
+            f"merged in memory only: {type(model).__name__} is not a class of transformers itself, so its code cannot "
+            "travel in a checkpoint; before saving, call expand_ or keep its state dict",
+            stacklevel=3,
+        )
+        return
+    members = [_members(ffns, group) for group in groups]
+    modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": config_groups(model, members)})

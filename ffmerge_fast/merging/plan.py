@@ -1,0 +1,271 @@
+"""Which layers to merge and how their neurons match: `plan` and the `MergePlan` it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..models.projections import is_conv1d
+from ..models.sublayers import FFNSublayer
+from ..models.summary import ModelSummary
+from ..support.errors import FFMergeError
+from ..support.sizes import format_bytes
+from ..support.tables import format_table
+from .groups import Group, anchor_of, format_layers, parse_layers, windows
+from .statistics import CorrelationStats
+
+METHODS = ("permute", "average", "random", "weights")
+
+
+@dataclass(frozen=True)
+class MergeGroup:
+    """Layers that become one FFN.
+
+    Attributes:
+        stack: "encoder" or "decoder".
+        layers: their indices, rising.
+        anchor: the layer the others are aligned to.
+        permutations: {layer: int64 [d_ff]}; neuron j of the merged FFN is the layer's neuron `permutation[j]`.
+        scores: {layer: (mean correlation of matched neurons, the same before alignment)}, where it was measured.
+    """
+
+    stack: str
+    layers: tuple[int, ...]
+    anchor: int
+    permutations: Mapping[int, Tensor]
+    scores: Mapping[int, tuple[float, float]]
+
+
+@dataclass
+class MergePlan:
+    """Everything `merge_` needs. Prints as a table.
+
+    Attributes:
+        model: summary of the model it was made for.
+        method: "permute", "average", "random" or "weights".
+        groups: disjoint groups of layers.
+        search: [("4-7", score), ...] of all windows, if a search made this plan.
+    """
+
+    model: ModelSummary
+    method: str
+    groups: list[MergeGroup]
+    search: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def layers(self) -> str:
+        """The groups as text, as `plan(layers=...)` takes them."""
+        return format_layers([(g.stack, g.layers) for g in self.groups], self.model.stacks)
+
+    @property
+    def mean_correlation(self) -> float:
+        """Mean correlation of matched neurons over all aligned layers; NaN where it was not measured."""
+        matched = [s[0] for g in self.groups for s in g.scores.values()]
+        return sum(matched) / len(matched) if matched else float("nan")
+
+    @property
+    def parameters_after(self) -> int:
+        return self.model.parameters - self._removed("parameters")
+
+    @property
+    def nbytes_after(self) -> int:
+        return self.model.nbytes - self._removed("nbytes")
+
+    def _removed(self, attribute: str) -> int:
+        of_layer = {(f.stack, f.index): getattr(f, attribute) for f in self.model.ffns}
+        return sum(of_layer[g.stack, i] for g in self.groups for i in g.layers[1:])
+
+    def __str__(self) -> str:
+        rows = []
+        for number, group in enumerate(self.groups):
+            for i in group.layers:
+                matched, unmatched = group.scores.get(i, ("", ""))
+                note = "anchor" if i == group.anchor else ""
+                rows.append([number, group.stack, i, note, _short(unmatched), _short(matched)])
+        headers = ["group", "stack", "layer", "", "correlation as is", "aligned"]
+        before, after = self.model.parameters, self.parameters_after
+        summary = (
+            f"{self.model.model_type}: {self.method}, layers {self.layers}\n"
+            f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%}), "
+            f"{format_bytes(self.model.nbytes)} -> {format_bytes(self.nbytes_after)}"
+        )
+        return f"{format_table(headers, rows)}\n{summary}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` reads it."""
+        groups = [
+            {
+                "stack": g.stack,
+                "layers": list(g.layers),
+                "anchor": g.anchor,
+                "permutations": {str(i): p.tolist() for i, p in g.permutations.items()},
+                "scores": {str(i): list(s) for i, s in g.scores.items()},
+            }
+            for g in self.groups
+        ]
+        search = [list(entry) for entry in self.search]
+        return {"format": 1, "model": self.model.to_dict(), "method": self.method, "groups": groups, "search": search}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MergePlan:
+        try:
+            groups = [
+                MergeGroup(
+                    g["stack"],
+                    tuple(g["layers"]),
+                    g["anchor"],
+                    {int(i): torch.tensor(p, dtype=torch.int64) for i, p in g["permutations"].items()},
+                    {int(i): tuple(s) for i, s in g["scores"].items()},
+                )
+                for g in values["groups"]
+            ]
+            search = [tuple(entry) for entry in values["search"]]
+            model = ModelSummary.from_dict(values["model"])
+            _check_permutations(groups, model)
+            return cls(model, values["method"], groups, search)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FFMergeError(
+                f"plan: not the content of a plan file ({error!r}); make it with `ffmerge plan`"
+            ) from error
+
+
+def plan(
+    stats: CorrelationStats | None = None,
+    layers: str | Sequence | Mapping | None = None,
+    window: int | None = None,
+    anchor: str = "first",
+    method: str = "permute",
+    model: nn.Module | None = None,
+    seed: int = 0,
+) -> MergePlan:
+    """Decide which layers become one FFN, and align their neurons (paper A, sections 3.2 and 3.3).
+
+    Args:
+        stats: from `collect`; needed for "permute" and for choosing a window.
+        layers: "4-7"; "0-2,6-8" (two groups); "1+4+7" (not adjacent); "encoder:2-4,decoder:2-4"; or lists.
+        window: instead of `layers`: of all windows of this size, the one with the highest mean matched correlation.
+        anchor: "first", "middle" or "last" layer of each group.
+        method: "permute" aligns by correlation; "average" (vanilla) does not align; "random" permutes at random;
+            "weights" aligns by the weights themselves.
+        model: the model, for "weights", or instead of `stats` for "average" and "random".
+        seed: of "random".
+
+    Raises:
+        FFMergeError: layers that cannot be merged, a pair without statistics, unknown anchor or method.
+    """
+    summary = _summary(stats, model, method)
+    if (layers is None) == (window is None):
+        raise FFMergeError("plan: give exactly one of layers= and window=")
+    if layers is not None:
+        return _plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed)
+    if stats is None:
+        raise FFMergeError("plan: choosing a window needs statistics; give stats= or layers=")
+    ranked = rank_windows(stats, window, anchor)
+    best = max(ranked, key=lambda entry: entry[1])[0]
+    chosen = _plan_groups(stats, summary, best, anchor, method, model, seed)
+    chosen.search = [(format_layers(groups, summary.stacks), score) for groups, score in ranked]
+    return chosen
+
+
+def rank_windows(stats: CorrelationStats, window: int, anchor: str) -> list[tuple[list[Group], float]]:
+    """Every window of the given size with its mean matched correlation, in layer order."""
+    candidates = windows(stats.model.ffns, window)
+    _align(stats, [group for groups in candidates for group in groups], anchor)
+    ranked = []
+    for groups in candidates:
+        made = _plan_groups(stats, stats.model, groups, anchor, "permute", None, 0)
+        ranked.append((groups, made.mean_correlation))
+    return ranked
+
+
+def _summary(stats: CorrelationStats | None, model: nn.Module | None, method: str) -> ModelSummary:
+    if method not in METHODS:
+        raise FFMergeError(f"method: got {method!r}, wanted one of {', '.join(METHODS)}")
+    if method == "permute" and stats is None:
+        raise FFMergeError("plan: method 'permute' needs statistics; give stats= (from collect) or another method")
+    if method == "weights" and model is None:
+        raise FFMergeError("plan: method 'weights' compares weights; give model=")
+    if stats is None and model is None:
+        raise FFMergeError("plan: give stats= or model=")
+    if stats is None:
+        return ModelSummary.of(model)
+    if model is not None:
+        stats.model.check(model, "stats")
+    return stats.model
+
+
+def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed) -> MergePlan:
+    ffns = {(f.stack, f.index): f for f in summary.ffns}
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    if method == "permute":
+        _align(stats, groups, anchor)
+    for stack, indices in groups:
+        first = anchor_of(indices, anchor)
+        d_ff = ffns[stack, first].d_ff
+        permutations = {first: torch.arange(d_ff)}
+        scores = {}
+        for i in (i for i in indices if i != first):
+            if method == "permute":
+                found = stats.alignment(first, i, stack)
+                permutations[i], scores[i] = found.permutation, (found.matched, found.unmatched)
+            elif method == "weights":
+                permutations[i] = _match_weights(model, ffns[stack, first], ffns[stack, i])
+            else:
+                permutations[i] = (
+                    torch.randperm(d_ff, generator=generator) if method == "random" else torch.arange(d_ff)
+                )
+        made.append(MergeGroup(stack, tuple(indices), first, dict(sorted(permutations.items())), scores))
+    return MergePlan(summary, method, made)
+
+
+def _check_permutations(groups: Sequence[MergeGroup], model: ModelSummary) -> None:
+    d_ff = {(f.stack, f.index): f.d_ff for f in model.ffns}
+    for group in groups:
+        for i in group.layers:
+            if not torch.equal(group.permutations[i].sort().values, torch.arange(d_ff[group.stack, i])):
+                raise ValueError(f"{group.stack} layer {i} has no permutation of its {d_ff[group.stack, i]} neurons")
+
+
+def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> None:
+    """Make sure that the statistics hold every alignment the groups need; several are computed at a time."""
+    wanted = []
+    for stack, indices in groups:
+        first = anchor_of(indices, anchor)
+        pairs = stats.settings["pairs"].get(stack, [])
+        for i in (i for i in indices if i != first):
+            if [first, i] not in pairs and [i, first] not in pairs:
+                raise FFMergeError(
+                    f"plan: the statistics hold no correlation of {stack} layers {first} and {i}; collect again with a "
+                    "larger window= or with these layers="
+                )
+            wanted.append((stack, first, i))
+    stats.align(wanted)
+
+
+def _match_weights(model: nn.Module, anchor: FFNSublayer, layer: FFNSublayer) -> Tensor:
+    """Permutation that aligns neurons by the cosine of all their weights (in, gate, bias, out)."""
+    a, b = (nn.functional.normalize(_neurons(model, ffn), dim=1) for ffn in (anchor, layer))
+    return ops.assign(a @ b.T).permutation.cpu()
+
+
+def _neurons(model: nn.Module, ffn: FFNSublayer) -> Tensor:
+    """All weights of each hidden neuron, float32 [d_ff, (2 or 3) * d_model + biases]."""
+    parts = []
+    for path in filter(None, (ffn.gate_path, ffn.up_path)):
+        module = model.get_submodule(path)
+        rows = (module.weight.T if is_conv1d(module) else module.weight).detach().float()
+        rows = rows if module.bias is None else torch.cat([rows, module.bias.detach().float()[:, None]], dim=1)
+        parts += rows.chunk(2) if ffn.fused else [rows]
+    down = model.get_submodule(ffn.down_path)
+    parts.append((down.weight if is_conv1d(down) else down.weight.T).detach().float())
+    return torch.cat(parts, dim=1)
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3f}"

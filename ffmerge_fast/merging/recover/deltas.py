@@ -1,0 +1,219 @@
+"""Low-rank deltas: layers that share the weights W of an FFN, each with a correction of its own, W_i = W + A_i B_i."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.projections import delta_parameters, is_conv1d
+from ...models.sublayers import FFNSublayer, set_module
+from ...models.ties import CONFIG_VERSION, config_groups
+from ...ops import assign
+from ...ops.common.activations import FORWARD
+from ...support.distributed import broadcast_, sum_over_ranks
+from ...support.env import require
+from ...support.errors import FFMergeError
+
+Weights = Mapping[str, Any]  # of one FFN, as `ops.shared_ffn` takes them
+
+
+class Delta(NamedTuple):
+    """What one layer's projection has of its own: (W + a b) x + bias_of_W + bias."""
+
+    a: Tensor  # [out, rank]
+    b: Tensor  # [rank, in]
+    bias: Tensor | None  # [out]; None without a bias in W's own
+
+
+Deltas = dict[str, Delta]  # of one layer, by the projection that has them: "up", "gate", "down"
+
+
+# ---------------------------------------------------------------------------------------------------- the first values
+
+
+@torch.no_grad()
+def nearest_deltas(theirs: Weights, ours: Weights, x: Tensor, rank: int, fused: bool) -> Deltas:
+    """The deltas with which each projection of the shared FFN comes closest to that of the original one.
+
+    The original's neurons are put in the order in which its weights are closest to the shared ones.
+
+    Args:
+        theirs, ours: the original and the shared weights, these of the device and dtype to work in.
+        x: [tokens, d_model], the original layer's inputs, this process's.
+        fused: gate and up are one projection.
+    """
+    x = x.to(ours["up"])
+    theirs = _aligned({name: v.to(x) if isinstance(v, Tensor) else v for name, v in theirs.items()}, ours, x)
+    parts = [name for name in ("gate", "up") if ours[name] is not None]
+    projections = {"up": parts} if fused else {name: [name] for name in parts}
+    found = {name: _nearest(x, _residuals(theirs, ours, p), rank) for name, p in projections.items()}
+    return found | {"down": _nearest(hidden(x, theirs), _residuals(theirs, ours, ["down"]), rank)}
+
+
+def _residuals(theirs: Weights, ours: Weights, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """W_i − W [out, in] and b_i − b [out] or None, in float64; of several projections one below the other."""
+
+    def residual(key: str) -> Tensor | None:
+        return None if ours[key] is None else theirs[key].double() - ours[key].double()
+
+    biases = [residual(f"{name}_bias") for name in names]
+    return torch.cat([residual(name) for name in names]), None if biases[0] is None else torch.cat(biases)
+
+
+def _nearest(x: Tensor, residuals: tuple[Tensor, Tensor | None], rank: int) -> Delta:
+    """A, B and c that minimise Σ_x ‖(R − A B) x + s − c‖² over the tokens x [T, in] of all processes.
+
+    That is the truncated SVD of R L, L Lᵀ = Σ x xᵀ (about the mean, where there is a c): its left singular vectors U
+    are the principal components of R x, and A B = U Uᵀ R. A and B get equal singular values.
+    """
+    residual, shift = residuals
+    narrow = len(residual) <= residual.shape[1]
+    gram, mean = _moments(F.linear(x, residual.to(x)) if narrow else x, centred=shift is not None)
+    if narrow:
+        u = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+        u = torch.linalg.svd(residual @ (vectors * values.clamp(min=0).sqrt()), full_matrices=False).U[:, :rank]
+        mean = residual @ mean
+    p, s, q = torch.linalg.svd(u.T @ residual, full_matrices=False)
+    bias = None if shift is None else shift + mean - u @ (u.T @ mean)
+    return Delta((u @ p) * s.sqrt(), s.sqrt()[:, None] * q, bias)
+
+
+def _moments(x: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Σ x xᵀ [n, n], about the mean or not, and the mean [n]; of the tokens of all processes, in float64."""
+    x, mean = x.double(), _mean(x)
+    x = x - mean if centred else x
+    return sum_over_ranks([x.T @ x])[0], mean
+
+
+def _mean(x: Tensor) -> Tensor:
+    """[tokens, n] -> [n], over the tokens of all processes, in float64."""
+    total, count = sum_over_ranks([x.sum(0, dtype=torch.float64), x.new_tensor(len(x), dtype=torch.float64)])
+    return total / count.clamp(min=1)
+
+
+def _aligned(theirs: Weights, ours: Weights, x: Tensor) -> Weights:
+    """The original FFN with its neurons in the order of the shared one's.
+
+    Weights are compared by what they do to the inputs: ‖w − w'‖² is weighted by the inputs' second moments.
+    """
+    second, tiny = _moments(x, centred=ours["up_bias"] is not None)[0], torch.finfo(torch.float64).tiny
+    scores = torch.zeros(len(ours["up"]), len(ours["up"]), dtype=torch.float64, device=x.device)
+    for name in ("up", "gate"):
+        if ours[name] is not None:
+            seen = theirs[name].double() @ second
+            scores += ours[name].double() @ seen.T / (seen * theirs[name]).sum().clamp(min=tiny)
+    down = theirs["down"] * _mean(hidden(x, theirs).square())
+    scores += ours["down"].double().T @ down / (down * theirs["down"]).sum().clamp(min=tiny)
+    order = torch.as_tensor(assign(scores.float()).permutation, device=x.device)
+    neurons = [name for name in ("up", "gate", "up_bias", "gate_bias") if theirs[name] is not None]
+    return {**theirs, **{name: theirs[name][order] for name in neurons}, "down": theirs["down"][:, order]}
+
+
+def same_on_all_ranks(deltas: Deltas) -> Deltas:
+    """Those of the first process: eigenvectors may be rounded differently elsewhere."""
+    same = {name: Delta(*(t if t is None else t.contiguous() for t in delta)) for name, delta in deltas.items()}
+    broadcast_([tensor for delta in same.values() for tensor in delta if tensor is not None])
+    return same
+
+
+# --------------------------------------------------------------------------------------------------------- computing
+
+
+def hidden(x: Tensor, weights: Weights, deltas: Deltas | None = None) -> Tensor:
+    """What an FFN, or a layer's with its deltas, hands to W_down."""
+    activation, up = FORWARD[weights["activation"]], _project(x, "up", weights, deltas)
+    return activation(up) if weights["gate"] is None else activation(_project(x, "gate", weights, deltas)) * up
+
+
+def compute(x: Tensor, weights: Weights, deltas: Deltas) -> Tensor:
+    """[T, d_model] -> [T, d_model] by the FFN of a layer with deltas; W + A B is never formed.
+
+    This is plain PyTorch: the deltas work on the pre-activations and on the hidden features, which `ops.shared_ffn`
+    does not hand out, and in weights widened by A and B it would need a copy of W for each layer.
+    """
+    return _project(hidden(x, weights, deltas), "down", weights, deltas)
+
+
+def _project(x: Tensor, name: str, weights: Weights, deltas: Deltas | None) -> Tensor:
+    bias = weights[f"{name}_bias"]
+    if not deltas:
+        return F.linear(x, weights[name], bias)
+    a, b, c = deltas[name]
+    return F.linear(x, weights[name], bias if c is None else bias + c).addmm(F.linear(x, b), a.T)
+
+
+def unfused(deltas: Deltas) -> Deltas:
+    """Deltas of gate and up, views of those of one projection that holds both, gate first."""
+    a, b, c = deltas["up"]
+    gate_c, up_c = (None, None) if c is None else c.chunk(2)
+    gate_a, up_a = a.chunk(2)
+    return {**deltas, "gate": Delta(gate_a, b, gate_c), "up": Delta(up_a, b, up_c)}
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+def check_rank(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int) -> None:
+    """Raise FFMergeError unless the groups' projections can get deltas of this rank."""
+    for first in (members[0] for members in groups):
+        if rank and isinstance(model.get_submodule(first.path), nn.TransformerEncoderLayer):
+            raise FFMergeError(
+                f"delta_rank: {first.path} is a torch.nn.TransformerEncoderLayer, whose fast path reads the weights of "
+                "its projections and would leave their deltas out; use delta_rank=0"
+            )
+        most = min(first.d_model, first.d_ff)
+        if not isinstance(rank, int) or not 0 <= rank <= most:
+            raise FFMergeError(f"delta_rank: got {rank}, wanted 0 (no deltas) to {most}, the width of {first.key}")
+        for path in first.projections.values() if rank else ():
+            module = model.get_submodule(path)
+            plain = type(module) is nn.Linear or is_conv1d(module)
+            if not plain or type(module.weight) not in (nn.Parameter, Tensor):
+                raise FFMergeError(
+                    f"delta_rank: {path} is a {type(module).__name__} of {type(module.weight).__name__}, wanted a "
+                    "plain nn.Linear or Conv1D: recover before quantising or wrapping the model"
+                )
+    if rank:
+        require("transformers", extra="hf")
+
+
+@torch.no_grad()
+def attach_(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], deltas: Mapping[str, Deltas]) -> None:
+    """Give every layer of the merged groups a delta in each projection; they go on sharing the weights.
+
+    Args:
+        deltas: {FFN key: Deltas}.
+    """
+    from ...remote_code import modeling_ffmerge
+
+    rank = next(iter(deltas.values()))["down"].a.shape[1]
+    adopted = bool(getattr(getattr(model, "config", None), "ffmerge", None))
+    entries = config_groups(model, groups, rank) if adopted else []
+    if adopted:
+        modeling_ffmerge.release_(model)
+    for members in groups:
+        _separate_(model, members)
+        for name in members[0].projections if not adopted else ():
+            modeling_ffmerge.add_deltas_(model, [f.projections[name] for f in members], rank)
+    if adopted:
+        modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": entries})
+    for member in (f for members in groups for f in members):
+        for name, path in member.projections.items():
+            new = delta_parameters(model.get_submodule(path)).values()
+            for parameter, value in zip(new, deltas[member.key][name], strict=True):
+                if parameter is not None:
+                    parameter.copy_(value)
+
+
+def _separate_(model: nn.Module, members: Sequence[FFNSublayer]) -> None:
+    """Give each layer its own FFN module around the projections that they share."""
+    projections = [model.get_submodule(path) for path in members[0].projections.values()]
+    for path in (path for f in members[1:] for path in f.shared):
+        module = model.get_submodule(path)
+        set_module(model, path, copy.deepcopy(module, {id(p): p for p in projections}))

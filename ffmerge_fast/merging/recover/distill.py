@@ -1,0 +1,286 @@
+"""Recover quality layer by layer: train the shared FFNs on their layers' own inputs, without the rest of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibration.blocks import at_least_float32
+from ...models.ffn_weights import ffn_parameters, op_arguments
+from ...models.sublayers import FFNSublayer
+from ...ops import shared_ffn
+from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
+from ...support.errors import FFMergeError
+from ...support.progress import progress
+from ..groups import format_layers
+from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
+from .recording import LayerData, groups_to_recover, record, stream_weights
+from .reports import DistillGroup, DistillReport
+
+_CHECKS = 20  # how often in a training the held-out tokens are judged
+_WARMUP = 0.05  # share of the steps
+
+
+def local_distill_(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    steps: int = 400,
+    lr: float = 1e-3,
+    batch_tokens: int = 512,
+    max_tokens: int = 20_000,
+    seed: int = 0,
+    delta_rank: int = 0,
+) -> DistillReport:
+    """Train the shared FFN of every merged group, in place, to give what its layers gave in the original model.
+
+    Minimised is  Σ_i w_i ‖FFN_shared(x_i) − y_i‖²  over the group's layers i and the calibration tokens, where x_i and
+    y_i are the input and output of layer i's own FFN in the *original* model, and w_i is 1 / the variance of the stream
+    after block i (as in `refit_`, which solves the same problem for W_down and b_down alone; as a start it helped where
+    half of a GPT-2's FFNs were merged, and did harm where all were).
+    All weights and biases of the FFN are trained, by AdamW without decay, with a warm-up of 1/20 and then a linear
+    decay to 0. One forward pass of the teacher; after it only the FFN runs, on the k inputs of the same tokens in one
+    call of `ops.shared_ffn`. The last tenth of the tokens is held out: the weights of the step with the smallest error
+    on it are kept, or those the model had. Narrow weights are trained as float32 and rounded once.
+
+    With `delta_rank` r every layer also gets low-rank deltas of its own, in each projection W_i = W + A_i B_i (A_i of r
+    columns, B_i of r rows; never multiplied out) and b_i = b + c_i where there is a bias. At first A_i B_i is the
+    residual W_i − W of the original weights, cut to rank r by an SVD weighted by the second moments of the projection's
+    inputs; then both are trained along with W. They are parameters of the model, saved with it, and `expand_` folds
+    them into full weights. Of rank min(d_model, d_ff) they give the original layers back.
+
+    Memory: 2 · max_tokens · d_model numbers of the model's dtype per merged layer. In a `torch.distributed` job each
+    rank gives its own batches and its share of `max_tokens` and `batch_tokens`; gradients and errors are summed over
+    the ranks, all get the same weights, and an error on one makes all raise.
+
+    Args:
+        model: the merged model, plain or after `refit_`. All other weights, the tie, modes and dtypes stay.
+        teacher: the original model, unmerged: a copy made before `merge_`, or loaded again.
+        batches: calibration data, as for `collect`; padding does not count, labels are not needed.
+        steps: of each group.
+        lr: the largest; 1e-3 suits FFNs of width 512, wider ones want less.
+        batch_tokens: tokens of one step, from each of the group's layers.
+        max_tokens: stop after exactly this many tokens; encoder and decoder count separately.
+        seed: of the order of the tokens.
+        delta_rank: 0 (no deltas) to min(d_model, d_ff). Each projection of a layer then has r · (inputs + outputs)
+            parameters of its own, and biases of its own.
+
+    Raises:
+        FFMergeError: bad arguments; nothing is merged, or it has deltas already; deltas for quantised or wrapped
+            projections; the teacher is merged or of another layout; too little data; features or errors that are not
+            finite (names the group). The model is unchanged then.
+    """
+    with on_all_ranks("distill"):
+        _check_arguments(steps, lr, batch_tokens, max_tokens)
+        groups = groups_to_recover(model, teacher, "distill")
+        check_rank(model, groups, delta_rank)
+        data = record(teacher, [f for g in groups for f in g], batches, share_of_rank(max_tokens), "distill")
+    sum_over_ranks([layer.moments for layer in data.values()])
+    trainings = [_Training(model, ffns, data, batch_tokens, seed) for ffns in groups]
+    if delta_rank:
+        for training in trainings:
+            training.start_deltas(teacher, delta_rank)
+    with progress(total=steps * len(groups), desc="distill", unit="step") as bar:
+        for training in trainings:
+            for _ in training.run(steps, lr):
+                bar.update()
+    for training in trainings:
+        training.write_()
+    if delta_rank:
+        attach_(model, groups, {key: deltas for training in trainings for key, deltas in training.deltas().items()})
+    return DistillReport([training.report() for training in trainings])
+
+
+class _Training:
+    """Training of one group's shared FFN, on copies of its parameters.
+
+    Args:
+        ffns: the group's layers.
+        data: of every layer; the moments are those of all ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ffns: Sequence[FFNSublayer],
+        data: Mapping[str, LayerData],
+        batch_tokens: int,
+        seed: int,
+    ):
+        self._model, self._ffns, self._layers = model, ffns, [data[f.key] for f in ffns]
+        self._parameters = ffn_parameters(model, ffns[0])
+        self._copies = [at_least_float32(p.detach()).clone().requires_grad_() for p in self._parameters]
+        self._replaced = {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=True)}
+        self._split(batch_tokens, seed)
+        variances = torch.stack([layer.variance.cpu() for layer in self._layers])
+        self._weights = stream_weights(variances).tolist()
+        self._deltas: list[Deltas] = []  # of each layer
+        self._trained = list(self._copies)
+        self._kept: list[Tensor] = []  # their values at the best step
+        self._history: list[tuple[int, float]] = []
+        self._best = 0
+        self._total = self._variance()
+        self._before: float | None = None  # the share missed without deltas
+
+    def _split(self, batch_tokens: int, seed: int) -> None:
+        """This rank's tokens to train on, and to judge by; and how many of a step's tokens it takes."""
+        here = len(self._layers[0].x)
+        held_out = -(-here // 10)
+        self._train, self._held_out = here - held_out, slice(here - held_out, here)
+        counts = torch.tensor([self._train, held_out], device=self._copies[0].device)
+        everywhere, judged = sum_over_ranks([counts])[0].tolist()
+        if everywhere < 2 or judged < 2:
+            raise FFMergeError(
+                f"distill: the {self._ffns[0].stack} saw {everywhere + judged} tokens, wanted at least 20; give more "
+                "calibration data"
+            )
+        self._batch = min(self._train, math.ceil(batch_tokens * self._train / everywhere))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def start_deltas(self, teacher: nn.Module, rank: int) -> None:
+        """Give every layer the deltas that bring it closest to its original; they are trained, too."""
+        self._before = self._share(0)
+        ours, fused = self._arguments(), self._ffns[0].fused
+        for member, layer in zip(self._ffns, self._layers, strict=True):
+            first = nearest_deltas(op_arguments(teacher, member), ours, layer.x[: self._train], rank, fused)
+            like = self._copies[0]
+            self._deltas.append({n: Delta(*(_leaf(t, like) for t in d)) for n, d in same_on_all_ranks(first).items()})
+        self._trained += [t for deltas in self._deltas for delta in deltas.values() for t in delta if t is not None]
+
+    def run(self, steps: int, lr: float) -> Iterator[int]:
+        """Train; yields the number of each step done."""
+        optimizer = torch.optim.AdamW(self._trained, lr=lr, weight_decay=0.0)
+        self._judge(0)
+        every = max(1, steps // _CHECKS)
+        for step in range(1, steps + 1):
+            optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
+            self._set_gradients()
+            optimizer.step()
+            if step % every == 0 or step == steps:
+                self._judge(step)
+            yield step
+
+    @torch.no_grad()
+    def write_(self) -> None:
+        """Give the model the best weights; rounded once. The weights it has are left alone where they are best."""
+        if self._best:
+            for parameter, kept in zip(self._parameters, self._kept, strict=False):  # the deltas' come after
+                parameter.copy_(kept)
+
+    @torch.no_grad()
+    def deltas(self) -> dict[str, Deltas]:
+        """The best deltas, by the layers' keys."""
+        for tensor, kept in zip(self._trained, self._kept, strict=True):
+            tensor.copy_(kept)
+        return {f.key: deltas for f, deltas in zip(self._ffns, self._deltas, strict=True)}
+
+    def report(self) -> DistillGroup:
+        layers = tuple(f.index for f in self._ffns)
+        shares = dict(self._history)
+        before = shares[0] if self._before is None else self._before
+        rank = self._deltas[0]["down"].a.shape[1] if self._deltas else 0
+        extra = sum(t.numel() for t in self._trained[len(self._copies) :])
+        stack, history = self._ffns[0].stack, list(self._history)
+        return DistillGroup(stack, layers, before, shares[self._best], self._best, history, rank, extra)
+
+    def _set_gradients(self) -> None:
+        """Gradients of the mean weighted error of one step's tokens, of all ranks."""
+        with on_all_ranks("distill"), torch.enable_grad():
+            tokens = self._next_tokens()
+            loss = self._error(tokens)
+            gradients = torch.autograd.grad(loss, self._trained)
+        count = torch.tensor(float(len(tokens)), device=gradients[0].device)
+        *gradients, count = sum_over_ranks([*gradients, count])
+        for tensor, gradient in zip(self._trained, gradients, strict=True):
+            tensor.grad = gradient.div_(count * self._ffns[0].d_model)
+
+    def _next_tokens(self) -> Tensor:
+        """Indices of this rank's next tokens; every token once before any comes again."""
+        if len(self._order) < self._batch:
+            self._order = torch.randperm(self._train, generator=self._generator)
+        tokens, self._order = self._order[: self._batch], self._order[self._batch :]
+        return tokens.to(self._layers[0].x.device)
+
+    def _error(self, tokens: Tensor | slice) -> Tensor:
+        """Σ w ‖FFN(x) − y‖² over the layers and these tokens."""
+        like = self._copies[0]
+        inputs = [layer.x[tokens].to(like) for layer in self._layers]
+        outputs = self._outputs(inputs)
+        errors = [
+            w * (output - layer.y[tokens].to(like)).square().sum()
+            for w, output, layer in zip(self._weights, outputs, self._layers, strict=True)
+        ]
+        return torch.stack(errors).sum()
+
+    def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
+        arguments = self._arguments()
+        if not self._deltas:
+            return shared_ffn(inputs, **arguments, recompute="none")  # there is no other layer's memory to save
+        deltas = map(unfused, self._deltas) if self._ffns[0].fused else self._deltas
+        return [compute(x, arguments, mine) for x, mine in zip(inputs, deltas, strict=True)]
+
+    def _arguments(self) -> dict[str, Any]:
+        return op_arguments(self._model, self._ffns[0], self._replaced)
+
+    def _judge(self, step: int) -> None:
+        """Note the error on the held-out tokens, and keep the weights if it is the smallest."""
+        share = self._share(step)
+        if not self._history or share < dict(self._history)[self._best]:
+            self._best = step
+            self._kept = [tensor.detach().clone() for tensor in self._trained]
+        self._history.append((step, share))
+
+    @torch.no_grad()
+    def _share(self, step: int) -> float:
+        """The error on the held-out tokens of all ranks, as a share of their variance."""
+        with on_all_ranks("distill"):
+            error = self._error(self._held_out).double()
+        share = sum_over_ranks([error])[0].item() / self._total
+        if not math.isfinite(share):
+            raise FFMergeError(
+                f"distill: the error of {self._name} is {share} at step {step}"
+                + ("; try a smaller lr=" if step else ": its inputs or outputs are not finite")
+            )
+        return share
+
+    def _variance(self) -> float:
+        """Σ w ‖y − mean y‖² over the layers and the held-out tokens of all ranks."""
+        total = 0.0
+        for w, layer in zip(self._weights, self._layers, strict=True):
+            y = layer.y[self._held_out].double()
+            moments = torch.stack([torch.ones_like(y).sum(0), y.sum(0), y.square().sum(0)])
+            count, first, second = sum_over_ranks([moments])[0]
+            total += w * (second - first.square() / count).sum().item()
+        return max(total, torch.finfo(torch.float32).tiny)
+
+    @property
+    def _name(self) -> str:
+        stack = self._ffns[0].stack
+        return f"{stack} {format_layers([(stack, tuple(f.index for f in self._ffns))], [stack])}"
+
+
+def _leaf(value: Tensor | None, like: Tensor) -> Tensor | None:
+    """A tensor to train, of the dtype and device of another."""
+    return None if value is None else value.detach().to(like).contiguous().requires_grad_()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the largest learning rate in update `step`, from 1: a short rise, then in a straight line to 0."""
+    warmup = _WARMUP * steps
+    return min(1.0, step / max(1.0, warmup), (steps - step + 1) / (steps - warmup))
+
+
+def _check_arguments(steps: int, lr: float, batch_tokens: int, max_tokens: int) -> None:
+    if steps < 1:
+        raise FFMergeError(f"steps: got {steps}, wanted at least 1 (about 400 is usual)")
+    if not (lr > 0 and math.isfinite(lr)):
+        raise FFMergeError(f"lr: got {lr}, wanted a positive number (1e-3 is usual)")
+    if batch_tokens < 1:
+        raise FFMergeError(f"batch_tokens: got {batch_tokens}, wanted at least 1 (about 500 is usual)")
+    if max_tokens < 20:
+        raise FFMergeError(f"max_tokens: got {max_tokens}, wanted at least 20 (about 20,000 is usual)")

@@ -1,0 +1,134 @@
+"""The least-squares problem of one group's shared W_down: its moments and its solution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...calibration.blocks import at_least_float32
+from ...models.projections import is_conv1d
+from ...models.sublayers import FFNSublayer
+from ...ops import CorrelationState
+from ...ops.common.activations import FORWARD
+from ...support.errors import FFMergeError
+from ..groups import format_layers
+
+
+class Group:
+    """The shared FFN of some layers, and the moments that its fit needs."""
+
+    def __init__(self, model: nn.Module, ffns: Sequence[FFNSublayer]):
+        self.ffns, self.first = ffns, ffns[0]
+        self.up, self.down = (model.get_submodule(path) for path in (self.first.up_path, self.first.down_path))
+        self.gate = model.get_submodule(self.first.gate_path) if self.first.gate_path else None
+        self.scales: dict[int, float] = {}  # {layer: sqrt(w)}
+
+    @property
+    def name(self) -> str:
+        stack = self.first.stack
+        return f"{stack} {format_layers([(stack, self.layers)], [stack])}"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(f.index for f in self.ffns)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for p in (self.down.weight, self.down.bias) if p is not None]
+
+    @property
+    def weight(self) -> Tensor:
+        """W_down as [d_ff, d_model], a view."""
+        weight = self.down.weight.detach()
+        return weight if is_conv1d(self.down) else weight.T
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the shared FFN hands to W_down for its input x."""
+        x = x.to(self.up.weight)
+        up, activation = self.up(x), FORWARD[self.first.activation]
+        if self.first.fused:
+            gate, up = up.chunk(2, dim=-1)
+            return activation(gate) * up
+        return activation(self.gate(x)) * up if self.gate is not None else activation(up)
+
+    def clear(self) -> None:
+        """New sums. The rows of all layers are pooled, scaled by sqrt(w); "1" is the column of the intercept."""
+        widths = {"h": self.first.d_ff, "y": self.first.d_model}
+        pairs = [("h", "h"), ("h", "y")]
+        if self.down.bias is not None:
+            widths["1"] = 1
+            pairs += [("h", "1"), ("y", "1"), ("1", "1")]
+        weight = self.down.weight
+        compute = "fp64" if weight.dtype == torch.float64 else "auto"
+        self.state = CorrelationState(widths, pairs, weight.device, compute)
+
+    def add(self, ffn: FFNSublayer, h: Tensor, y: Tensor, mask: Tensor) -> None:
+        """Add one layer's tokens: h [.., d_ff], y [.., d_model]."""
+        scale, state = self.scales[ffn.index], self.state
+        state.push("h", at_least_float32(h).to(state.device) * scale, mask)
+        state.push("y", at_least_float32(y).to(state.device) * scale, mask)
+        if "1" in state.widths:
+            state.push("1", torch.full((len(mask), 1), scale, device=state.device), mask)
+        try:
+            state.end_batch()
+        except FFMergeError as error:
+            raise FFMergeError(f"refit: layer {ffn.key}: {error}") from error
+
+    def solve(self, ridge: float) -> Solution:
+        """The step from the present W_down and b_down to the minimum, in float64."""
+        gram, cross, total = self._moment("h", "h"), self._moment("h", "y"), self._square("y")
+        weight = self.weight.double()
+        intercept = None
+        if "1" in self.state.widths:
+            ones, h_sum, y_sum = (self._moment(key, "1")[:, 0] for key in ("1", "h", "y"))
+            h_mean, y_mean = h_sum / ones, y_sum / ones
+            gram -= h_mean[:, None] * h_sum
+            cross -= h_mean[:, None] * y_sum
+            total -= y_mean @ y_sum
+            intercept = y_mean - h_mean @ weight - self.down.bias.detach().double()
+        descent = cross - gram @ weight
+        before = total - (weight * (cross + descent)).sum()
+        shift = ridge * gram.diagonal().mean()
+        step = torch.cholesky_solve(descent, self._factor(gram, shift))
+        after = before - (step * (descent + shift * step)).sum()
+        if intercept is not None:
+            before += intercept.square().sum() * ones[0]
+            intercept -= h_mean @ step
+        return Solution(step, intercept, *((x / total).item() for x in (before, after)))
+
+    def _moment(self, a: str, b: str) -> Tensor:
+        """Mean of the products of two columns over the pooled rows, float64 [d_a, d_b]."""
+        return self.state.covariance(a, b).double().addr_(self.state.mean(a), self.state.mean(b))
+
+    def _square(self, key: str) -> Tensor:
+        return self.state.variance(key).sum() + self.state.mean(key).square().sum()
+
+    def _factor(self, gram: Tensor, shift: Tensor) -> Tensor:
+        """Cholesky factor of gram + shift · I; overwrites gram."""
+        noise = torch.finfo(torch.float32).eps * gram.diagonal().mean()  # what the float32 sums cannot tell from 0
+        gram.diagonal().add_(shift)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed or not factor.diagonal().square().min() > noise:
+            raise FFMergeError(
+                f"refit: the normal equations of {self.name} are singular ({len(gram)} features, "
+                f"{self.state.count('h')} rows): raise ridge= (1e-2 is usual) or give more calibration data"
+            )
+        return factor
+
+    @torch.no_grad()
+    def move_(self, solution: Solution, size: float) -> None:
+        """Go `size` of the way; rounded once."""
+        self.weight.copy_(self.weight.double() + size * solution.step)
+        if solution.intercept is not None:
+            self.down.bias.copy_(self.down.bias.double() + size * solution.intercept)
+
+
+@dataclass(frozen=True)
+class Solution:
+    step: Tensor  # [d_ff, d_model]
+    intercept: Tensor | None  # [d_model]
+    before: float
+    after: float

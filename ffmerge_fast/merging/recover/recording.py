@@ -1,0 +1,113 @@
+"""What the FFNs of the original model take and give, kept in memory; and a shared FFN on the inputs of its layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibration.blocks import BlockPasses, Flow
+from ...models.ffn_weights import check_activation
+from ...models.projections import delta_rank
+from ...models.sublayers import FFNSublayer, find_ffns
+from ...models.ties import is_merged, shared_groups
+from ...support.errors import FFMergeError
+
+
+@dataclass
+class LayerData:
+    """One FFN's inputs and outputs, token by token, and the size of the stream that its output is added to.
+
+    Attributes:
+        x, y: [tokens, d_model], of this process.
+        moments: of the block's output, float64 [3, d_model]: count, Σ out, Σ out²; of this process's tokens, until
+            `sum_over_ranks`.
+    """
+
+    x: Tensor
+    y: Tensor
+    moments: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean variance of the stream after the block, over the features; float64 scalar."""
+        count, total, squares = self.moments
+        return (squares / count - (total / count).square()).clamp(min=0).mean()
+
+
+@dataclass
+class _Parts:
+    """The batches' pieces of one LayerData."""
+
+    x: list[Tensor] = field(default_factory=list)
+    y: list[Tensor] = field(default_factory=list)
+    moments: Tensor | float = 0.0
+
+    def add(self, flow: Flow, mask: Tensor) -> None:
+        x, y, out = (t.reshape(len(mask), -1)[mask] for t in (flow.x, flow.y, flow.out))
+        self.x.append(x)
+        self.y.append(y)
+        out = out.double()
+        self.moments += torch.stack([torch.ones_like(out).sum(0), out.sum(0), out.square().sum(0)])
+
+
+def record(
+    model: nn.Module, ffns: Sequence[FFNSublayer], batches: Iterable[Any], max_tokens: int, name: str
+) -> dict[str, LayerData]:
+    """What goes through each FFN in one forward pass over the first `max_tokens` tokens, by the FFNs' keys.
+
+    Memory: 2 · tokens · d_model numbers of the model's dtype per FFN. `max_tokens` and x, y are this process's own.
+    """
+    parts = {ffn.key: _Parts() for ffn in ffns}
+    with BlockPasses(model, ffns, max_tokens, lambda ffn, flow, mask: parts[ffn.key].add(flow, mask)) as passes:
+        for _ in passes.over(batches, name):
+            pass
+    data = {}
+    for ffn in ffns:
+        part, empty = parts[ffn.key], model.get_submodule(ffn.up_path).weight.new_empty(0, ffn.d_model)
+        moments = part.moments if part.x else empty.new_zeros(3, ffn.d_model, dtype=torch.float64)
+        data[ffn.key] = LayerData(torch.cat([empty, *part.x]), torch.cat([empty, *part.y]), moments)
+    return data
+
+
+def stream_weights(variances: Tensor) -> Tensor:
+    """Weights of layers' squared errors: 1 / variance, 1 on average; a layer without variance counts as with little.
+
+    Args:
+        variances: [layers].
+    """
+    w = 1 / variances.clamp(min=1e-6 * variances.max()).clamp(min=torch.finfo(torch.float32).tiny)
+    return w / w.mean()
+
+
+def groups_to_recover(model: nn.Module, teacher: nn.Module, name: str) -> list[list[FFNSublayer]]:
+    """The layers of each merged group of `model`, which `teacher`, the original, must fit.
+
+    Raises:
+        FFMergeError: nothing is merged; the teacher is merged or of another layout; an activation is not known.
+    """
+    ffns, originals = find_ffns(model), find_ffns(teacher)
+    found = shared_groups(model)
+    if not found:
+        raise FFMergeError(f"{name}: this model has no merged FFNs; merge first, then {name}")
+    if rank := delta_rank(model):
+        raise FFMergeError(
+            f"{name}: this model's layers have deltas of rank {rank} already; start from the merged model without them"
+        )
+    if is_merged(teacher):
+        raise FFMergeError(
+            f"{name}: the teacher's FFNs are merged too; give the original model (a copy made before merge_)"
+        )
+    of_model, of_teacher = ([(f.key, f.path, *f.signature) for f in x] for x in (ffns, originals))
+    if of_model != of_teacher:
+        differ = next(((a, b) for a, b in itertools.zip_longest(of_model, of_teacher) if a != b))
+        mine, other = (" ".join(map(str, x)) if x else "nothing" for x in differ)
+        raise FFMergeError(f"{name}: the teacher is another model: its FFN is {other}, where this one's is {mine}")
+    groups = [[f for f in ffns if f.stack == stack and f.index in layers] for stack, layers in found]
+    for members in groups:
+        check_activation(members[0])
+    return groups

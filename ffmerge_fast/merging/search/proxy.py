@@ -1,0 +1,70 @@
+"""Score windows without evaluating the model: how far each shared FFN is from its layers' own outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...calibration.blocks import at_least_float32
+from ...models.ffn_weights import check_activation, op_arguments
+from ...models.sublayers import find_ffns
+from ...ops import shared_ffn
+from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
+from ...support.errors import FFMergeError
+from ...support.progress import progress
+from ..apply import merged
+from ..groups import Group
+from ..plan import MergePlan
+from ..recover.recording import LayerData, record
+
+
+def proxy_scores(
+    model: nn.Module,
+    windows: Mapping[str, Sequence[Group]],
+    planned: Callable[[Sequence[Group]], MergePlan],
+    batches: Iterable[Any],
+    max_tokens: int,
+) -> dict[str, float]:
+    """Each window's summed output errors: Σ_i mean (FFN_shared(x_i) − y_i)² / variance of the stream after block i.
+
+    x_i and y_i are layer i's own input and output in the original model, from one forward pass. In a distributed job
+    each rank records its share of the tokens, scores all windows on it, and all get the same sums.
+    """
+    with on_all_ranks("search"):
+        ffns = {(f.stack, f.index): f for f in find_ffns(model)}
+        for ffn in ffns.values():
+            check_activation(ffn)
+        data = record(model, list(ffns.values()), batches, share_of_rank(max_tokens), "search")
+        keys = [ffn.key for ffn in ffns.values()]
+        errors = torch.zeros(len(windows), len(keys), dtype=torch.float64)
+        for row, groups in enumerate(progress(windows.values(), len(windows), "search by proxy", "window")):
+            for key, error in _errors(model, planned(groups), ffns, data).items():
+                errors[row, keys.index(key)] = error
+    moments = [data[key].moments for key in keys]
+    errors = errors.to(moments[0].device)
+    sum_over_ranks([errors, *moments])
+    if any(m[0, 0] < 2 for m in moments):
+        raise FFMergeError("search: a stack saw fewer than 2 tokens; give more data in batches=")
+    numbers = [m[0].sum() for m in moments]  # tokens · d_model
+    scale = torch.stack([(data[k].variance * n).to(errors.device) for k, n in zip(keys, numbers, strict=True)])
+    values = (errors / scale.clamp(min=torch.finfo(torch.float32).tiny)).sum(1)
+    return dict(zip(windows, values.tolist(), strict=True))
+
+
+@torch.no_grad()
+def _errors(model: nn.Module, plan: MergePlan, ffns: Mapping, data: Mapping[str, LayerData]) -> dict[str, float]:
+    """Sum of squares of what each merged layer's output is off by, over tokens and features."""
+    found = {}
+    with merged(model, plan):
+        for group in plan.groups:
+            members = [ffns[group.stack, i] for i in group.layers]
+            arguments = op_arguments(model, members[0])
+            xs = [data[f.key].x.to(arguments["up"]) for f in members]
+            for ffn, y in zip(members, shared_ffn(xs, **arguments), strict=True):
+                found[ffn.key] = (
+                    (at_least_float32(y) - at_least_float32(data[ffn.key].y)).square().sum(dtype=torch.float64).item()
+                )
+    return found

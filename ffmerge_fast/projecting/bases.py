@@ -1,0 +1,84 @@
+"""Starting from directions of the residual stream instead of coordinates: a truncated SVD (`project(init="svd")`).
+
+A rotation may pass linear maps and a residual sum, not activations or heads: so one orthonormal Q [d_model', d_model]
+takes the place of the selection S wherever a matrix reads or writes the stream, and neurons and heads stay selected.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .axes import MODEL, Layout
+from .matrices import ProjectedMatrix, Projection, project_
+
+_ROWS = 8192  # of a matrix in float64 at a time
+
+
+@torch.no_grad()
+def stream_basis(model: nn.Module, layout: Layout, kept: Tensor) -> Tensor:
+    """Q [d_model', d_model], float64 on the CPU, orthonormal rows.
+
+    Its rows span the leading right singular vectors of all matrices along the residual stream, each divided by its
+    Frobenius norm and stacked: of all subspaces the one that keeps most of them. Of the bases of that subspace it is
+    the one nearest to the selection `kept` (orthogonal Procrustes), so that coordinates keep their meaning as far as
+    possible for what acts on each alone: the norms.
+    """
+    gram = torch.zeros(layout.d_model, layout.d_model, dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        for dim, axis in enumerate(layout.axes[name]):
+            if axis is not None and axis.role == MODEL and parameter.ndim >= 2:
+                matrix = parameter.detach().transpose(dim, -1).reshape(-1, layout.d_model)
+                squares = sum((rows.double().mT @ rows.double()).cpu() for rows in matrix.split(_ROWS))
+                gram += squares / squares.trace().clamp_min(torch.finfo(torch.float64).tiny)
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -len(kept) :]
+    u, _, vh = torch.linalg.svd(leading[kept])
+    return u @ vh @ leading.T
+
+
+@torch.no_grad()
+def start_from_basis_(
+    basis: Tensor,
+    model: nn.Module,
+    layout: Layout,
+    matrices: Iterable[ProjectedMatrix],
+    plain: dict[str, nn.Parameter],
+    stream: Iterable[Projection],
+    kept: Tensor,
+) -> dict[Projection, Tensor]:
+    """Set a student's weights to what P = Q gives; returns Δ = Q - S of every projection of the residual stream.
+
+    Vectors of the stream become Q v. A norm's gain g, which Q diag(g) Qᵀ would carry over, becomes that matrix's
+    diagonal times sqrt(d_model / d_model'): the projected stream keeps its length and has fewer entries.
+    """
+    delta = basis.clone()
+    delta[torch.arange(len(kept)), kept] -= 1
+    deltas = dict.fromkeys(stream, delta[None])
+    for matrix in matrices:
+        dtype, device = torch.promote_types(matrix.weight.dtype, torch.float32), matrix.parameter.device
+        of = {p: deltas.get(p, torch.zeros(p.shape)).to(device, dtype) for p in matrix.projections}
+        project_([matrix], of)
+    base = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in plain.items():
+        for dim, axis in enumerate(layout.axes[name]):
+            if axis is not None and axis.role == MODEL:
+                of_base = base[name].detach().double().cpu()
+                path, _, entry = name.rpartition(".")
+                norm = model.get_submodule(path)
+                if entry == "weight" and "norm" in type(norm).__name__.lower():
+                    scale, offset = (layout.d_model / len(kept)) ** 0.5, _gain_at_zero(norm)
+                    parameter.copy_(scale * (basis.square() @ (of_base + offset)) - offset)
+                else:
+                    parameter.copy_(torch.tensordot(of_base, basis, dims=([dim], [1])).movedim(-1, dim))
+    return deltas
+
+
+def _gain_at_zero(norm: nn.Module) -> float:
+    """1 for norms that multiply by 1 + weight (Gemma), 0 for those that multiply by the weight."""
+    probe = copy.deepcopy(norm).double().cpu()
+    for parameter in probe.parameters():
+        parameter.zero_()
+    return float(probe(torch.arange(norm.weight.numel(), dtype=torch.float64)[None]).abs().max() > 0)

@@ -1,0 +1,230 @@
+"""How small the student is, and which of the base model's dimensions it starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.projections import is_conv1d
+from ..support.errors import FFMergeError
+from .axes import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, Layout
+from .importance import Importance
+
+ATTENTION_MODES = ("heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths of a student: d_model, {stack: d_ff}, and how attention that follows d_model gets narrower."""
+
+    d_model: int
+    d_ff: dict[str, int]
+    attention: str
+
+    def heads(self, layout: Layout) -> int | None:
+        """The config's number of heads, where it changes."""
+        if layout.heads is None or self.attention == "head_dim":
+            return None
+        return self.d_model // layout.head_dim
+
+
+def resolve_sizes(
+    model: nn.Module,
+    layout: Layout,
+    keep: float | None,
+    d_model: int | None,
+    d_ff: int | Mapping[str, int] | None,
+    attention: str,
+    untie: bool,
+) -> Sizes:
+    """The student's widths, from the share of parameters to keep or from the widths themselves.
+
+    Raises:
+        FFMergeError: neither or both are given, a width beyond the base's or that the architecture cannot have.
+    """
+    if attention not in ATTENTION_MODES:
+        raise FFMergeError(f"attention: got {attention!r}, wanted 'heads' (fewer heads) or 'head_dim' (narrower ones)")
+    if attention == "head_dim" and layout.attention and any("Rotary" in type(m).__name__ for m in model.modules()):
+        raise FFMergeError("attention: 'head_dim' would change the rotary positions' frequencies; use 'heads'")
+    if (keep is None) == (d_model is None and d_ff is None):
+        raise FFMergeError("project: give either keep= (a share of the parameters) or d_model= and/or d_ff=")
+    if keep is not None:
+        d_model, widths = _widths_for(model, layout, keep, attention, untie)
+    else:
+        d_model = layout.d_model if d_model is None else d_model
+        widths = _ffn_widths(layout, d_ff)
+    for name, value, base in (
+        ("d_model", d_model, layout.d_model),
+        *((f"d_ff ({stack})", widths[stack], width) for stack, width in layout.stacks().items()),
+    ):
+        if not isinstance(value, int) or not 1 <= value <= base:
+            raise FFMergeError(f"{name}: got {value!r}, wanted an integer from 1 to the base model's {base}")
+    step = _step(layout, attention)
+    if d_model % step:
+        what = f"whole heads of {layout.head_dim}" if attention == "heads" else f"{layout.heads} heads of even width"
+        raise FFMergeError(f"d_model: got {d_model}, wanted a multiple of {step} ({what}); or the other attention=")
+    return Sizes(d_model, widths, attention)
+
+
+def _ffn_widths(layout: Layout, d_ff: int | Mapping[str, int] | None) -> dict[str, int]:
+    stacks = layout.stacks()
+    if d_ff is None:
+        return stacks
+    if not isinstance(d_ff, Mapping):
+        return dict.fromkeys(stacks, d_ff)
+    if unknown := sorted(set(map(str, d_ff)) - set(stacks)):
+        raise FFMergeError(
+            f"d_ff: got a width for {unknown[0]}; a config of transformers has one d_ff per stack, so wanted a number, "
+            f"or a dict of {', '.join(stacks)}"
+        )
+    return stacks | dict(d_ff)
+
+
+def _step(layout: Layout, attention: str) -> int:
+    """What d_model must be a multiple of."""
+    if layout.heads is None:
+        return 1
+    return layout.head_dim if attention == "heads" else layout.heads
+
+
+def _fine_step(width: int, step: int = 1) -> int:
+    """A multiple of `step`, about a thirty-second of `width` and a power of two, for kernels' sake."""
+    return math.lcm(step, 2 ** max(0, min(6, int(math.log2(max(1, width // 32))))))
+
+
+def _widths_for(
+    model: nn.Module, layout: Layout, keep: float, attention: str, untie: bool
+) -> tuple[int, dict[str, int]]:
+    """d_model and d_ff in the base's proportion, whose model has nearest to `keep` of the base's parameters."""
+    if not 0 < keep <= 1:
+        raise FFMergeError(f"keep: got {keep}, wanted a share above 0 and at most 1")
+    unique = {name: p.shape for name, p in model.named_parameters()}
+    total = sum(s.numel() for s in unique.values())
+    if untie:
+        unique |= {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if n in untied_names(model)}
+    step = _fine_step(layout.d_model, _step(layout, attention))
+    candidates = []
+    for d_model in range(step, layout.d_model + 1, step):
+        widths = {s: _scaled(width, d_model / layout.d_model) for s, width in layout.stacks().items()}
+        count = sum(math.prod(layout.shape(n, shape, d_model, widths)) for n, shape in unique.items())
+        candidates.append((abs(count - keep * total), d_model, widths))
+    _, d_model, widths = min(candidates, key=lambda c: c[0])
+    return d_model, widths
+
+
+def _scaled(width: int, ratio: float) -> int:
+    step = _fine_step(width)
+    return max(step, min(width, round(width * ratio / step) * step))
+
+
+def untied_names(model: nn.Module) -> set[str]:
+    """Names of parameters that share the input embedding's tensor under another name (the head's)."""
+    embedding = getattr(model.get_input_embeddings(), "weight", None)  # images have patches instead
+    named = list(model.named_parameters(remove_duplicate=False))
+    first = next((name for name, p in named if p is embedding), None)
+    return {name for name, p in named if p is embedding and name != first}
+
+
+# ---------------------------------------------------------------------------------------------------------- selection
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Which entries of one axis are kept, in `len(block)` equal blocks: S of P = S + Δ.
+
+    Block b of the small axis takes entries `inner[b]` of block `block[b]` of the base axis, whose blocks have `width`
+    entries. A whole axis is one block; heads, and fused projections, are one each, and never mix.
+    """
+
+    block: Tensor  # int64 [B]
+    inner: Tensor  # int64 [B, r], ascending in a row
+    width: int
+
+    @property
+    def index(self) -> Tensor:
+        """int64 [B · r]: positions in the base axis."""
+        return (self.block[:, None] * self.width + self.inner).reshape(-1)
+
+    def __len__(self) -> int:
+        return self.inner.numel()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kept dimensions of a model; indices ascend.
+
+    Attributes:
+        d_model: int64 [d_model'].
+        d_ff: {FFN key: int64 [d_ff']}.
+        channels: {(attention path, "query_key" or "value_output"): (heads int64 [H'], channels int64 [H', head_dim'])}.
+    """
+
+    layout: Layout
+    d_model: Tensor
+    d_ff: dict[str, Tensor]
+    channels: dict[tuple[str, str], tuple[Tensor, Tensor]]
+
+    def choice(self, axis: Axis) -> Choice:
+        """What is kept along one axis of a parameter."""
+        if axis.role == MODEL:
+            return Choice(torch.zeros(1, dtype=torch.int64), self.d_model[None], self.layout.d_model)
+        if axis.role == FFN:
+            index, parts = self.d_ff[axis.key], len(axis.parts)
+            return Choice(torch.arange(parts), index.expand(parts, -1), self.layout.d_ff[axis.key])
+        attention = self.layout.attention[axis.key]
+        kept = [self.channels[axis.key, part] for part in axis.parts]
+        if axis.by_head:  # part p of head h is block h · parts + p
+            block = torch.stack([heads * len(kept) + part for part, (heads, _) in enumerate(kept)], dim=1)
+            return Choice(block.flatten(), torch.stack([c for _, c in kept], dim=1).flatten(0, 1), attention.head_dim)
+        block = torch.cat([heads + part * attention.heads for part, (heads, _) in enumerate(kept)])
+        return Choice(block, torch.cat([c for _, c in kept]), attention.head_dim)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that decides the student's start, as lists."""
+        channels = {f"{path}/{part}": [h.tolist(), c.tolist()] for (path, part), (h, c) in self.channels.items()}
+        d_ff = {key: index.tolist() for key, index in self.d_ff.items()}
+        return {"d_model": self.d_model.tolist(), "d_ff": d_ff, "channels": channels}
+
+
+def select(model: nn.Module, layout: Layout, sizes: Sizes, scores: Importance) -> Selection:
+    """The most important dimensions; of equal ones the lowest."""
+    d_ff = {key: _best(scores.scores[f"d_ff/{key}"], sizes.d_ff[key.partition(".")[0]]) for key in layout.d_ff}
+    channels = {}
+    for path, attention in layout.attention.items():
+        of_output = scores.scores[f"attention/{path}"].view(attention.heads, attention.head_dim)
+        heads = torch.arange(attention.heads)
+        width = attention.head_dim
+        if sizes.attention == "heads":
+            heads = _best(of_output.sum(1), sizes.d_model // attention.head_dim)
+        else:
+            width = sizes.d_model // attention.heads
+        of_query = of_output if scores.method == "random" else _query_key_scores(model, layout, path)
+        for part, values in ((QUERY_KEY, of_query), ("value_output", of_output)):
+            channels[path, part] = (heads, _best(values[heads], width))
+    return Selection(layout, _best(scores.scores["d_model"], sizes.d_model), d_ff, channels)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Ascending positions of the `count` highest scores along the last axis."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+
+
+@torch.no_grad()
+def _query_key_scores(model: nn.Module, layout: Layout, path: str) -> Tensor:
+    """[heads, head_dim]: what a channel can add to attention scores, ‖row of W_q‖ · ‖row of W_k‖."""
+    attention = layout.attention[path]
+    norms = []
+    for part, name in enumerate((attention.query, attention.key)):
+        module = model.get_submodule(name)
+        weight = module.weight.T if is_conv1d(module) else module.weight
+        norm = weight.detach().double().norm(dim=1).cpu()
+        if attention.query == attention.key:  # fused
+            axis = next(a for a in layout.axes[f"{name}.weight"] if a is not None and a.role == ATTENTION)
+            norm = axis.split(norm, attention.head_dim)[part]
+        norms.append(norm.view(attention.heads, attention.head_dim))
+    return norms[0] * norms[1]
