@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ffmerge_fast import env_report
+from ffmerge_fast.driver import environment
 from ffmerge_fast.support.machine import why_no_gpu
 
 Candidates = dict[str, Callable[[], Any]]
@@ -104,7 +104,7 @@ def _cuda_ms(run: Callable[[], Any]) -> float:
 
 def machine(device: str = "cpu") -> dict[str, str]:
     """Everything a number depends on besides the code: processor, threads, versions, time."""
-    report = env_report.report()
+    report = environment.report()
     name = torch.cuda.get_device_name() if device == "cuda" else report["cpu"]["name"]
     return {
         "machine": name,

@@ -24,7 +24,7 @@ from torch import nn
 import ffmerge_fast as ff
 from benchmarks import quality
 from benchmarks.measure import machine
-from ffmerge_fast.driver.data import Task
+from ffmerge_fast.driver.tasks.task import Task
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("model", "keep", "variant", "steps", "batch_size", "seed", "lr", "start", "validation", "test")

@@ -26,7 +26,7 @@ from torch import nn
 
 import ffmerge_fast as ff
 from benchmarks.measure import machine
-from ffmerge_fast.driver.data import Task, load_images, load_parallel, load_task
+from ffmerge_fast.driver.tasks.task import Task, load_images, load_parallel, load_task
 from ffmerge_fast.models.sublayers import by_stack
 
 RESULTS = Path(__file__).parent / "results"
@@ -155,7 +155,7 @@ class Run:
 
     def tune(self, model: nn.Module) -> None:
         """The same short training for every variant."""
-        from ffmerge_fast.driver.finetune import finetune
+        from ffmerge_fast.driver.training.finetune import finetune
 
         train = self.task.batches("train", self.case.tuning_batch, shuffle=True, seed=1, epochs=None)
         steps = self.args.tune

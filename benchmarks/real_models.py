@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import machine
-from ffmerge_fast import cli
+from ffmerge_fast.cli.main import main as ffmerge
 from ffmerge_fast.support.tables import format_table
 
 
@@ -80,7 +80,7 @@ def _ffmerge(*argv) -> dict:
     """The JSON one command prints."""
     printed, mistakes = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(mistakes):
-        status = cli.main([*map(str, argv), "--json"])
+        status = ffmerge([*map(str, argv), "--json"])
     if status:
         raise SystemExit(f"ffmerge {' '.join(map(str, argv))}: {mistakes.getvalue().strip()}")
     return json.loads(printed.getvalue())

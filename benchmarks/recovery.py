@@ -29,7 +29,7 @@ import ffmerge_fast as ff
 from benchmarks.measure import machine
 from benchmarks.quality import CASES, RESULTS
 from ffmerge_fast.driver import evaluate
-from ffmerge_fast.driver.finetune import finetune
+from ffmerge_fast.driver.training.finetune import finetune
 from ffmerge_fast.merging.groups import parse_layers
 from ffmerge_fast.support.tables import format_table
 

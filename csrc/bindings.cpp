@@ -8,12 +8,12 @@
 #include <tuple>
 #include <vector>
 
-#include "assignment.h"
+#include "assignment/assignment.h"
 #include "common/cpu.h"
 #include "common/memory.h"
-#include "correlation.h"
-#include "projection.h"
-#include "shared_ffn.h"
+#include "correlation/correlation.h"
+#include "projection/projection.h"
+#include "shared_ffn/shared_ffn.h"
 
 namespace py = pybind11;
 

@@ -3,10 +3,9 @@
 from importlib import metadata as _metadata
 
 from . import nn, ops
-from .accelerate import accelerate_, restore_
 from .baselines import from_scratch, hard_prune, tie_without_average
-from .checkpoint import from_pretrained, save_pretrained, verify
-from .driver.finetune import finetune
+from .checkpoint.folder import from_pretrained, save_pretrained, verify
+from .driver.training.finetune import finetune
 from .integrations.transformers import register_when_imported as _register_when_imported
 from .merging.apply import expand_, merge, merge_, print_parameters
 from .merging.collect import collect
@@ -23,7 +22,8 @@ from .ops.common.backends import backends, use_backend
 from .ops.correlation import CorrelationState
 from .projecting.importance import Importance, importance
 from .projecting.projector import Projector, project
-from .stream import WeightStream, stream_, unstream_
+from .runtime.accelerate.accelerate import accelerate_, restore_
+from .runtime.streaming.stream import WeightStream, stream_, unstream_
 from .support.errors import FFMergeError
 
 __all__ = [

@@ -35,8 +35,8 @@ def pytest_unconfigure():
 def accelerates_the_smallest_ffns():
     """Tiny models too run on the op that is tested; outside of tests they are too little work for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ffmerge_fast._ffn_layout.LEAST", 0)
-        patch.setattr("ffmerge_fast._ffn_layout.LEAST_FOR_ONE_TOKEN", 0)
+        patch.setattr("ffmerge_fast.runtime.accelerate.forms.LEAST", 0)
+        patch.setattr("ffmerge_fast.runtime.accelerate.forms.LEAST_FOR_ONE_TOKEN", 0)
         yield
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast._ffn_trial import host_path
-from ffmerge_fast.accelerate import AcceleratedFFN
 from ffmerge_fast.ops import shared_ffn
+from ffmerge_fast.runtime.accelerate.accelerate import AcceleratedFFN
+from ffmerge_fast.runtime.accelerate.trial import host_path
 from ffmerge_fast.testing import no_recompile
 from tests.tiny import ALL, features_of, logits, tiny_inputs, tiny_model
 
@@ -27,7 +27,9 @@ def ffns(model):
 def calls(monkeypatch):
     """How often the op ran."""
     seen = []
-    monkeypatch.setattr("ffmerge_fast._ffn_layout.shared_ffn", lambda *a, **k: seen.append(1) or shared_ffn(*a, **k))
+    monkeypatch.setattr(
+        "ffmerge_fast.runtime.accelerate.forms.shared_ffn", lambda *a, **k: seen.append(1) or shared_ffn(*a, **k)
+    )
     return seen
 
 
@@ -276,8 +278,8 @@ def test_generation_token_by_token_is_the_same():
     ],
 )
 def test_too_little_work_is_left_to_torch(numbers, tokens, dtype, grad, runs, calls, monkeypatch):
-    monkeypatch.setattr("ffmerge_fast._ffn_layout.LEAST", 2**17)
-    monkeypatch.setattr("ffmerge_fast._ffn_layout.LEAST_FOR_ONE_TOKEN", 2**21)
+    monkeypatch.setattr("ffmerge_fast.runtime.accelerate.forms.LEAST", 2**17)
+    monkeypatch.setattr("ffmerge_fast.runtime.accelerate.forms.LEAST_FOR_ONE_TOKEN", 2**21)
 
     class Stack(nn.Sequential):
         pass

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast._ffn_layout import FFNInside
-from ffmerge_fast.accelerate import AcceleratedFFN
+from ffmerge_fast.runtime.accelerate.accelerate import AcceleratedFFN
+from ffmerge_fast.runtime.accelerate.forms import FFNInside
 from ffmerge_fast.testing import no_recompile
 from tests.test_accelerate import calls, gradients  # noqa: F401
 from tests.tiny import ALL, features_of, logits, tiny_inputs, tiny_model

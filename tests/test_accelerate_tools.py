@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ffmerge_fast as ff
-from ffmerge_fast._ffn_trial import host_path
+from ffmerge_fast.runtime.accelerate.trial import host_path
 from tests.test_accelerate import calls, ffns, gradients  # noqa: F401
 from tests.tiny import logits, tiny_inputs, tiny_model
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast import checkpoint
+from ffmerge_fast.checkpoint import folder
 from ffmerge_fast.support.files import new_folder
 from tests.tiny import FAMILIES, PLAIN, logits, tiny_inputs, tiny_model
 
@@ -305,9 +305,9 @@ def test_full_disk_leaves_what_was_there(where, error, tmp_path, monkeypatch):
     if where == "transformers":
         monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail(error))
     elif where == "plain":
-        monkeypatch.setattr(checkpoint, "save_file", fail(error))
+        monkeypatch.setattr(folder, "save_file", fail(error))
     elif where == "manifest":
-        monkeypatch.setattr(checkpoint, "describe", fail(error))
+        monkeypatch.setattr(folder, "describe", fail(error))
     else:
         tokenizer = type("Tokenizer", (), {"save_pretrained": fail(error)})()
     for target in ("old", "new", "deep/er/new"):

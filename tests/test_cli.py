@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast import _stream_source, cli
+from ffmerge_fast.cli.main import main
 from ffmerge_fast.models import families
 from ffmerge_fast.ops.correlation import state
+from ffmerge_fast.runtime.streaming import source
 
 from .tiny import tiny_model
 
@@ -42,7 +43,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def statistics(folder, text, tmp_path_factory):
     path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
-    assert cli.main(["collect", str(folder), str(path), "--window", "3", *_data(text), "--tokens", "500", "-q"]) == 0
+    assert main(["collect", str(folder), str(path), "--window", "3", *_data(text), "--tokens", "500", "-q"]) == 0
     return path
 
 
@@ -63,7 +64,7 @@ def _data(text) -> list[str]:
 
 def run(capsys, *argv) -> dict:
     """The JSON a command prints."""
-    status = cli.main([*map(str, argv), "--json"])
+    status = main([*map(str, argv), "--json"])
     captured = capsys.readouterr()
     assert status == 0, captured.err
     return json.loads(captured.out)
@@ -71,7 +72,7 @@ def run(capsys, *argv) -> dict:
 
 def refuse(capsys, *argv) -> str:
     """The one line a command ends with when it exits with 1."""
-    assert cli.main([str(a) for a in argv]) == 1
+    assert main([str(a) for a in argv]) == 1
     captured = capsys.readouterr()
     assert not captured.out
     lines = [line for line in captured.err.splitlines() if not line.startswith("warning:")]
@@ -85,7 +86,7 @@ def test_inspect(capsys, folder):
     assert values["parameters"] == sum(p.numel() for p in model.parameters())
     assert [f["index"] for f in values["ffns"]] == [0, 1, 2, 3, 4]
     assert values["ffn_parameters"] == sum(f.parameters for f in ff.find_ffns(model))
-    assert cli.main(["inspect", str(folder)]) == 0
+    assert main(["inspect", str(folder)]) == 0
     assert "transformer.h.4" in capsys.readouterr().out
 
 
@@ -114,8 +115,8 @@ def test_collect_plan_merge_verify_expand_eval(capsys, folder, text, statistics,
 
 @pytest.mark.parametrize("place", ["disk", "host"])
 def test_eval_of_streamed_weights(capsys, folder, text, monkeypatch, place):
-    loaded, load = [], _stream_source.Source.load
-    monkeypatch.setattr(_stream_source.Source, "load", lambda *args: loaded.append(args[1]) or load(*args))
+    loaded, load = [], source.Source.load
+    monkeypatch.setattr(source.Source, "load", lambda *args: loaded.append(args[1]) or load(*args))
     options = ("eval", folder, *_data(text), "--eval-limit", 8)
     wanted = run(capsys, *options)
     assert not loaded
@@ -134,7 +135,7 @@ def test_bad_stream_options(capsys, folder, text):
     assert "budget: got 'much', wanted bytes" in refuse(capsys, *options, "--stream", "host", "--stream-budget", "much")
     assert "device: got 'tpu', wanted 'cpu'" in refuse(capsys, *options, "--stream", "host", "--device", "tpu")
     with pytest.raises(SystemExit) as exit_:
-        cli.main([*map(str, options), "--stream", "tape"])
+        main([*map(str, options), "--stream", "tape"])
     assert exit_.value.code == 2 and "invalid choice: 'tape'" in capsys.readouterr().err
 
 
@@ -316,7 +317,7 @@ def test_bad_projections(capsys, folder, text, tmp_path, options, message):
     argv = ("project", folder, tmp_path / "out", *_data(text), "--steps", 2, *options)
     if message is None:
         with pytest.raises(SystemExit):
-            cli.main([str(a) for a in argv])
+            main([str(a) for a in argv])
     else:
         assert message in refuse(capsys, *argv)
     assert not list(tmp_path.iterdir())
@@ -420,15 +421,15 @@ def test_statistics_of_another_model(capsys, statistics, tmp_path):
 def test_usage_errors_exit_with_2(capsys):
     for argv in (["nonsense"], ["merge"], ["plan", "x", "--anchor", "best"], []):
         with pytest.raises(SystemExit) as exit_:
-            cli.main(argv)
+            main(argv)
         assert exit_.value.code == 2
     capsys.readouterr()
 
 
 def test_every_command_knows_the_common_options(capsys):
-    for name, *_ in cli._COMMANDS:
+    for name, *_ in main._COMMANDS:
         with pytest.raises(SystemExit):
-            cli.main([name, "--help"])
+            main([name, "--help"])
         text = capsys.readouterr().out
         for option in ("--json", "--verbose", "--quiet", "--seed", "--device", "--dtype"):
             assert re.search(rf"{option}\b", text), (name, option)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import ffmerge_fast as ff
-from ffmerge_fast import cli
+from ffmerge_fast.cli.main import main
 from tests.test_cli import _data, folder, refuse, run, text  # noqa: F401  (fixtures)
 from tests.tiny import logits, tiny_inputs
 
@@ -110,4 +110,4 @@ def test_torchrun(capsys, folder, text, tmp_path, parallel):  # noqa: F811
     assert type(small).__name__ == "GPT2LMHeadModel"
     inputs = tiny_inputs(small)
     torch.testing.assert_close(logits(small, inputs), logits(other, inputs), atol=2e-3, rtol=2e-3)
-    assert cli.main(["verify", str(tmp_path / "two"), "-q"]) == 0
+    assert main(["verify", str(tmp_path / "two"), "-q"]) == 0

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from ffmerge_fast import FFMergeError, env_report
+from ffmerge_fast import FFMergeError
+from ffmerge_fast.driver import environment
 from ffmerge_fast.support import machine
 
 LEVELS = ["portable", "avx2", "avx512", "amx"]
@@ -37,21 +38,21 @@ def no_forced_isa(monkeypatch):
 
 
 def test_report_is_json_and_names_what_runs():
-    report = json.loads(json.dumps(env_report.report()))
+    report = json.loads(json.dumps(environment.report()))
     assert report["packages"]["torch"] == torch.__version__
     assert report["cpu"]["torch_threads"] == torch.get_num_threads()
     assert set(report["backends"]) == {"correlation", "assignment", "shared_ffn", "projection"}
-    text = env_report.format_report(report)
+    text = environment.format_report(report)
     for fact in (torch.__version__, report["cpu"]["name"], "C++ extension", "extra driver", "correlation"):
         assert fact in text
 
 
 def test_without_extension_the_report_says_why_and_what_to_do(no_extension):
-    report = env_report.report()
+    report = environment.report()
     assert report["extension"]["loaded"] is False
     assert "pip install" in report["extension"]["reason"]
     assert report["cpu"]["isa"] == "none" and report["cpu"]["isas"] == []
-    assert f"not loaded: {report['extension']['reason']}" in env_report.format_report(report)
+    assert f"not loaded: {report['extension']['reason']}" in environment.format_report(report)
 
 
 def test_broken_extension_is_reported_in_one_line(monkeypatch):
@@ -64,7 +65,7 @@ def test_broken_extension_is_reported_in_one_line(monkeypatch):
 
     forget()
     monkeypatch.setattr(machine.importlib, "import_module", broken)
-    assert env_report.report()["extension"]["reason"] == "undefined symbol: x"
+    assert environment.report()["extension"]["reason"] == "undefined symbol: x"
     forget()
 
 
@@ -95,10 +96,10 @@ def test_forced_level_is_taken_or_refused_in_one_line(monkeypatch, level):
     extension = pytest.importorskip("ffmerge_fast._C", reason="the C++ extension is not built", exc_type=ImportError)
     monkeypatch.setenv("FFMERGE_CPU_ISA", level)
     if level in extension.cpu_isas():
-        assert env_report.report()["cpu"]["isa"] == level
+        assert environment.report()["cpu"]["isa"] == level
         return
     with pytest.raises(FFMergeError, match=f"FFMERGE_CPU_ISA='{level}' cannot run on this CPU: use one of") as error:
-        env_report.report()
+        environment.report()
     assert "\n" not in str(error.value)
 
 
@@ -115,18 +116,18 @@ def test_forced_level_needs_the_extension(monkeypatch, no_extension):
 
 
 def test_missing_packages_name_the_extra(monkeypatch):
-    monkeypatch.setattr(env_report, "_version", lambda name: None if name == "sacrebleu" else "1.0")
-    report = env_report.report()
+    monkeypatch.setattr(environment, "_version", lambda name: None if name == "sacrebleu" else "1.0")
+    report = environment.report()
     assert report["extras"]["driver"] == {"missing": ["sacrebleu"], "install": "pip install 'ffmerge_fast[driver]'"}
     assert report["extras"]["hf"]["missing"] == []
-    assert "missing sacrebleu: pip install 'ffmerge_fast[driver]'" in env_report.format_report(report)
+    assert "missing sacrebleu: pip install 'ffmerge_fast[driver]'" in environment.format_report(report)
 
 
 def test_variables_are_reported(monkeypatch):
     monkeypatch.setenv("FFMERGE_BACKEND", "reference")
-    report = env_report.report()
+    report = environment.report()
     assert report["variables"]["FFMERGE_BACKEND"] == "reference"
-    assert "FFMERGE_BACKEND" in env_report.format_report(report)
+    assert "FFMERGE_BACKEND" in environment.format_report(report)
 
 
 def test_command_line_prints_it_and_refuses_a_bad_level():

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffmerge_fast import env_report
+from ffmerge_fast.driver import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def test_env_report_knows_the_extras(pyproject):
     extras = pyproject["project"]["optional-dependencies"]
     declared = {extra: {n for n in required(extras[extra]) if not n.startswith("ffmerge_fast[")} for extra in extras}
     assert declared.pop("all") == set()
-    assert declared == {extra: set(packages) for extra, packages in env_report._EXTRAS.items()}
+    assert declared == {extra: set(packages) for extra, packages in environment._EXTRAS.items()}
 
 
 def test_version_is_declared_once(pyproject):
@@ -120,13 +120,13 @@ def test_readme_projection_runs(names):
 
 
 def test_readme_command_lines_parse():
-    from ffmerge_fast import cli
+    from ffmerge_fast.cli.main import parser
 
     lines = [line.partition("  #")[0] for line in README.splitlines() if line.startswith("ffmerge ")]
     commands = [shlex.split(line)[1:] for line in lines]
     assert [command[0] for command in commands] == ["search", "merge", "finetune", "eval", "project"]
     for command in commands:
-        assert callable(cli._parser().parse_args(command).run)
+        assert callable(parser().parse_args(command).run)
 
 
 def test_lint_is_the_same_everywhere():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast import _stream_source
+from ffmerge_fast.runtime.streaming import source
 from tests.project.helpers import tied_layers
 from tests.stream_helpers import FAMILIES, PLACES, block_bytes, equal, model_of, needs, state
 from tests.tiny import logits, tiny_inputs, tiny_model
@@ -15,13 +15,13 @@ from tests.tiny import logits, tiny_inputs, tiny_model
 @pytest.fixture
 def reads(monkeypatch):
     """Bytes of each weight that was loaded."""
-    seen, load = [], _stream_source.Source.load
+    seen, load = [], source.Source.load
 
     def counted(source, weights):
         seen.extend(weight.nbytes for weight in weights)
         return load(source, weights)
 
-    monkeypatch.setattr(_stream_source.Source, "load", counted)
+    monkeypatch.setattr(source.Source, "load", counted)
     return seen
 
 
@@ -136,7 +136,7 @@ def test_never_more_than_the_budget(family, merged, spare, monkeypatch):
     least, double = needs(model)
     everything = sum(p.nbytes for p in model.parameters())
     budget = {"least": least, "double": double, "half": (double + everything) // 2}[spare]
-    alive, most, pages, load = weakref.WeakSet(), [], [], _stream_source.Source.load
+    alive, most, pages, load = weakref.WeakSet(), [], [], source.Source.load
 
     def counted(source, weights):
         tensors = load(source, weights)
@@ -145,7 +145,7 @@ def test_never_more_than_the_budget(family, merged, spare, monkeypatch):
         pages.append(sum(memory.nbytes for memory, _ in source._memory._lent))
         return tensors
 
-    monkeypatch.setattr(_stream_source.Source, "load", counted)
+    monkeypatch.setattr(source.Source, "load", counted)
     with ff.stream_(model, "cpu", "disk", budget) as stream:
         for seed in range(3):
             logits(model, tiny_inputs(model, seed=seed))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..baselines import hard_prune
-from ..checkpoint import save_pretrained, verify
+from ..checkpoint.folder import save_pretrained, verify
 from ..merging.apply import merge
 from ..merging.collect import collect
 from ..merging.plan import MergePlan, plan
@@ -33,9 +33,9 @@ from ..support.files import new_folder
 from ..support.sizes import format_bytes
 from ..support.tables import format_table
 from . import evaluate
-from .data import Task, TextTask
-from .finetune import finetune
-from .report import plot_alignment
+from .plots import plot_alignment
+from .tasks.task import Task, TextTask
+from .training.finetune import finetune
 
 LAYERS, WINDOW = 6, 3  # of 6 FFNs 3 become one: 2, a third, are removed
 KEEP = 0.5  # of the parameters, in the projected and the pruned models

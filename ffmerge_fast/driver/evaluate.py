@@ -15,8 +15,8 @@ from ..models.forward import evaluating
 from ..support.env import require
 from ..support.errors import FFMergeError
 from ..support.progress import progress
-from .losses import LossFunction, label_count, loss_of, on_device, without_cache
-from .text import PairEncoder
+from .tasks.text import PairEncoder
+from .training.losses import LossFunction, label_count, loss_of, on_device, without_cache
 
 
 def loss(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> float:

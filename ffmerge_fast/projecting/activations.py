@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..models.projections import is_conv1d
 from ..models.sublayers import FFNSublayer, find_ffns
 from ..support.errors import FFMergeError
-from .axes import ATTENTION, Layout
+from .axes import ATTENTION, ModelAxes
 
 
 @contextlib.contextmanager
-def sums_over_tokens(model: nn.Module, layout: Layout, features: str, squared: bool) -> Iterator[BatchSums]:
+def sums_over_tokens(model: nn.Module, layout: ModelAxes, features: str, squared: bool) -> Iterator[BatchSums]:
     """Hooks on the norms, FFNs and attentions of a model, which are removed in the end.
 
     Args:
@@ -89,7 +89,9 @@ class BatchSums:
         self._sums[name] = self._sums[name] + added if name in self._sums else added
 
 
-def _watch_ffns(sums: BatchSums, model: nn.Module, ffns: Sequence[FFNSublayer], layout: Layout, features: str) -> None:
+def _watch_ffns(
+    sums: BatchSums, model: nn.Module, ffns: Sequence[FFNSublayer], layout: ModelAxes, features: str
+) -> None:
     for ffn in ffns:
         if ffn.key in layout.d_ff and features == "product":
             sums.watch_input(model.get_submodule(ffn.down_path), f"d_ff/{ffn.key}", ffn.stack)
@@ -104,7 +106,7 @@ def _norms(layer: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _watch_attentions(sums: BatchSums, model: nn.Module, layout: Layout, stack_of: dict[str, str]) -> None:
+def _watch_attentions(sums: BatchSums, model: nn.Module, layout: ModelAxes, stack_of: dict[str, str]) -> None:
     """What the output projections of attentions are given; stack_of {path of a layer: its stack}."""
     for name, axes in layout.axes.items():
         axis = next((a for a in axes if a is not None and a.role == ATTENTION), None)

@@ -59,7 +59,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelAxes:
     """The axes of every parameter of one model.
 
     Attributes:
@@ -101,7 +101,7 @@ class Layout:
         return {key.partition(".")[0]: width for key, width in self.d_ff.items()}
 
 
-def read_layout(model: nn.Module) -> Layout:
+def read_layout(model: nn.Module) -> ModelAxes:
     """The layout of a transformers model.
 
     Raises:
@@ -124,7 +124,9 @@ def read_layout(model: nn.Module) -> Layout:
         }
         axes[name] = tuple(known.get(d, Axis(MODEL) if d in grew[name] else None) for d in range(parameter.ndim))
     used = {axis.key for of in axes.values() for axis in of if axis is not None and axis.role == ATTENTION}
-    layout = Layout(model.config.hidden_size, ffns, {p: a for p, a in attentions.items() if p in used}, readers, axes)
+    layout = ModelAxes(
+        model.config.hidden_size, ffns, {p: a for p, a in attentions.items() if p in used}, readers, axes
+    )
     if len({f"{k.partition('.')[0]}={w}" for k, w in ffns.items()}) > len(layout.stacks()):
         raise FFMergeError(f"project: the FFNs of one stack differ in width ({ffns}); its config cannot say that")
     return layout

@@ -12,14 +12,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .axes import MODEL, Layout
+from .axes import MODEL, ModelAxes
 from .matrices import ProjectedMatrix, Projection, project_
 
 _ROWS = 8192  # of a matrix in float64 at a time
 
 
 @torch.no_grad()
-def stream_basis(model: nn.Module, layout: Layout, kept: Tensor) -> Tensor:
+def stream_basis(model: nn.Module, layout: ModelAxes, kept: Tensor) -> Tensor:
     """Q [d_model', d_model], float64 on the CPU, orthonormal rows.
 
     Its rows span the leading right singular vectors of all matrices along the residual stream, each divided by its
@@ -43,7 +43,7 @@ def stream_basis(model: nn.Module, layout: Layout, kept: Tensor) -> Tensor:
 def start_from_basis_(
     basis: Tensor,
     model: nn.Module,
-    layout: Layout,
+    layout: ModelAxes,
     matrices: Iterable[ProjectedMatrix],
     plain: dict[str, nn.Parameter],
     stream: Iterable[Projection],

@@ -24,7 +24,7 @@ from ..support.distributed import file_of_rank, is_distributed, sum_over_ranks
 from ..support.errors import FFMergeError
 from ..support.progress import progress
 from .activations import sums_over_tokens
-from .axes import ATTENTION, FFN, MODEL, Layout, read_layout
+from .axes import ATTENTION, FFN, MODEL, ModelAxes, read_layout
 
 METHODS = ("activation", "magnitude", "wanda", "random")
 FEATURES = ("product", "up")
@@ -149,7 +149,7 @@ def importance(
     return made
 
 
-def _zeros(layout: Layout) -> dict[str, Tensor]:
+def _zeros(layout: ModelAxes) -> dict[str, Tensor]:
     widths = {"d_model": layout.d_model}
     widths |= {f"d_ff/{key}": width for key, width in layout.d_ff.items()}
     widths |= {f"attention/{path}": a.heads * a.head_dim for path, a in layout.attention.items()}
@@ -157,7 +157,7 @@ def _zeros(layout: Layout) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def magnitudes(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+def magnitudes(model: nn.Module, layout: ModelAxes) -> dict[str, Tensor]:
     """L2 norms of the weights along each dimension: the mean over matrices for d_model, the sum of an FFN's or an
     attention's projections for theirs."""
     scores, matrices = _zeros(layout), 0
@@ -178,7 +178,7 @@ def magnitudes(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------------- activations
 
 
-def _measure(made: Importance, model: nn.Module, layout: Layout, batches: Iterable[Any], cache: _Cache) -> None:
+def _measure(made: Importance, model: nn.Module, layout: ModelAxes, batches: Iterable[Any], cache: _Cache) -> None:
     skip = cache.resume_(made)
     squared = made.method == "wanda"
     bar = progress(desc="importance", unit="batch")

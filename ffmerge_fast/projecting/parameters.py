@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..models.projections import is_conv1d
 from ..models.sublayers import get
 from ..support.errors import FFMergeError
-from .axes import MODEL, Axis, Layout
+from .axes import MODEL, Axis, ModelAxes
 from .matrices import ProjectedMatrix, Projection
 from .selection import Selection
 
@@ -33,7 +33,7 @@ class SortedParameters:
 
 
 def sorted_parameters(
-    model: nn.Module, student: nn.Module, layout: Layout, selection: Selection, share: str | None
+    model: nn.Module, student: nn.Module, layout: ModelAxes, selection: Selection, share: str | None
 ) -> SortedParameters:
     """Sort the student's parameters.
 
@@ -47,7 +47,9 @@ def sorted_parameters(
 
 
 class _Sorter:
-    def __init__(self, model: nn.Module, student: nn.Module, layout: Layout, selection: Selection, share: str | None):
+    def __init__(
+        self, model: nn.Module, student: nn.Module, layout: ModelAxes, selection: Selection, share: str | None
+    ):
         self.student, self.layout, self.selection, self.share = student, layout, selection, share
         self.base = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
         self.shared: dict[str, Projection] = {}

@@ -15,7 +15,7 @@ from ..models.sublayers import base_model_type
 from ..models.summary import fingerprint
 from ..models.ties import CONFIG_VERSION
 from ..support.errors import FFMergeError
-from .axes import Layout, read_layout
+from .axes import ModelAxes, read_layout
 from .bases import start_from_basis_, stream_basis
 from .importance import Importance, importance
 from .matrices import Projection, Unit, grouped
@@ -224,7 +224,7 @@ def resolve(
     d_ff: int | Mapping[str, int] | None = None,
     attention: str = "heads",
     untie_embeddings: bool | None = None,
-) -> tuple[Layout, Sizes, bool]:
+) -> tuple[ModelAxes, Sizes, bool]:
     """Layout, the student's widths and whether its head is untied: all of `project` that can go wrong without data."""
     version = (getattr(getattr(model, "config", None), "ffmerge", None) or {}).get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
@@ -244,7 +244,7 @@ def resolve(
     return layout, resolve_sizes(model, layout, keep, d_model, d_ff, attention, untie), untie
 
 
-def chosen(model: nn.Module, layout: Layout, sizes: Sizes, scores: Importance | None) -> Selection:
+def chosen(model: nn.Module, layout: ModelAxes, sizes: Sizes, scores: Importance | None) -> Selection:
     """The dimensions to keep, by default those of the largest weights; raises FFMergeError for another model's."""
     scores = importance(model, method="magnitude") if scores is None else scores
     scores.check(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models.projections import is_conv1d
 from ..support.errors import FFMergeError
-from .axes import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, Layout
+from .axes import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, ModelAxes
 from .importance import Importance
 
 ATTENTION_MODES = ("heads", "head_dim")
@@ -26,7 +26,7 @@ class Sizes:
     d_ff: dict[str, int]
     attention: str
 
-    def heads(self, layout: Layout) -> int | None:
+    def heads(self, layout: ModelAxes) -> int | None:
         """The config's number of heads, where it changes."""
         if layout.heads is None or self.attention == "head_dim":
             return None
@@ -35,7 +35,7 @@ class Sizes:
 
 def resolve_sizes(
     model: nn.Module,
-    layout: Layout,
+    layout: ModelAxes,
     keep: float | None,
     d_model: int | None,
     d_ff: int | Mapping[str, int] | None,
@@ -71,7 +71,7 @@ def resolve_sizes(
     return Sizes(d_model, widths, attention)
 
 
-def _ffn_widths(layout: Layout, d_ff: int | Mapping[str, int] | None) -> dict[str, int]:
+def _ffn_widths(layout: ModelAxes, d_ff: int | Mapping[str, int] | None) -> dict[str, int]:
     stacks = layout.stacks()
     if d_ff is None:
         return stacks
@@ -85,7 +85,7 @@ def _ffn_widths(layout: Layout, d_ff: int | Mapping[str, int] | None) -> dict[st
     return stacks | dict(d_ff)
 
 
-def _step(layout: Layout, attention: str) -> int:
+def _step(layout: ModelAxes, attention: str) -> int:
     """What d_model must be a multiple of."""
     if layout.heads is None:
         return 1
@@ -98,7 +98,7 @@ def _fine_step(width: int, step: int = 1) -> int:
 
 
 def _widths_for(
-    model: nn.Module, layout: Layout, keep: float, attention: str, untie: bool
+    model: nn.Module, layout: ModelAxes, keep: float, attention: str, untie: bool
 ) -> tuple[int, dict[str, int]]:
     """d_model and d_ff in the base's proportion, whose model has nearest to `keep` of the base's parameters."""
     if not 0 < keep <= 1:
@@ -164,7 +164,7 @@ class Selection:
         channels: {(attention path, "query_key" or "value_output"): (heads int64 [H'], channels int64 [H', head_dim'])}.
     """
 
-    layout: Layout
+    layout: ModelAxes
     d_model: Tensor
     d_ff: dict[str, Tensor]
     channels: dict[tuple[str, str], tuple[Tensor, Tensor]]
@@ -191,7 +191,7 @@ class Selection:
         return {"d_model": self.d_model.tolist(), "d_ff": d_ff, "channels": channels}
 
 
-def select(model: nn.Module, layout: Layout, sizes: Sizes, scores: Importance) -> Selection:
+def select(model: nn.Module, layout: ModelAxes, sizes: Sizes, scores: Importance) -> Selection:
     """The most important dimensions; of equal ones the lowest."""
     d_ff = {key: _best(scores.scores[f"d_ff/{key}"], sizes.d_ff[key.partition(".")[0]]) for key in layout.d_ff}
     channels = {}
@@ -215,7 +215,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _query_key_scores(model: nn.Module, layout: Layout, path: str) -> Tensor:
+def _query_key_scores(model: nn.Module, layout: ModelAxes, path: str) -> Tensor:
     """[heads, head_dim]: what a channel can add to attention scores, ‖row of W_q‖ · ‖row of W_k‖."""
     attention = layout.attention[path]
     norms = []

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..models.ties import shared_groups
 from ..support.distributed import is_sharded, whole
 from ..support.errors import FFMergeError
-from .axes import Axis, Layout, resized
+from .axes import Axis, ModelAxes, resized
 from .selection import Selection, Sizes
 
 
-def build_student(model: nn.Module, layout: Layout, sizes: Sizes, selection: Selection, untie: bool) -> nn.Module:
+def build_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, selection: Selection, untie: bool) -> nn.Module:
     """A smaller model of the same class whose every weight is a slice of the base's (hard pruning).
 
     Constants that the class makes and never saves (sinusoids) are those of the smaller size.
@@ -42,7 +42,7 @@ def build_student(model: nn.Module, layout: Layout, sizes: Sizes, selection: Sel
     return student
 
 
-def fresh_student(model: nn.Module, layout: Layout, sizes: Sizes, untie: bool, seed: int = 0) -> nn.Module:
+def fresh_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, untie: bool, seed: int = 0) -> nn.Module:
     """A smaller model of the same class, initialised as the class does it; everything but its constants is trained.
 
     Raises:

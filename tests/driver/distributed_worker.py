@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ffmerge_fast.driver import training_state
-from ffmerge_fast.driver.finetune import finetune
+from ffmerge_fast.driver.training import state as training_state
+from ffmerge_fast.driver.training.finetune import finetune
 from tests.driver.helpers import delta_gpt2, lm_batches, tied_gpt2, tied_marian
 from tests.tiny import tiny_inputs
 

@@ -7,8 +7,8 @@ import torch
 
 from ffmerge_fast import FFMergeError
 from ffmerge_fast.driver import evaluate
-from ffmerge_fast.driver.data import TextTask, load_task, task_kind
-from ffmerge_fast.driver.finetune import finetune
+from ffmerge_fast.driver.tasks.task import TextTask, load_task, task_kind
+from ffmerge_fast.driver.training.finetune import finetune
 from tests.tiny import tiny_model
 
 from .helpers import byte_model, tiny_tokenizer

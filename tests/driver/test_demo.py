@@ -7,7 +7,7 @@ import json
 import pytest
 
 import ffmerge_fast as ff
-from ffmerge_fast import cli
+from ffmerge_fast.cli.main import main
 from ffmerge_fast.driver import demo
 
 pytest.importorskip("sklearn")
@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 @pytest.mark.slow
 def test_demo(capsys, tmp_path):
     out = tmp_path / "demo"
-    assert cli.main(["demo", str(out), "--json"]) == 0
+    assert main(["demo", str(out), "--json"]) == 0
     rows = {(r["model"], r["variant"]): r for r in json.loads(capsys.readouterr().out)["rows"]}
     assert len(rows) == 18
     for model, good in (("vit-digits", lambda v: v > 0.9), ("gpt2-stdlib", lambda v: v < 70)):
@@ -46,6 +46,6 @@ def test_demo(capsys, tmp_path):
 
 def test_demo_refuses_a_folder_that_is_not_its_own(capsys, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    assert cli.main(["demo", str(tmp_path)]) == 1
+    assert main(["demo", str(tmp_path)]) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from ffmerge_fast import FFMergeError
-from ffmerge_fast.driver.finetune import finetune
+from ffmerge_fast.driver.training.finetune import finetune
 from ffmerge_fast.integrations.fsdp2 import block_paths, shard_, shared_paths
 from tests.ranks import run_two_ranks
 

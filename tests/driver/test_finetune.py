@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ffmerge_fast import FFMergeError
-from ffmerge_fast.driver.finetune import finetune
-from ffmerge_fast.driver.training_state import optimizer_tensors
+from ffmerge_fast.driver.training.finetune import finetune
+from ffmerge_fast.driver.training.state import optimizer_tensors
 from tests.tiny import tiny_inputs, tiny_model
 
 from .helpers import assert_equal, joined, lm_batches, parameters, tied_gpt2, tied_marian, untied

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ffmerge_fast import FFMergeError
-from ffmerge_fast.driver.images import ImageData, PixelReader, load_images
+from ffmerge_fast.driver.tasks.images import ImageData, PixelReader, load_images
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ffmerge_fast import FFMergeError
-from ffmerge_fast.driver import training_state
+from ffmerge_fast.driver.training import state as training_state
 
 from .helpers import assert_equal, lm_batches, parameters, tied_gpt2
 from .train_worker import train
@@ -104,7 +104,7 @@ def test_changed_settings_are_named(tmp_path, changes, words):
 
 
 def test_another_model_is_refused(tmp_path):
-    from ffmerge_fast.driver.finetune import finetune
+    from ffmerge_fast.driver.training.finetune import finetune
 
     train(tmp_path, 4)
     model = tied_gpt2()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffmerge_fast import FFMergeError
-from ffmerge_fast.driver.schedules import check_schedule, learning_rate
+from ffmerge_fast.driver.training.schedules import check_schedule, learning_rate
 
 
 def _rates(steps, **options):

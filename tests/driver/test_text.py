@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ffmerge_fast import FFMergeError
-from ffmerge_fast.driver.text import PairEncoder, load_parallel, load_text, text_blocks, token_ids
+from ffmerge_fast.driver.tasks.text import PairEncoder, load_parallel, load_text, text_blocks, token_ids
 
 from .helpers import tiny_tokenizer
 

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from ffmerge_fast.driver.finetune import finetune
+from ffmerge_fast.driver.training.finetune import finetune
 from tests.driver.helpers import lm_batches, tied_gpt2
 
 SETTINGS = dict(lr=1e-2, accumulate=2, save_every=4, eval_every=4, log_every=3, warmup=2)

@@ -80,7 +80,7 @@ def test_matches_plain_rounding(tokens, width_a, width_b, dtype):
 def test_auto_is_float32_grade(mean, dtype):
     x = {0: features(1500, 40, 1, mean, dtype), 1: features(1500, 33, 2, mean, dtype)}
     state = accumulate(x, [(0, 1)], splits=(700,))
-    assert isinstance(state._accumulators._layout, triton_backend.TensorCoreLayout)
+    assert isinstance(state._accumulators._layout, triton_backend.TensorCorePacking)
     assert (state.correlation(0, 1) - truth(x[0], x[1])).abs().max() <= 1e-6
 
 
@@ -157,7 +157,7 @@ def test_upper_half_leaves_tiles_out():
 
 @pytest.mark.parametrize("gathered", [1, 100, 10_000])
 def test_small_batches_are_gathered(gathered, monkeypatch):
-    monkeypatch.setattr(triton_backend.TensorCoreLayout, "tokens_per_product", gathered)
+    monkeypatch.setattr(triton_backend.TensorCorePacking, "tokens_per_product", gathered)
     x = {0: features(300, 40, 1, 4.0), 1: features(300, 33, 2, 4.0)}
     with nan_poisoned_empty():
         state = accumulate(x, [(0, 1)], splits=(80, 81, 81, 150))  # the first batch settles the pivot

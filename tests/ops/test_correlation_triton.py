@@ -107,7 +107,7 @@ def test_launches_bind_and_other_token_counts_compile_nothing(compute, monkeypat
     monkeypatch.setattr(driver, "_active", Hopper())  # set_active has no way back on a machine without a driver
     variants = []
     for tokens in (2100, 4096, 1, 2049):
-        layout = triton_backend.TensorCoreLayout({0: 300}, [(0, 0)], torch.device("cpu"), compute, "gelu")
+        layout = triton_backend.TensorCorePacking({0: 300}, [(0, 0)], torch.device("cpu"), compute, "gelu")
         packed, sums = Packed(), LayerSums.empty(300, torch.float32, torch.device("cpu"))
         for mask in (None, torch.ones(tokens, dtype=torch.bool)):
             layout.pack_(0, torch.randn(tokens, 300), mask, sums, packed)

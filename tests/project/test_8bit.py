@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast.driver import training_state
+from ffmerge_fast.driver.training import state as training_state
 from ffmerge_fast.projecting.optimizer import adamw
 from tests.project.helpers import batches, equal, projector, scores, train, weights
 from tests.tiny import tiny_model

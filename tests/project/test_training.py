@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.driver.projecting import project_and_train
+from ffmerge_fast.driver.project_run import project_and_train
 from tests.project.helpers import batches, equal, projector, train, weights
 from tests.tiny import logits, tiny_inputs, tiny_model
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast.driver.training_state import gathered
+from ffmerge_fast.driver.training.state import gathered
 from ffmerge_fast.projecting.optimizer import adamw, ownership
 from tests.project.helpers import projector
 from tests.tiny import tiny_inputs, tiny_model

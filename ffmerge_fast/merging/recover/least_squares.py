@@ -17,7 +17,7 @@ from ...support.errors import FFMergeError
 from ..groups import format_layers
 
 
-class Group:
+class LeastSquares:
     """The shared FFN of some layers, and the moments that its fit needs."""
 
     def __init__(self, model: nn.Module, ffns: Sequence[FFNSublayer]):

@@ -13,7 +13,7 @@ from ...models.sublayers import FFNSublayer
 from ...ops import CorrelationState
 from ...support.distributed import on_all_ranks, share_of_rank, world_size
 from ...support.errors import FFMergeError
-from .least_squares import Group, Solution
+from .least_squares import LeastSquares, Solution
 from .recording import groups_to_recover, stream_weights
 from .reports import RefitGroup, RefitReport
 from .rounds import Best, Replay
@@ -74,7 +74,7 @@ def refit_(
     """
     with on_all_ranks("refit"):
         _check_arguments(ridge, inputs, rounds, max_tokens, weights)
-        groups = [Group(model, ffns) for ffns in groups_to_recover(model, teacher, "refit")]
+        groups = [LeastSquares(model, ffns) for ffns in groups_to_recover(model, teacher, "refit")]
     data = Replay(batches, hold_out=bool(rounds) and evaluate is None)
     if data.hold_out:
         evaluate, higher_is_better = data.loss, False
@@ -99,7 +99,9 @@ def refit_(
 class _Fit:
     """Passes over the calibration data that end in new weights for all groups."""
 
-    def __init__(self, groups: Sequence[Group], model: nn.Module, teacher: nn.Module, batches: Replay, max_tokens: int):
+    def __init__(
+        self, groups: Sequence[LeastSquares], model: nn.Module, teacher: nn.Module, batches: Replay, max_tokens: int
+    ):
         self.groups, self.model, self.teacher = groups, model, teacher
         self.batches, self.max_tokens = batches, max_tokens
         self._ffns = [ffn for group in groups for ffn in group.ffns]

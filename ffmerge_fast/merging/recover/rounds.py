@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ...models.forward import evaluating, run, to_device
 from ...support.distributed import gather, on_all_ranks
 from ...support.errors import FFMergeError
-from .least_squares import Group
+from .least_squares import LeastSquares
 
 
 class Best:
     """Scores the model after each change, and can give it back the weights of the best score."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], evaluate, higher_is_better: bool):
+    def __init__(self, model: nn.Module, groups: Sequence[LeastSquares], evaluate, higher_is_better: bool):
         self._model, self._evaluate, self._higher = model, evaluate, higher_is_better
         self._parameters = [p for group in groups for p in group.parameters]
         self._kept: list[Tensor] = []

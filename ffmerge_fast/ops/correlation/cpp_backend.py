@@ -11,7 +11,7 @@ from ...support import env, machine
 from ..common.activations import FORWARD
 from ..common.cpu import ACTIVATIONS, DTYPES
 from . import reference
-from .packing import Packed, Pair, Product, RowLayout
+from .packing import Packed, Pair, Product, RowPacking
 from .sums import LayerSums
 
 _PIVOT_ROWS = 64  # of the first batch: a pivot need only be near the mean
@@ -25,11 +25,11 @@ def can_run(tensor: Tensor | None = None) -> str | None:
     return machine.why_no_extension()
 
 
-def layout(widths, pairs, device, compute, activation) -> RowLayout:
+def layout(widths, pairs, device, compute, activation) -> RowPacking:
     """Tiles where the CPU multiplies bfloat16 tiles and `compute` allows it, else rows."""
     amx = machine.cpu_isa() in ("amx", env.AMX_EMULATED)
     tiled = amx and compute in ("auto", "bf16", "bf16x3")
-    return (_TileLayout if tiled else _RowLayout)(widths, pairs, device, compute, activation)
+    return (_TilePacking if tiled else _RowPacking)(widths, pairs, device, compute, activation)
 
 
 def accumulate_layer_(
@@ -64,7 +64,7 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
     reference.accumulate_pair_(a, b, products)
 
 
-class _RowLayout(RowLayout):
+class _RowPacking(RowPacking):
     """Rows for torch's GEMM, of the tokens that count only; of a self product the upper half.
 
     Packed features are one block: a buffer [rows, d] of which the first `tokens` are used.
@@ -117,7 +117,7 @@ class _RowLayout(RowLayout):
             packed.blocks[0][:used] = old[0][:used]
 
 
-class _TileLayout(RowLayout):
+class _TilePacking(RowPacking):
     """Chunks of 256 tokens as operands of AMX, accumulators in tiles (csrc/correlation_tiles.h).
 
     A value is high + low, two bfloat16, unless compute is "bf16". Where all of a step's low parts are 0, as they are

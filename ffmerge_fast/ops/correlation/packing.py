@@ -32,7 +32,7 @@ class Product:
     b: Packed
 
 
-class RowLayout:
+class RowPacking:
     """Features as rows [T, d], products as matrices [d_a, d_b]; runs everywhere.
 
     A backend with a form of its own overrides every public method. Nothing here knows when a product is formed.

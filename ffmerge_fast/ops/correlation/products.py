@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .packing import Packed, Pair, Product, RowLayout
+from .packing import Packed, Pair, Product, RowPacking
 from .spool import Spool
 from .sums import LayerSums
 
@@ -48,7 +48,7 @@ class StreamingAccumulators:
     of layers is held; with small batches, at most `layout.tokens_per_product` tokens of every layer wait.
     """
 
-    def __init__(self, layout: RowLayout):
+    def __init__(self, layout: RowPacking):
         self.tokens_per_product = layout.tokens_per_product
         self._layout = layout
         self._partners = partners(layout)
@@ -105,7 +105,7 @@ class SpooledAccumulators:
     (a merge, other pivots) become matrices on disk, and the features they were made of are dropped.
     """
 
-    def __init__(self, layout: RowLayout):
+    def __init__(self, layout: RowPacking):
         self.tokens_per_product = layout.tokens_per_product
         self._layout = layout
         self._partners = partners(layout)
@@ -164,7 +164,7 @@ class SpooledAccumulators:
         return sum(packed.tokens > 0 for packed in self._waiting.values())
 
 
-def partners(layout: RowLayout) -> dict[Key, dict[Key, Pair]]:
+def partners(layout: RowPacking) -> dict[Key, dict[Key, Pair]]:
     """{layer: {partner: the pair they form}}, in the order of the layout's pairs."""
     found: dict[Key, dict[Key, Pair]] = {key: {} for key in layout.widths}
     for a, b in layout.pairs:

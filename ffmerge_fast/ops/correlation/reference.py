@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..common.activations import FORWARD
-from .packing import RowLayout
+from .packing import RowPacking
 
-layout = RowLayout  # how this backend keeps features and products
+layout = RowPacking  # how this backend keeps features and products
 _ROWS = 256  # rows per float64 block: bounds the temporaries of the column sums
 
 

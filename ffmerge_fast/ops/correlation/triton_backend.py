@@ -12,7 +12,7 @@ from ...support import env
 from ..common import tuning
 from ..common.triton_launch import can_run, launch, multiprocessors, no_tf32
 from . import reference
-from .packing import Packed, Pair, Product, RowLayout
+from .packing import Packed, Pair, Product, RowPacking
 from .sums import LayerSums
 
 __all__ = ["accumulate_layer_", "accumulate_pair_", "can_run", "layout"]
@@ -54,13 +54,13 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
 
 def layout(
     widths: Mapping[Hashable, int], pairs: Iterable[Pair], device: torch.device, compute: str, activation: str | None
-) -> RowLayout:
+) -> RowPacking:
     """Tensor cores for "bf16", "bf16x3" and "auto"; "fp32" and "fp64" are plain rows, multiplied by cuBLAS."""
-    kind = RowLayout if compute in ("fp32", "fp64") else TensorCoreLayout
+    kind = RowPacking if compute in ("fp32", "fp64") else TensorCorePacking
     return kind(widths, pairs, device, compute, activation)
 
 
-class TensorCoreLayout(RowLayout):
+class TensorCorePacking(RowPacking):
     """Features packed as bfloat16 rows, with a low half beside the high one unless compute is "bf16".
 
     A packed layer is one tensor [1 + tokens, pitch] (see triton_kernels). Of a self product the upper half is kept.

@@ -1,0 +1,96 @@
+// Packing of features with their statistics, compiled for every instruction set.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math")  // nobody watches floating-point traps; with them, no select is vectorised
+#endif
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/parallel.h"
+#include "correlation/correlation.h"
+#include "correlation/tiles.h"
+
+#if FFMERGE_X86
+#include <emmintrin.h>
+#endif
+
+namespace ffmerge {
+namespace {
+
+namespace portable {
+#include "correlation/pack.inc"
+}
+
+#if FFMERGE_X86
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#include "correlation/pack.inc"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#include "correlation/pack.inc"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // FFMERGE_X86
+
+using PackRows = void (*)(const Features&, bool, float*, int64_t, int64_t);
+using PackTiles = void (*)(const Features&, const TileForm&, int64_t, char* const*, int64_t, int64_t);
+
+struct Functions {
+  PackRows rows;
+  PackTiles tiles;
+};
+
+Functions functions_for([[maybe_unused]] Isa isa) {
+#if FFMERGE_X86
+  if (isa >= Isa::avx512) return {avx512::pack_rows, avx512::pack_tiles};
+  if (isa == Isa::avx2) return {avx2::pack_rows, avx2::pack_tiles};
+#endif
+  return {portable::pack_rows, portable::pack_tiles};
+}
+
+// Each thread takes whole columns, so that sums do not depend on the number of threads.
+template <class Pack>
+void over_strips(int64_t width, int threads, Pack pack) {
+  const int64_t count = strips(width);
+  const int64_t parts = std::min<int64_t>(std::max(threads, 1), count);
+  parallel_for(parts, threads, [&] {
+    return [&](int64_t part) { pack(part * count / parts, (part + 1) * count / parts); };
+  });
+}
+
+}  // namespace
+
+void correlation_pack_rows(const Features& features, bool rounded, float* out, Isa isa, int threads) {
+  const PackRows pack = functions_for(isa).rows;
+  over_strips(features.width, threads, [&](int64_t first, int64_t last) { pack(features, rounded, out, first, last); });
+}
+
+void correlation_pack_tiles(const Features& features, const TileForm& form, int64_t filled, char* const* chunks,
+                            Isa isa, int threads) {
+  const PackTiles pack = functions_for(isa).tiles;
+  over_strips(features.width, threads,
+              [&](int64_t first, int64_t last) { pack(features, form, filled, chunks, first, last); });
+}
+
+int64_t correlation_chunk_bytes(const TileForm& form) { return ChunkLayout(form).bytes; }
+
+}  // namespace ffmerge

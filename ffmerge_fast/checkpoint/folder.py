@@ -1,0 +1,276 @@
+"""Save a merged model small, load it with one line, and prove that a folder holds what was saved.
+
+A folder is an ordinary Hugging Face folder plus `ffmerge.json` (version, groups, hashes, reference logits).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..merging.apply import find_ffns
+from ..models.families import MERGED_TYPE_PREFIX, supported_families
+from ..models.sublayers import FFNSublayer, set_module
+from ..models.ties import is_merged
+from ..support.env import online, require
+from ..support.errors import FFMergeError
+from ..support.files import new_folder, one_line
+from .manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
+
+EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
+_WEIGHTS = "model.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    extras: dict[str, str] | None = None,
+) -> None:
+    """Write `model` with every shared weight once, and everything needed to load and verify it.
+
+    Args:
+        model: merged or not. A transformers model becomes a Hugging Face folder; any other `nn.Module` becomes
+            model.safetensors, loaded by `from_pretrained(folder, model=the same module, unmerged)`.
+        folder: written beside, then renamed: it is complete or absent.
+        tokenizer: tokenizer or image processor to save along.
+        overwrite: replace a folder that has content.
+        max_shard_size: largest weight file ("5GB").
+        extras: {file name: text} for the `_ffmerge` folder (plan, statistics' settings, report).
+
+    Raises:
+        FFMergeError: folder not empty or not writable, disk full (what was there before stays); a merged model whose
+            class is not transformers' own.
+    """
+    if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
+        raise FFMergeError(
+            f"{type(model).__name__} is merged in memory only, as it is not a class of transformers itself; call "
+            "expand_ before saving, or keep its state dict"
+        )
+    with new_folder(folder, overwrite) as beside:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(beside, max_shard_size=max_shard_size)
+        else:
+            _save_plain(model, beside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        for name, text in (extras or {}).items():
+            (beside / EXTRAS).mkdir(exist_ok=True)
+            (beside / EXTRAS / name).write_text(text)
+        (beside / MANIFEST).write_text(json.dumps(describe(model, beside), indent=1))
+
+
+def _save_plain(model: nn.Module, folder: Path) -> None:
+    save_file({n: t.detach().contiguous() for n, t in _unique_state(model).items()}, folder / _WEIGHTS)
+
+
+def _unique_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each under its first name only."""
+    persistent = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if name in persistent}
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def from_pretrained(
+    folder: str | os.PathLike, model: nn.Module | None = None, check: bool = True, **options
+) -> nn.Module:
+    """Load a folder of weights: one of ours, or any Hugging Face folder or (when online) hub id.
+
+    Unlike the Auto classes it takes the class named in the config, and never leaves a weight at its random start.
+
+    Args:
+        folder: a local folder; a hub id where `FFMERGE_ONLINE=1`.
+        model: for a folder of a plain `nn.Module`: a freshly built, unmerged one, tied and filled here.
+        check: compare the weight files with the hashes in `ffmerge.json` first, where there is one.
+        options: handed to transformers' `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Raises:
+        FFMergeError: no such folder, no weights in it, damaged weights, weights missing for the class.
+    """
+    path = Path(folder)
+    if path.is_dir():
+        _check_folder(path, check)
+    elif not online() or path.is_absolute() or str(folder).startswith(".") or str(folder).count("/") > 1:
+        hint = "check the path" if online() else "check the path, or allow downloads: --online or FFMERGE_ONLINE=1"
+        raise FFMergeError(f"{folder} is not a folder; {hint}")
+    if model is not None:
+        return _load_plain(model, path)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FFMergeError(f"{path} has no config.json: for a plain nn.Module, give a freshly built one as model=")
+    family = _model_type(path)
+    if family.startswith(MERGED_TYPE_PREFIX) and family.removeprefix(MERGED_TYPE_PREFIX) not in supported_families():
+        raise FFMergeError(
+            f"{path}: family {family.removeprefix(MERGED_TYPE_PREFIX)!r} is not known here; call register_family first "
+            "or load it with transformers alone (trust_remote_code=True)"
+        )
+    transformers = require("transformers", extra="hf")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=not online(), trust_remote_code=False)
+        model_class = _class_of(config, transformers)
+        options = {"dtype": "auto", "local_files_only": not online(), **options, "ignore_mismatched_sizes": True}
+        loaded, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except FFMergeError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many kinds; each ends as one line here
+        raise FFMergeError(f"{folder} cannot be loaded: {one_line(error)}") from error
+    for problem, names in (("has other shapes", info["mismatched_keys"]), ("lacks weights", info["missing_keys"])):
+        if names:
+            first = sorted(n if isinstance(n, str) else n[0] for n in names)[0]
+            raise FFMergeError(
+                f"{folder} {problem} of {model_class.__name__}, {first} and {len(names) - 1} more; they would start at "
+                "random: check that the folder is complete and its config.json belongs to it"
+            )
+    return loaded
+
+
+def load_processor(folder: str | os.PathLike) -> Any:
+    """The folder's tokenizer, image processor or feature extractor; None if it has none."""
+    transformers = require("transformers", extra="hf")
+    for name, files in (
+        ("AutoTokenizer", ("tokenizer.json", "tokenizer_config.json", "vocab.json")),
+        ("AutoImageProcessor", ("preprocessor_config.json",)),
+    ):
+        if any((Path(folder) / f).exists() for f in files) or not Path(folder).is_dir():
+            with contextlib.suppress(OSError, ValueError, ImportError):
+                return getattr(transformers, name).from_pretrained(folder)
+    return None
+
+
+def _class_of(config: Any, transformers: Any) -> type:
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise FFMergeError('config.json names no architecture: add "architectures": ["<model class>"]')
+    if names[0].startswith("FFMerged"):
+        from ..remote_code import modeling_ffmerge
+
+        return getattr(modeling_ffmerge, names[0])
+    if not hasattr(transformers, names[0]):
+        raise FFMergeError(
+            f"{names[0]} is no class of transformers: load it with its own code and pass the model to ffmerge_fast"
+        )
+    return getattr(transformers, names[0])
+
+
+def _check_folder(path: Path, hashes: bool) -> None:
+    weights = [p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")]
+    if not weights:
+        raise FFMergeError(f"{path} holds no weights (*.safetensors); give a folder written by save_pretrained")
+    for file in weights:
+        if file.suffix == ".safetensors":
+            _check_readable(file)
+    manifest = path / MANIFEST
+    if hashes and manifest.exists():
+        check_hashes(path, read_manifest(manifest))
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise FFMergeError(f"{file} is damaged or cut off ({error}); copy or save it again") from error
+
+
+def _load_plain(model: nn.Module, folder: Path) -> nn.Module:
+    ffns = {(f.stack, f.index): f for f in find_ffns(model)}
+    tensors, groups = load_file(folder / _WEIGHTS), read_manifest(folder / MANIFEST)["groups"]
+    keys = [[(group["stack"], i) for i in group["layers"]] for group in groups]
+    members = [[ffns[key] for key in group if key in ffns] for group in keys]
+    aliases = tuple(f"{path}." for group in members for ffn in group[1:] for path in ffn.shared)
+    wanted = {name: tensor for name, tensor in _unique_state(model).items() if not name.startswith(aliases)}
+    undelta = {name: tensor for name, tensor in tensors.items() if not name.rpartition(".")[2].startswith("delta_")}
+    if any(key not in ffns for group in keys for key in group) or _shapes(undelta) != _shapes(wanted):
+        raise FFMergeError(f"{folder / _WEIGHTS} does not fit this {type(model).__name__}: names or shapes differ")
+    for group, ffns_of_group in zip(groups, members, strict=True):
+        _share_plain_(model, ffns_of_group, group.get("delta_rank", 0))
+    state = _unique_state(model)
+    if _shapes(state) != _shapes(tensors):
+        raise FFMergeError(f"{folder / _WEIGHTS} does not hold the deltas that {MANIFEST} names; save the model again")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
+    return model
+
+
+def _share_plain_(model: nn.Module, ffns: Sequence[FFNSublayer], rank: int) -> None:
+    """Make the layers share the first one's FFN, or with deltas its weights."""
+    first, *others = ffns
+    if rank:
+        require("transformers", extra="hf")
+        from ..remote_code import modeling_ffmerge
+
+        for name in first.projections:
+            modeling_ffmerge.add_deltas_(model, [ffn.projections[name] for ffn in ffns], rank)
+        return
+    for ffn in others:
+        for path, kept in zip(ffn.shared, first.shared, strict=True):
+            set_module(model, path, model.get_submodule(kept))
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- verifying
+
+
+def verify(folder: str | os.PathLike, model: nn.Module | None = None) -> dict[str, Any]:
+    """Check that a folder holds the merged model that was saved: hashes, ties and reference logits.
+
+    Args:
+        folder: written by `save_pretrained`.
+        model: for a folder of a plain `nn.Module`: a freshly built, unmerged one (it is filled).
+
+    Returns:
+        {"groups", "parameters", "bytes", "logit_difference" (None for a plain module)}.
+
+    Raises:
+        FFMergeError: one line that says what is wrong with the folder.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FFMergeError(f"{folder} is not a folder")
+    if not (path / MANIFEST).exists():
+        raise FFMergeError(f"{path} has no {MANIFEST}: it was not written by ffmerge_fast.save_pretrained")
+    manifest = read_manifest(path / MANIFEST)
+    model = from_pretrained(path, model)
+    found = groups_of(model)
+    if found != manifest["groups"]:
+        raise FFMergeError(f"{path}: layers {found} share FFNs, but {manifest['groups']} were saved as shared")
+    hashes = hashes_of_shared(model)
+    if differ := sorted(n for n in manifest["shared"] if hashes.get(n) != manifest["shared"][n]):
+        raise FFMergeError(f"{path}: {differ[0]} is not what was saved ({len(differ)} shared tensors differ)")
+    return {
+        "groups": found,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(p.stat().st_size for p in path.glob("*.safetensors")),
+        "logit_difference": compare_logits(path, model, manifest) if "logits" in manifest else None,
+    }
+
+
+def is_merged_folder(folder: str | os.PathLike) -> bool:
+    """Whether a local folder's config says that it holds a merged model."""
+    return _model_type(Path(folder)).startswith(MERGED_TYPE_PREFIX)
+
+
+def _model_type(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return str(json.loads((folder / "config.json").read_text()).get("model_type", ""))
+    return ""

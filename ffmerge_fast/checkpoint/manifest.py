@@ -1,0 +1,144 @@
+"""`ffmerge.json`: what a saved folder holds, by hashes, ties and reference logits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..merging.apply import find_ffns
+from ..models.forward import evaluating, run, to_device
+from ..models.projections import delta_rank
+from ..models.ties import shared_groups
+from ..support.errors import FFMergeError
+from ..support.files import one_line
+
+MANIFEST = "ffmerge.json"
+_VERSION = 1  # of the manifest
+# Of the largest reference logit: machines and versions round differently; `.to(bf16)` rounds more than loading does.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+
+
+def describe(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """The manifest of a model whose files are in `folder`."""
+    files = {p.name: _sha256(p) for pattern in ("*.safetensors", "*.py") for p in sorted(folder.glob(pattern))}
+    manifest = {"version": _VERSION, "groups": groups_of(model), "files": files, "shared": hashes_of_shared(model)}
+    if hasattr(model, "config"):
+        manifest["reference"] = _reference(model)
+    return manifest
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The layers that share an FFN, as the manifest lists them."""
+    deltas = {"delta_rank": rank} if (rank := delta_rank(model)) else {}
+    return [{"stack": stack, "layers": list(layers), **deltas} for stack, layers in shared_groups(model)]
+
+
+def hashes_of_shared(model: nn.Module) -> dict[str, str]:
+    """{parameter name under the lowest layer: sha256} of every shared FFN."""
+    ffns = {(f.stack, f.index): f for f in find_ffns(model)} if shared_groups(model) else {}
+    return {
+        f"{path}.{name}": hashlib.sha256(_raw(parameter)).hexdigest()
+        for stack, layers in (shared_groups(model) if ffns else ())
+        for path in ffns[stack, layers[0]].shared
+        for name, parameter in model.get_submodule(path).named_parameters()
+    }
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """groups, files, shared and, if there are any, logits; FFMergeError if the file is damaged or too new."""
+    try:
+        manifest = json.loads(path.read_text())
+        read = {
+            "groups": [
+                {"stack": g["stack"], "layers": [int(i) for i in g["layers"]]}
+                | ({"delta_rank": int(g["delta_rank"])} if "delta_rank" in g else {})
+                for g in manifest["groups"]
+            ],
+            "files": {name: str(digest) for name, digest in manifest["files"].items()},
+            "shared": {name: str(digest) for name, digest in manifest["shared"].items()},
+        }
+        if "reference" in manifest:
+            read["logits"] = [float(value) for value in manifest["reference"]["logits"]]
+        newer = manifest["version"] > _VERSION
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FFMergeError(f"{path} cannot be read ({one_line(error)}); save the model again") from error
+    if newer:
+        raise FFMergeError(f"{path} is of version {manifest['version']}, this ffmerge_fast reads {_VERSION}: update it")
+    return read
+
+
+def check_hashes(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise FFMergeError unless the folder's files are those that were saved."""
+    for name, wanted in manifest["files"].items():
+        if not (path / name).exists():
+            raise FFMergeError(f"{path / name} is missing; copy the folder again")
+        if _sha256(path / name) != wanted:
+            raise FFMergeError(
+                f"{path / name} is not what was saved (its sha256 differs); copy the folder again, or delete "
+                f"{MANIFEST} if another tool saved over it"
+            )
+
+
+# ------------------------------------------------------------------------------------------------- reference logits
+
+
+def reference_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """A small fixed input of the model's kind: token ids, pixels or audio features."""
+    config, name = model.config, getattr(model, "main_input_name", "input_ids")
+    if name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
+        return {name: _ramp(1, config.num_channels, *size).to(model.dtype)}
+    ids = (torch.arange(8) * 7 % min(config.get_text_config().vocab_size, 997))[None]
+    if name == "input_features":
+        waves = _ramp(1, config.num_mel_bins, 2 * config.max_source_positions)
+        return {name: waves.to(model.dtype), "decoder_input_ids": ids}
+    return {name: ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {name: ids}
+
+
+def _ramp(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+
+
+def _reference(model: nn.Module) -> dict[str, Any]:
+    return {"logits": _reference_logits(model), "torch": torch.__version__}
+
+
+def _reference_logits(model: nn.Module, count: int = 64) -> list[float]:
+    """The first values the model gives for the last position of its reference input."""
+    with evaluating(model), torch.no_grad():
+        output = run(model, to_device(reference_inputs(model), model))
+    values = output.logits if getattr(output, "logits", None) is not None else output[0]
+    return values.reshape(-1, values.shape[-1])[-1, :count].float().cpu().tolist()
+
+
+def compare_logits(path: Path, model: nn.Module, manifest: dict[str, Any]) -> float:
+    """The largest difference from the saved logits; FFMergeError if it is more than rounding."""
+    saved, found = torch.tensor(manifest["logits"]), torch.tensor(_reference_logits(model))
+    difference = (found - saved).abs().max().item() if found.shape == saved.shape else math.inf
+    if not difference <= _TOLERANCE[model.dtype] * max(1.0, saved.abs().max().item()):
+        raise FFMergeError(
+            f"{path}: logits differ by {difference:.3g} from the saved ones; config and weights do not fit"
+        )
+    return difference

@@ -1,0 +1,166 @@
+"""Groups of options that commands of `ffmerge` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from ..merging.plan import METHODS
+from ..projecting.importance import METHODS as METHODS_OF_IMPORTANCE
+from ..projecting.optimizer.adamw import STATES
+from ..projecting.optimizer.base_weights import PLACES
+from ..projecting.projector import INITS
+from ..projecting.selection import ATTENTION_MODES
+
+
+def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:
+    return lambda parser: parser.add_argument(*names, **options)
+
+
+def common_options(parser) -> None:
+    group = parser.add_argument_group("everywhere")
+    group.add_argument("--json", action="store_true", help="print JSON")
+    group.add_argument("-v", "--verbose", action="store_true", help="show warnings of libraries, and tracebacks")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bars, no warnings")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument("--online", action="store_true", help="allow downloads from the Hugging Face hub")
+
+
+def model_options(parser) -> None:
+    parser.add_argument("model", help="folder of a transformers model, or a hub id with --online")
+    layout_options(parser)
+
+
+def layout_options(parser) -> None:
+    group = parser.add_argument_group("layout of a family that is not known (dotted paths)")
+    group.add_argument("--ffn-layers", metavar="PATH", help="list of blocks, such as 'encoder.layers'")
+    group.add_argument("--ffn-up", metavar="PATH", help="W_up inside a block, such as 'mlp.up_proj'")
+    group.add_argument("--ffn-down", metavar="PATH", help="W_down inside a block")
+    group.add_argument("--ffn-gate", metavar="PATH", help="W_gate inside a block, of gated FFNs")
+    group.add_argument("--ffn-stack", default="decoder", choices=("encoder", "decoder"))
+
+
+def data_options(parser) -> None:
+    group = parser.add_argument_group("data")
+    help_data = "text file or folder; SOURCE TARGET files; folder of images or .npz; a hub data set with --online"
+    group.add_argument("--data", nargs="+", metavar="PATH", help=help_data)
+    group.add_argument("--task", choices=("lm", "images", "translation"), help="default: what the model is for")
+    group.add_argument("--metric", help="perplexity, loss, accuracy or bleu (default: the task's first)")
+    group.add_argument("--max-length", type=int, help="tokens per block or sentence (default: the context; 128)")
+    group.add_argument("--stride", type=int, help="of the perplexity's sliding window (default: no overlap)")
+    group.add_argument("--prefix", default="", help="put before every source sentence")
+    group.add_argument("--num-beams", type=int, default=1, help="of translations")
+    group.add_argument("--batch-size", type=int, default=16)
+    group.add_argument("--eval-limit", type=int, metavar="N", help="evaluate on at most N examples")
+
+
+def stream_options(parser) -> None:
+    group = parser.add_argument_group("a model that is larger than its device")
+    help_stream = "load each block's weights, from its files or host memory, while the block before it runs"
+    group.add_argument("--stream", choices=("disk", "host"), help=help_stream)
+    help_budget = "most bytes of weights on the device at once (default 20GiB)"
+    group.add_argument("--stream-budget", metavar="20GiB", help=help_budget)
+
+
+def validation_option(parser) -> None:
+    parser.add_argument("--eval-data", nargs="+", metavar="PATH", help="to evaluate on (default: a tenth of --data)")
+
+
+def collect_options(parser) -> None:
+    group = parser.add_argument_group("statistics")
+    group.add_argument("--tokens", type=int, default=10_000, help="calibration tokens (default 10000)")
+    group.add_argument("--features", default="pre", choices=("pre", "post"), help="before or after the activation")
+    group.add_argument("--cache-dir", help="keep running sums here, so that a killed run goes on")
+    memory_option(group)
+
+
+def memory_option(parser) -> None:
+    help_memory = "for the sums of each stack; beyond it they are kept on disk (TMPDIR); CPU only"
+    parser.add_argument("--max-memory", metavar="8GiB", help=help_memory)
+
+
+def choice_options(parser) -> None:
+    parser.add_argument("--layers", help="'4-7', '0-2,6-8', '1+4+7', 'encoder:2-4,decoder:2-4'")
+    parser.add_argument("--window", type=int, help="number of adjacent layers")
+    anchor_option(parser)
+
+
+def anchor_option(parser) -> None:
+    parser.add_argument("--anchor", default="first", choices=("first", "middle", "last"))
+
+
+def method_option(parser) -> None:
+    parser.add_argument("--method", default="permute", choices=METHODS)
+
+
+def out_options(parser) -> None:
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that has content")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file")
+
+
+def search_options(parser) -> None:
+    group = parser.add_argument_group("scores")
+    help_evaluate = "the metric, or proxy: the shared FFNs' errors on --data, without evaluating the model"
+    group.add_argument("--evaluate", default="metric", choices=("metric", "proxy"), help=help_evaluate)
+    group.add_argument("--proxy-tokens", type=int, default=2048, metavar="N", help="that the proxy takes (2048)")
+    group.add_argument("--resume", help="JSON file that keeps the metric's scores")
+
+
+def recover_options(parser) -> None:
+    group = parser.add_argument_group("recovery without training the model")
+    help_recover = "refit: W_down by least squares; distill: the shared FFNs trained on their layers' own inputs"
+    choices = ("none", "refit", "distill", "refit+distill")
+    group.add_argument("--recover", default="none", choices=choices, help=help_recover)
+    group.add_argument("--ridge", type=float, default=1e-2, help="larger keeps W_down closer to the merged one")
+    help_rounds = "refits after the first, on the merged model's own stream; the best by held-out loss is kept"
+    group.add_argument("--recover-rounds", type=int, default=0, metavar="N", help=help_rounds)
+    group.add_argument("--recover-steps", type=int, default=400, metavar="N", help="of distill (default 400)")
+    group.add_argument("--recover-lr", type=float, default=1e-3, help="of distill (default 1e-3)")
+    help_deltas = "distill gives each layer low-rank deltas W + A B of rank R (default 0: none), saved with the model"
+    group.add_argument("--delta-rank", type=int, default=0, metavar="R", help=help_deltas)
+
+
+def project_options(parser) -> None:
+    group = parser.add_argument_group("projection")
+    group.add_argument("--keep", type=float, metavar="SHARE", help="of the parameters, such as 0.5; or the widths:")
+    group.add_argument("--d-model", type=int)
+    group.add_argument("--d-ff", type=int)
+    group.add_argument("--attention", default="heads", choices=ATTENTION_MODES, help="what gets fewer with d_model")
+    group.add_argument("--share", choices=("qkv", "residual_stream"), help="projections in common (default: none)")
+    group.add_argument("--init", default="selection", choices=INITS, help="first P: coordinates, or directions")
+    group.add_argument("--no-residual", action="store_true", help="W_C = P W P without R")
+    group.add_argument("--tied", action="store_true", help="keep the head tied to the embeddings")
+    group.add_argument("--importance", metavar="FILE", help="scores saved by importance(...).save")
+    group.add_argument("--method", default="activation", choices=METHODS_OF_IMPORTANCE, help="or measure them so")
+    group.add_argument("--calibration", type=int, default=32, metavar="N", help="batches to measure them on")
+    group.add_argument("--weight-decay-on-projections", type=float, default=0.0)
+    group.add_argument("--state", default="fp32", choices=STATES, help="moments of P and R")
+    group.add_argument("--offload-base", choices=[p for p in PLACES if p], help="where the base's weights wait")
+    group.add_argument("--distill", action="store_true", help="from the base model itself, by --alpha")
+
+
+def finetune_options(parser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, required=True)
+    group.add_argument("--lr", type=float, default=5e-5)
+    group.add_argument("--schedule", default="inverse_sqrt", choices=("inverse_sqrt", "linear", "cosine", "constant"))
+    group.add_argument("--warmup", type=int, default=0)
+    group.add_argument("--lr-end", type=float, default=0.0, help="floor of the linear and cosine schedules")
+    group.add_argument("--decay-steps", type=int, help="steps from --lr to --lr-end (default: all)")
+    group.add_argument("--weight-decay", type=float, default=0.0)
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
+    group.add_argument("--max-grad-norm", type=float, default=1.0)
+    group.add_argument("--autocast", choices=("bf16", "fp16"))
+    group.add_argument("--teacher", help="folder of a model to distil from")
+    group.add_argument("--alpha", type=float, default=0.5, help="weight of the distillation loss")
+    group.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp2"), help="under torchrun")
+    group.add_argument("--eval-every", type=int, default=0, help="steps (default: once, at the end)")
+    group.add_argument("--save-every", type=int, default=0, help="steps; a killed run goes on from the last")
+    group.add_argument("--work-dir", help="log and checkpoints (default: OUT.finetune)")
+
+
+def sizes(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]

@@ -1,0 +1,155 @@
+"""Labelled images: a folder with one sub-folder per class, or an .npz file of JPEG bytes."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...support.env import require
+from ...support.errors import FFMergeError
+from .text import existing
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+_CACHE_BYTES = 1 << 30  # preprocessed images of one split kept in memory
+
+
+class ImageData:
+    """Images with labels; `data[i]` is (PIL image in RGB, label).
+
+    Args:
+        images: encoded bytes, paths or PIL images.
+        labels: one class index each.
+        classes: class names; index = label.
+    """
+
+    def __init__(self, images: Sequence[Any], labels: Sequence[int], classes: Sequence[str]):
+        if not len(images):
+            raise FFMergeError("image data: no images; give a folder with one sub-folder per class, or an .npz file")
+        if len(images) != len(labels):
+            raise FFMergeError(f"image data: {len(images)} images but {len(labels)} labels; wanted equal numbers")
+        self._images = images
+        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        pil = require("PIL.Image", extra="driver")
+        image = self._images[index]
+        try:
+            if isinstance(image, (bytes, memoryview)):
+                image = pil.open(io.BytesIO(image))
+            elif isinstance(image, (str, os.PathLike)):
+                image = pil.open(image)
+            return image.convert("RGB"), int(self.labels[index])
+        except (OSError, SyntaxError, pil.DecompressionBombError) as error:
+            where = image if isinstance(image, (str, os.PathLike)) else f"number {index}"
+            raise FFMergeError(f"image data: image {where} cannot be read; remove or replace it") from error
+
+    def select(self, indices: Sequence[int]) -> ImageData:
+        """The images at `indices`, in that order."""
+        indices = [int(i) for i in indices]
+        return ImageData([self._images[i] for i in indices], self.labels[indices].numpy(), self.classes)
+
+
+def load_images(path: str | os.PathLike, split: str = "train") -> ImageData:
+    """Images of a folder (sub-folder names are the classes, sorted) or of an .npz file.
+
+    The .npz holds, for a split named s: `s_jpeg` uint8 (all files end to end), `s_offsets` int64 [n + 1], `s_labels`
+    [n]; and `classes`. A folder that itself has a sub-folder named `split` is read from there.
+
+    Raises:
+        FFMergeError: nothing there, no images, no such split, or a damaged file.
+    """
+    path = existing(path, "image data")
+    if path.is_dir():
+        return _load_folder(path / split if (path / split).is_dir() else path)
+    if path.suffix != ".npz":
+        raise FFMergeError(f"image data: {path} is neither a folder with one sub-folder per class nor an .npz file")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return _load_arrays(arrays, split, path)
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        if isinstance(error, FFMergeError):
+            raise
+        raise FFMergeError(f"image data: {path} is damaged or no .npz file") from error
+
+
+def image_splits(path: str | os.PathLike) -> set[str]:
+    """Names of the splits that a file or folder of images holds by name; empty for a plain folder of classes."""
+    path = Path(path).expanduser()
+    names = ("train", "validation", "test")
+    if path.is_dir():
+        return {name for name in names if (path / name).is_dir()}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name for name in names if f"{name}_jpeg" in arrays}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError):
+        return set()  # load_images says what is wrong
+
+
+class PixelReader:
+    """Preprocessed pixels [n, channels, height, width] of an `ImageData`, each image decoded once if they fit in 1 GiB.
+
+    Args:
+        data: the images.
+        processor: an image processor of transformers.
+    """
+
+    def __init__(self, data: ImageData, processor: Any):
+        self.data, self.processor = data, processor
+        self._cache: Tensor | None = None
+        self._have = torch.zeros(len(data), dtype=torch.bool)
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """The images at `indices` [n]."""
+        if self._cache is None:
+            first = self._process(indices[:1].tolist())
+            if first[0].nbytes * len(self.data) > _CACHE_BYTES:
+                return self._process(indices.tolist())
+            self._cache = first.new_empty(len(self.data), *first.shape[1:])
+        missing = indices[~self._have[indices]].unique()
+        if len(missing):
+            self._cache[missing] = self._process(missing.tolist())
+            self._have[missing] = True
+        return self._cache[indices]
+
+    def _process(self, indices: Iterable[int]) -> Tensor:
+        return self.processor([self.data[i][0] for i in indices], return_tensors="pt")["pixel_values"]
+
+
+def _load_folder(folder: Path) -> ImageData:
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise FFMergeError(f"image data: {folder} has no sub-folders; wanted one per class with the images in it")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in _SUFFIXES)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise FFMergeError(f"image data: no images in the sub-folders of {folder}; known are {', '.join(_SUFFIXES)}")
+    return ImageData(files, labels, classes)
+
+
+def _load_arrays(arrays: Any, split: str, path: Path) -> ImageData:
+    missing = [name for name in (f"{split}_jpeg", f"{split}_offsets", f"{split}_labels") if name not in arrays]
+    if missing:
+        raise FFMergeError(f"image data: {path} has no array {missing[0]!r}; it has {', '.join(sorted(arrays))}")
+    jpeg, offsets, labels = (arrays[f"{split}_{part}"] for part in ("jpeg", "offsets", "labels"))
+    ordered = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(jpeg) and bool(np.all(np.diff(offsets) >= 0))
+    if not ordered or len(offsets) != len(labels) + 1:
+        raise FFMergeError(f"image data: {split}_offsets of {path} do not fit its bytes and labels: a damaged file")
+    classes = arrays["classes"] if "classes" in arrays else range(int(labels.max(initial=0)) + 1)
+    files = memoryview(np.ascontiguousarray(jpeg))
+    images = [files[start:end] for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+    return ImageData(images, labels, [str(name) for name in classes])

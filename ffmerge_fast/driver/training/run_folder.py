@@ -1,0 +1,171 @@
+"""The output folder of a training run: log, checkpoints, best weights, and going on where a killed run stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...support import distributed
+from ...support.errors import FFMergeError
+from . import state as training_state
+from .state import BEST, CHECKPOINT
+
+_LOG = "log.jsonl"
+
+
+class RunFolder:
+    """Keeps a run's state in `root`, or only the best weights in memory if `root` is None. Rank 0 alone writes.
+
+    Args:
+        root: the output folder.
+        settings: what must be the same when the run is resumed; JSON values.
+        higher_is_better: for `offer`.
+        keep_best: keep the best weights even without a folder.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike | None,
+        settings: dict[str, Any],
+        higher_is_better: bool = False,
+        keep_best: bool = False,
+    ):
+        self.root = Path(root) if root is not None else None
+        self.settings = json.loads(json.dumps(settings))
+        self.higher_is_better, self.keep_best = higher_is_better, keep_best
+        self.best_metric: float | None = None
+        self.best_step: int | None = None
+        self.last_saved: int | None = None
+        self.history: list[dict[str, Any]] = []
+        self._best_weights: dict[str, Tensor] = {}
+
+    def open(self, resume: bool) -> Path | None:
+        """Make the folder; returns the checkpoint to resume from, if there is one.
+
+        Raises:
+            FFMergeError: the folder cannot be written; it holds checkpoints and not `resume`; or they were written
+                with other settings.
+        """
+        if self.root is None:
+            return None
+        distributed.on_rank_zero(self._make)
+        checkpoints = training_state.folders(self.root, CHECKPOINT)
+        if not checkpoints:
+            return None
+        last, folder = max(checkpoints.items())
+        if not resume:
+            raise FFMergeError(
+                f"output_dir: {self.root} holds {folder.name} of an earlier run; give another folder, or resume=True"
+            )
+        self._check_settings(training_state.read_state(folder)["settings"])
+        self.last_saved = last
+        return folder
+
+    def load_(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Set model, optimiser, random states, history and best metric to a checkpoint's; returns its JSON part."""
+        training_state.load_weights_(folder, model)
+        training_state.load_optimizer_(folder, model, optimizer)
+        training_state.load_random_states(folder, distributed.rank())
+        state = training_state.read_state(folder)
+        self.best_metric, self.best_step = state["best_metric"], state["best_step"]
+        self.history = [row for row in self._read_log() if row["step"] <= state["step"]]
+        distributed.on_rank_zero(self._rewrite_log)
+        return state
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a row to the history and to log.jsonl."""
+        self.history.append(row)
+        if self.root is not None and distributed.rank() == 0:
+            try:
+                with open(self.root / _LOG, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise FFMergeError(f"output_dir: {self.root / _LOG} cannot be written: {error.strerror}") from error
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Write a checkpoint of `state["step"]` and remove older ones; every rank calls this."""
+        if self.root is None or self.last_saved == state["step"]:
+            return
+        weights = training_state.gathered(training_state.model_tensors(model))
+        moments = training_state.gathered(training_state.optimizer_tensors(model, optimizer))
+        rng = distributed.gather_tensors(training_state.random_states())
+        state = state | {"best_metric": self.best_metric, "best_step": self.best_step, "settings": self.settings}
+        distributed.on_rank_zero(lambda: self._write(weights, moments, rng, state))
+        self.last_saved = state["step"]
+
+    def offer(self, model: nn.Module, step: int, metric: float) -> bool:
+        """Keep the model's weights if `metric` is the best so far; NaN never is. Every rank calls this."""
+        better = self.best_metric is None or (
+            metric > self.best_metric if self.higher_is_better else metric < self.best_metric
+        )
+        if not better or math.isnan(metric):
+            return False
+        self.best_metric, self.best_step = metric, step
+        if self.root is not None:
+            weights = training_state.gathered(training_state.model_tensors(model))
+            distributed.on_rank_zero(lambda: training_state.save_best(self.root, step, weights))
+        elif self.keep_best:
+            self._best_weights = {name: t.detach().clone() for name, t in training_state.model_tensors(model).items()}
+        return True
+
+    def restore_best_(self, model: nn.Module) -> None:
+        """Give the model its best weights back, if any were kept."""
+        if self.best_step is None:
+            return
+        if self.root is not None:
+            training_state.load_weights_(self.root / f"{BEST}-{self.best_step}", model)
+            return
+        with torch.no_grad():
+            for name, tensor in training_state.model_tensors(model).items():
+                tensor.copy_(self._best_weights[name])
+
+    def last_good(self) -> str:
+        """Where the last state on disk is, for an error message."""
+        if self.root is None:
+            return "nothing was saved, output_dir is not given"
+        if self.last_saved is None:
+            return f"nothing was saved in {self.root} yet"
+        return f"the last good state is {self.root / f'{CHECKPOINT}-{self.last_saved}'}"
+
+    def _make(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FFMergeError(f"output_dir: {self.root} cannot be made: {error.strerror}") from error
+        if not os.access(self.root, os.W_OK):
+            raise FFMergeError(f"output_dir: {self.root} cannot be written: no permission")
+        training_state.remove_leftovers(self.root)
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        for name, value in self.settings.items():
+            if saved.get(name) != value:
+                raise FFMergeError(
+                    f"resume: {name} was {saved.get(name)!r} in {self.root} and is {value!r} now; give the same, or "
+                    "another output_dir"
+                )
+
+    def _write(self, weights: dict, moments: dict, rng: dict, state: dict[str, Any]) -> None:
+        training_state.save_checkpoint(self.root, weights, moments, rng, state)
+        training_state.prune(self.root, CHECKPOINT, keep=[state["step"]])
+        training_state.prune(self.root, BEST, keep=[state["best_step"]])
+
+    def _read_log(self) -> list[dict[str, Any]]:
+        rows = []
+        if (self.root / _LOG).exists():
+            for line in (self.root / _LOG).read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:  # the line a killed run was writing
+                    continue
+        return rows
+
+    def _rewrite_log(self) -> None:
+        beside = self.root / f".{_LOG}.tmp"
+        beside.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+        beside.replace(self.root / _LOG)
