@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import measure, registry
+from benchmarks.ops import Case
 from ffmerge_fast.support import machine
 from ffmerge_fast.support.tables import format_table
-
-from . import measure, registry
-from .cases import Case
 
 RESULTS = Path(__file__).parent / "results"
 

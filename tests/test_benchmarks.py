@@ -9,24 +9,14 @@ import math
 import pytest
 import torch
 
-from benchmarks import (
-    bench_stream,
-    cuda_graphs,
-    measure,
-    pipeline,
-    projection_quality,
-    projection_step,
-    quality,
-    recovery,
-    registry,
-    run,
-    search_proxy,
-)
-from benchmarks.cases import Case, Job
-from benchmarks.cases.assignment import assignment_case
-from benchmarks.cases.correlation import correlation_case
-from benchmarks.cases.projection import projection_case
-from benchmarks.cases.shared_ffn import FFN_SHAPES, shared_ffn_layers_case
+from benchmarks import run
+from benchmarks.harness import cuda_graphs, measure, registry
+from benchmarks.ops import Case, Job
+from benchmarks.ops.assignment import assignment_case
+from benchmarks.ops.correlation import correlation_case
+from benchmarks.ops.projection import projection_case
+from benchmarks.ops.shared_ffn import FFN_SHAPES, shared_ffn_layers_case
+from benchmarks.studies import pipeline, projection_quality, projection_step, quality, recovery, search_proxy, stream
 
 
 def test_wrong_result_is_never_timed():
@@ -298,7 +288,7 @@ def test_recovery_compares_the_same_merged_model(shared, monkeypatch):
 def test_streamed_steps_read_what_they_should(tmp_path, cache):
     pytest.importorskip("transformers")
     sizes = ["--layers", "4", "--width", "64", "--windows", "2", "--runs", "3"]
-    assert bench_stream.main([*sizes, *cache, "--output", str(tmp_path / "stream.csv")]) == 0
+    assert stream.main([*sizes, *cache, "--output", str(tmp_path / "stream.csv")]) == 0
     untied, tied = csv.DictReader((tmp_path / "stream.csv").open())
     block, ffn = 12 * 64**2 + 13 * 64, 8 * 64**2 + 5 * 64
     assert float(untied["MB read"]) == pytest.approx(4 * 4 * block / 1e6, abs=0.05)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import ffmerge_fast as ff
-from benchmarks import projection_quality, quality
-from benchmarks.real_models import CASES, run
+from benchmarks.studies import projection_quality, quality
+from benchmarks.studies.real_models import CASES, run
 
 pytest.importorskip("transformers")
 pytest.importorskip("sacrebleu")

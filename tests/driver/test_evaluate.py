@@ -7,9 +7,8 @@ import torch
 
 from ffmerge_fast import FFMergeError
 from ffmerge_fast.driver import evaluate
-from tests.tiny import tiny_inputs, tiny_model
-
-from .helpers import byte_model, lm_batches, tiny_tokenizer
+from tests.helpers.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.training import byte_model, lm_batches, tiny_tokenizer
 
 
 def _token_by_token(model, ids, window, stride):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from tests.tiny import logits, tiny_inputs, tiny_model
+from tests.helpers.tiny_models import logits, tiny_inputs, tiny_model
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ffmerge_fast as ff
-from tests.tiny import FAMILIES, logits, tiny_inputs, tiny_model
+from tests.helpers.tiny_models import FAMILIES, logits, tiny_inputs, tiny_model
 
 transformers = pytest.importorskip("transformers")
 

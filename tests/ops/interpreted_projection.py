@@ -7,8 +7,8 @@ import torch
 
 from ffmerge_fast.ops.projection import op, triton_backend
 from ffmerge_fast.projecting.matrices import ProjectedMatrix, gradients, project_
-from tests.ops import projection_data as data
-from tests.ops.projection_checks import check_rows, check_selection, check_wider_kept
+from tests.helpers import projection as data
+from tests.helpers.projection_checks import check_rows, check_selection, check_wider_kept
 from tests.ops.test_projection import SIDES, make, plain, with_gradients
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("FFMERGE_BACKEND") == "triton"
@@ -71,8 +71,8 @@ def test_project_weight(sides):
 
 
 def test_split_projection_loses_little_of_what_was_learned():
-    from tests.project.test_matrix import CASES, formula
-    from tests.project.test_matrix import make as make_matrix
+    from tests.projecting.test_matrices import CASES, formula
+    from tests.projecting.test_matrices import make as make_matrix
 
     for case in CASES:
         matrix, deltas, residual, grad = make_matrix(case, torch.bfloat16)

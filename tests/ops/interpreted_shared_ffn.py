@@ -8,7 +8,7 @@ import torch
 import ffmerge_fast as ff
 from ffmerge_fast.ops.shared_ffn import triton_backend as backend
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty
-from tests.ops.shared_ffn_data import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
+from tests.helpers.shared_ffn import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
 from tests.ops.test_shared_ffn import (  # the whole op on this backend  # noqa: F401
     test_autocast_computes_in_bfloat16_and_returns_float32_gradients,
     test_compiles_whole_and_not_again_for_other_token_counts,

@@ -12,7 +12,7 @@ import ffmerge_fast as ff
 from ffmerge_fast.ops.common.activations import FORWARD
 from ffmerge_fast.ops.correlation import registered
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
-from tests.ops.correlation_data import correlate, features, state_of, tolerance, truth
+from tests.helpers.correlation import correlate, features, state_of, tolerance, truth
 
 
 @pytest.fixture(scope="module", autouse=True)

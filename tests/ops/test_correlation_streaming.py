@@ -13,7 +13,7 @@ import ffmerge_fast as ff
 from ffmerge_fast.ops.correlation import state
 from ffmerge_fast.support import machine
 from ffmerge_fast.support.sizes import parse_bytes
-from tests.ops.correlation_data import correlate, features, state_of, tolerance, truth
+from tests.helpers.correlation import correlate, features, state_of, tolerance, truth
 
 pytestmark = pytest.mark.usefixtures("correlation_backend")
 BATCHES = [[2048], [1, 31, 33, 255, 256, 257, 1024], [1023, 1, 1], [0, 1025, 0, 900], [100] * 13]

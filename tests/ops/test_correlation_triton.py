@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ffmerge_fast.ops.common import triton_launch, tuning
-from ffmerge_fast.ops.common.triton_launch import can_run, no_tf32
+from ffmerge_fast.ops.common.triton_launch import no_tf32
 from ffmerge_fast.ops.correlation import triton_backend
 from ffmerge_fast.ops.correlation.packing import Packed, Product
 from ffmerge_fast.ops.correlation.sums import LayerSums
-from tests.ops.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
+from tests.helpers.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
 
 PAIRS, PAIRS_NARROW = "correlation_accumulate_pairs", "correlation_accumulate_pairs_narrow"
 CONFIGS = [
@@ -136,12 +136,12 @@ def test_shipped_configs_are_complete():
 
 
 def test_reasons_why_it_cannot_run(monkeypatch):
-    assert "want a GPU" in can_run(torch.empty(0))
+    assert "want a GPU" in triton_backend.can_run(torch.empty(0))
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "triton.language", None)
     triton_launch._why_no_triton.cache_clear()
     try:
-        assert "pip install 'ffmerge_fast[gpu]'" in can_run()
+        assert "pip install 'ffmerge_fast[gpu]'" in triton_backend.can_run()
     finally:
         triton_launch._why_no_triton.cache_clear()
 

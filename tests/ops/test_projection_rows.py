@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ffmerge_fast.ops.projection import registered as ops
-from tests.ops import projection_data as data
-from tests.ops.projection_checks import check_rows, check_selection, check_wider_kept
+from tests.helpers import projection as data
+from tests.helpers.projection_checks import check_rows, check_selection, check_wider_kept
 
 pytestmark = pytest.mark.usefixtures("op_backend")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

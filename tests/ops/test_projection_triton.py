@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffmerge_fast.ops.projection import triton_backend
-from tests.ops.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
+from tests.helpers.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
 
 PROJECT, ADJOINT, GRADIENT = "project", "adjoint", "gradient"
 

@@ -8,7 +8,7 @@ import torch
 import ffmerge_fast as ff
 from ffmerge_fast.ops.shared_ffn import registered
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
-from tests.ops.shared_ffn_data import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
+from tests.helpers.shared_ffn import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
 
 
 @pytest.mark.parametrize("gated, bias", list(product([False, True], repeat=2)))

@@ -6,7 +6,7 @@ import torch
 import ffmerge_fast as ff
 from ffmerge_fast.ops.shared_ffn import triton_backend as backend
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty, no_recompile
-from tests.ops.shared_ffn_data import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
+from tests.helpers.shared_ffn import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
 from tests.ops.test_shared_ffn_decode import transposed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

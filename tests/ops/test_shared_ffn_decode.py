@@ -8,7 +8,7 @@ from ffmerge_fast.ops.common import backends
 from ffmerge_fast.ops.shared_ffn import cpp_backend
 from ffmerge_fast.ops.shared_ffn.weights import Weights
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty
-from tests.ops.shared_ffn_data import ACTIVATIONS, make, plain
+from tests.helpers.shared_ffn import ACTIVATIONS, make, plain
 
 pytestmark = pytest.mark.usefixtures("shared_ffn_backend")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,7 @@ import torch
 import ffmerge_fast as ff
 from ffmerge_fast.ops.shared_ffn import gradient_buffers
 from ffmerge_fast.testing import assert_close_to_float64
-from tests.ops.shared_ffn_data import POLICIES, make, plain, plain_list, with_gradients
+from tests.helpers.shared_ffn import POLICIES, make, plain, plain_list, with_gradients
 
 pytestmark = pytest.mark.usefixtures("shared_ffn_backend")
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ffmerge_fast as ff
-from tests.ops.shared_ffn_data import make, plain
+from tests.helpers.shared_ffn import make, plain
 from tests.ops.test_shared_ffn_gradients import gradients, layers, parameters
 
 pytestmark = pytest.mark.usefixtures("shared_ffn_backend")

@@ -7,8 +7,8 @@ import torch
 
 from ffmerge_fast.ops.shared_ffn import triton_backend
 from ffmerge_fast.ops.shared_ffn.counters import counters
-from tests.ops.shared_ffn_data import ACTIVATIONS
-from tests.ops.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
+from tests.helpers.shared_ffn import ACTIVATIONS
+from tests.helpers.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
 
 
 @needs_triton

@@ -1,0 +1,261 @@
+"""plan: groups, alignments, scores, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import ffmerge_fast as ff
+from ffmerge_fast.merging.plan import MergePlan
+from ffmerge_fast.models import summary
+from tests.helpers.tiny_models import ALL, D_FF, FAMILIES, plant_copies_, tiny_inputs, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*correlations are noisy")
+
+
+def collected(model, **wanted):
+    return ff.collect(model, [tiny_inputs(model, batch=8, seed=i) for i in range(4)], **wanted)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    model = tiny_model("gpt2", layers=6)
+    return model, collected(model, window=6)
+
+
+# ---------------------------------------------------------------------------------------------------------- alignment
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weights_find_a_planted_permutation_on_every_family(name):
+    model = tiny_model(name, layers=3)
+    planted = plant_copies_(model)
+    made = ff.plan(model=model, layers="0-2", method="weights")
+    assert [g.stack for g in made.groups] == list(ALL[name].stacks)
+    for group in made.groups:
+        for i in group.layers:
+            assert torch.equal(group.permutations[i], planted[f"{group.stack}.{i}"])
+
+
+@pytest.mark.parametrize("anchor", ["first", "middle", "last"])
+def test_features_find_a_planted_permutation(anchor):
+    """Residual updates of zero: every layer sees the same input, so planted neurons correlate perfectly."""
+    model = tiny_model("gpt2", layers=3)
+    planted = plant_copies_(model)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            for module in (block.attn.c_proj, block.mlp.c_proj):
+                module.weight.zero_()
+                module.bias.zero_()
+    made = ff.plan(collected(model, layers="0-2", anchor=anchor), layers="0-2", anchor=anchor)
+    (group,) = made.groups
+    assert group.anchor == {"first": 0, "middle": 1, "last": 2}[anchor]
+    of_anchor = planted[f"decoder.{group.anchor}"]
+    for i in range(3):
+        expected = planted[f"decoder.{i}"][of_anchor.argsort()]
+        assert torch.equal(group.permutations[i], expected)
+    assert group.anchor not in group.scores and torch.equal(group.permutations[group.anchor], torch.arange(D_FF))
+    for matched, unmatched in group.scores.values():
+        assert matched == pytest.approx(1, abs=1e-5) and unmatched < 0.5
+    assert made.mean_correlation == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("anchor", ["first", "middle", "last"])
+def test_the_permutation_is_the_best_assignment_of_the_correlation(gpt2, anchor):
+    from scipy.optimize import linear_sum_assignment
+
+    _, stats = gpt2
+    (group,) = ff.plan(stats, layers="1-4", anchor=anchor).groups
+    assert group.anchor == {"first": 1, "middle": 3, "last": 4}[anchor]
+    for i in {1, 2, 3, 4} - {group.anchor}:
+        scores = stats.correlation(group.anchor, i).double().numpy()
+        rows, columns = linear_sum_assignment(scores, maximize=True)
+        assert group.permutations[i].tolist() == columns.tolist()
+        assert group.scores[i] == pytest.approx((scores[rows, columns].mean(), scores.diagonal().mean()), abs=1e-7)
+
+
+def test_average_and_random_and_their_seed(gpt2):
+    model, stats = gpt2
+    for made in (ff.plan(stats, "1-3", method="average"), ff.plan(model=model, layers="1-3", method="average")):
+        assert all(torch.equal(p, torch.arange(D_FF)) for p in made.groups[0].permutations.values())
+        assert math.isnan(made.mean_correlation)
+    a, b, c = (ff.plan(stats, "1-3", method="random", seed=s).groups[0].permutations for s in (0, 0, 1))
+    assert all(torch.equal(a[i], b[i]) for i in (1, 2, 3)) and torch.equal(a[1], torch.arange(D_FF))
+    assert not torch.equal(a[2], c[2]) and not torch.equal(a[2], a[3])
+    assert torch.equal(a[2].sort().values, torch.arange(D_FF))
+
+
+# ------------------------------------------------------------------------------------------------- groups and windows
+
+
+def test_disjoint_and_non_adjacent_groups(gpt2):
+    _, stats = gpt2
+    made = ff.plan(stats, layers="0+2+5,3-4")
+    assert [(g.layers, g.anchor) for g in made.groups] == [((0, 2, 5), 0), ((3, 4), 3)]
+    assert made.layers == "0+2+5,3-4" and ff.plan(stats, layers=made.layers).to_dict() == made.to_dict()
+
+
+def test_without_layers_the_window_that_matches_best_is_taken(gpt2):
+    _, stats = gpt2
+    made = ff.plan(stats, window=3)
+    assert [layers for layers, _ in made.search] == ["0-2", "1-3", "2-4", "3-5"]
+    for layers, score in made.search:
+        assert score == ff.plan(stats, layers=layers).mean_correlation
+    assert made.layers == max(made.search, key=lambda entry: entry[1])[0]
+
+
+def test_two_stacks_are_planned_in_step():
+    model = tiny_model("marian", layers=4)
+    stats = collected(model, window=3)
+    made = ff.plan(stats, window=3)
+    assert [layers for layers, _ in made.search] == ["encoder:0-2,decoder:0-2", "encoder:1-3,decoder:1-3"]
+    assert [(g.stack, len(g.layers)) for g in made.groups] == [("encoder", 3), ("decoder", 3)]
+    for group in made.groups:
+        found = stats.alignment(group.anchor, group.layers[1], group.stack)
+        assert torch.equal(group.permutations[group.layers[1]], found.permutation)
+
+
+def test_sweep_covers_every_window_of_every_size(gpt2):
+    model, stats = gpt2
+    rows = ff.sweep(stats, [2, 3, 6])
+    assert [(r["window"], r["layers"]) for r in rows][4:7] == [(2, "4-5"), (3, "0-2"), (3, "1-3")] and len(rows) == 10
+    total, one = sum(p.numel() for p in model.parameters()), FAMILIES["gpt2"].parameters
+    for row in rows:
+        removed = (row["window"] - 1) * one
+        assert (row["parameters"], row["nbytes"]) == (total - removed, 4 * (total - removed))
+        assert row["mean_correlation"] == ff.plan(stats, layers=row["layers"]).mean_correlation
+
+
+# ----------------------------------------------------------------------------------------------- table, dictionaries
+
+
+def test_the_table_says_what_becomes_of_what(gpt2):
+    model, stats = gpt2
+    made = ff.plan(stats, layers="1-3")
+    lines = str(made).splitlines()
+    assert [line.split()[:4] for line in lines[2:5]][0] == ["0", "decoder", "1", "anchor"]
+    matched, unmatched = made.groups[0].scores[3][0], made.groups[0].scores[3][1]
+    assert lines[4].split() == ["0", "decoder", "3", f"{unmatched:.3f}", f"{matched:.3f}"]
+    before = sum(p.numel() for p in model.parameters())
+    after = before - 2 * FAMILIES["gpt2"].parameters
+    assert (made.parameters_after, made.nbytes_after) == (after, 4 * after)
+    assert f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})" in lines[-1]
+
+
+def test_a_plan_survives_json(gpt2):
+    model, stats = gpt2
+    made = ff.plan(stats, window=3, anchor="last")
+    again = MergePlan.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again.to_dict() == made.to_dict() and str(again) == str(made)
+    a, b = ff.merge(model, made), ff.merge(model, again)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_damaged_plan_gets_one_line(gpt2):
+    _, stats = gpt2
+    good = ff.plan(stats, "1-3").to_dict()
+    short, twice = (json.loads(json.dumps(good)) for _ in range(2))
+    short["groups"][0]["permutations"]["2"].pop()
+    twice["groups"][0]["permutations"]["2"][0] = twice["groups"][0]["permutations"]["2"][1]
+    missing = {k: v for k, v in good.items() if k != "groups"}
+    for bad in (short, twice, missing, [], {"groups": 3}, good | {"model": {}}, good | {"groups": [{}]}, None):
+        with pytest.raises(
+            ff.FFMergeError, match=r"plan: not the content of a plan file .*; make it with `ffmerge plan`"
+        ) as error:
+            MergePlan.from_dict(bad)
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (dict(layers="1-3", window=2), "exactly one of layers= and window="),
+        ({}, "exactly one of layers= and window="),
+        (dict(layers="22-"), "'22-' is not a group of layers"),
+        (dict(layers="9-3"), "'9-3' runs backwards"),
+        (dict(layers="a"), "'a' is not a group of layers"),
+        (dict(layers="4-6"), "decoder layer 6 does not exist; it has FFNs in 0-5"),
+        (dict(layers="0-2,2-4"), "layer 2 is in two groups"),
+        (dict(layers="2"), "at least two different layers"),
+        (dict(window=7), "window: got 7, wanted 2 to 6"),
+        (dict(window=1), "window: got 1, wanted 2 to 6"),
+        (dict(layers="1-3", anchor="best"), "anchor: got 'best'"),
+        (dict(layers="1-3", method="magic"), "method: got 'magic', wanted one of permute"),
+        (dict(layers="1-3", method="weights"), "method 'weights' compares weights; give model="),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(gpt2, wanted, message):
+    _, stats = gpt2
+    with pytest.raises(ff.FFMergeError) as error:
+        ff.plan(stats, **wanted)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_a_plan_needs():
+    model = tiny_model("gpt2")
+    with pytest.raises(ff.FFMergeError, match="method 'permute' needs statistics"):
+        ff.plan(model=model, layers="0-1")
+    with pytest.raises(ff.FFMergeError, match="give stats= or model="):
+        ff.plan(layers="0-1", method="average")
+    with pytest.raises(ff.FFMergeError, match="choosing a window needs statistics"):
+        ff.plan(model=model, window=2, method="average")
+
+
+def test_a_pair_that_was_not_collected_is_named():
+    stats = collected(tiny_model("gpt2"), window=2)
+    with pytest.raises(ff.FFMergeError, match="no correlation of decoder layers 0 and 2; collect again with a larger"):
+        ff.plan(stats, layers="0-2")
+    with pytest.raises(ff.FFMergeError, match="no correlation of decoder layers 0 and 2"):
+        ff.plan(stats, window=3)
+    ff.plan(stats, layers="0-2", method="average")  # needs none
+
+
+def test_statistics_of_another_model_are_refused(gpt2):
+    _, stats = gpt2
+    other = tiny_model("gpt2", layers=6, seed=1)
+    with pytest.raises(ff.FFMergeError, match=r"stats is of another model \(gpt2 [0-9a-f]{16}; this one is gpt2"):
+        ff.plan(stats, layers="0-1", method="weights", model=other)
+
+
+# ---------------------------------------------------------------------------------------------------- A4: the shares
+
+
+_VIT = dict(num_labels=1000)
+_GPT2_LARGE = dict(n_embd=1280, n_layer=36, n_head=20)
+_OPUS_MT = dict(
+    vocab_size=65001, d_model=512, encoder_layers=6, decoder_layers=6, encoder_attention_heads=8,
+    decoder_attention_heads=8, encoder_ffn_dim=2048, decoder_ffn_dim=2048, max_position_embeddings=512,
+    pad_token_id=65000, decoder_start_token_id=65000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "values", "layers", "removed", "share"),
+    [
+        ("ViTForImageClassification", "ViTConfig", _VIT, "3-7", 4, 21.8),
+        ("ViTForImageClassification", "ViTConfig", _VIT, "4-10", 6, 32.7),
+        ("ViTForImageClassification", "ViTConfig", _VIT, "0-11", 11, 60.0),
+        ("GPT2LMHeadModel", "GPT2Config", _GPT2_LARGE, "22-34", 12, 20.3),
+        ("GPT2LMHeadModel", "GPT2Config", _GPT2_LARGE, "16-34", 18, 30.5),
+        ("GPT2LMHeadModel", "GPT2Config", _GPT2_LARGE, "0-35", 35, 59.3),
+        ("MarianMTModel", "MarianConfig", _OPUS_MT, "encoder:2-4,decoder:2-4", 4, 10.8),
+        ("MarianMTModel", "MarianConfig", _OPUS_MT, "0-3", 6, 16.2),
+        ("MarianMTModel", "MarianConfig", _OPUS_MT, "0-5", 10, 26.9),
+    ],
+)
+def test_shares_removed_from_the_papers_models(monkeypatch, model, config, values, layers, removed, share):
+    """Acceptance facts 10 and 16, on models of the real sizes without their weights."""
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, model)(getattr(transformers, config)(**values))
+    monkeypatch.setattr(summary, "fingerprint", lambda model: "no weights")
+    made = ff.plan(model=model, layers=layers, method="average")
+    assert sum(len(g.layers) - 1 for g in made.groups) == removed
+    assert round(100 * (1 - made.parameters_after / made.model.parameters), 1) == share
+    one = made.model.ffns[0].parameters
+    assert made.model.parameters - made.parameters_after == removed * one
