@@ -18,7 +18,7 @@ bench:  ## small sizes, one thread, table and CSV
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.run --size small
 
 gpu:  ## CUDA tests and benchmarks; says why not where there is no GPU
-	@if reason=$$($(PY) -m benchmarks.measure --why-no-gpu); then \
+	@if reason=$$($(PY) -m benchmarks.harness.measure --why-no-gpu); then \
 		$(PY) -m pytest -m gpu && $(PY) -m benchmarks.run --device cuda --size full && \
 		$(PY) -m benchmarks.run --device cuda --size large; \
 	else echo "make gpu: nothing run: $$reason"; fi

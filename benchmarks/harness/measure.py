@@ -127,7 +127,7 @@ def slug(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """`--why-no-gpu`: exit 0 where a CUDA device can be used, else print the reason and exit 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.measure")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.harness.measure")
     parser.add_argument("--why-no-gpu", action="store_true", required=True)
     parser.parse_args(argv)
     reason = why_no_gpu()

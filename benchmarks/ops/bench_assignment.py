@@ -1,7 +1,7 @@
 """Score matrix to the best permutation: ours, scipy, lap or lapx.
 
-`pytest benchmarks/bench_assignment.py`: a group per small case; every result is checked before it is timed.
-`python -m benchmarks.bench_assignment`: the table of all kinds and sizes on one thread, certificate included, and pairs
+`pytest benchmarks/ops/bench_assignment.py`: a group per small case; every result is checked before it is timed.
+`python -m benchmarks.ops.bench_assignment`: the table of all kinds and sizes on one thread, certificate included, and pairs
 shared among two threads; adds its rows to benchmarks/results/<machine>.csv.
 """
 
@@ -90,7 +90,7 @@ def pairs_case(width: int, pairs: int = 4) -> Case:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_assignment", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.bench_assignment", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--large", action="store_true", help="8192 as well (ffn only; scipy takes half a minute a run)")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)

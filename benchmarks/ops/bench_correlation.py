@@ -1,7 +1,7 @@
 """Features of layers to their correlations: ours, what one would write with torch in fp32 and bf16, the published loop.
 
-`pytest benchmarks/bench_correlation.py`: a group per small case; every result is checked before it is timed.
-`python -m benchmarks.bench_correlation`: narrow layers, where fixed costs show, in streams of 16384 tokens, one thread;
+`pytest benchmarks/ops/bench_correlation.py`: a group per small case; every result is checked before it is timed.
+`python -m benchmarks.ops.bench_correlation`: narrow layers, where fixed costs show, in streams of 16384 tokens, one thread;
 adds its rows to benchmarks/results/<machine>.csv.
 """
 
@@ -63,7 +63,7 @@ def stream_case(width: int, tokens: int, dtype: torch.dtype) -> Case:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_correlation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.bench_correlation", description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 384, 512, 768])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--runs", type=int, default=7)

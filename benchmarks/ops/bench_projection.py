@@ -1,6 +1,6 @@
 """W_C and its chain rule, and whole training steps: ours, autograd through P, the published ways, the plain model.
 
-`pytest benchmarks/bench_projection.py`: a group per small case; every result is checked before it is timed.
+`pytest benchmarks/ops/bench_projection.py`: a group per small case; every result is checked before it is timed.
 `python -m benchmarks.run --op projection --size full`: the sizes of real models, with the extra memory of each step.
 """
 

@@ -1,8 +1,8 @@
 """One FFN, and what tying it buys: ours, the torch expression, oneDNN on packed weights, torch.compile.
 
-`pytest benchmarks/bench_shared_ffn.py`: a group per small case; every result is checked before it is timed.
+`pytest benchmarks/ops/bench_shared_ffn.py`: a group per small case; every result is checked before it is timed.
 `python -m benchmarks.run --op shared_ffn --size full`: the shapes of real models, 1 to 2048 tokens.
-`python -m benchmarks.bench_shared_ffn`: torch.compile as a peer, and whole decode steps of a model like GPT-2, tied
+`python -m benchmarks.ops.bench_shared_ffn`: torch.compile as a peer, and whole decode steps of a model like GPT-2, tied
 and untied, into benchmarks/results/<machine>.csv; memory of training into benchmarks/results/shared_ffn_memory.csv.
 """
 
@@ -190,7 +190,7 @@ def write_memory(rows: list[dict]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_shared_ffn", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.bench_shared_ffn", description=__doc__)
     parser.add_argument(
         "--parts", nargs="+", default=["compile", "decode", "memory"], help="of compile, decode, memory"
     )

@@ -1,6 +1,6 @@
 """Collect, assign and merge on a model of GPT-2 Large's shape, beside the published algorithm, in one process.
 
-`python -m benchmarks.pipeline` builds 36 layers (d_model 1280, d_ff 5120, random weights) and merges a window of 12.
+`python -m benchmarks.studies.pipeline` builds 36 layers (d_model 1280, d_ff 5120, random weights) and merges a window of 12.
 --layers, --width, --window and --tokens cut it down. Both sides see the same model and the same tokens, and what their
 permutations match is compared before any ratio is printed. The table goes to results/pipeline_<machine>.csv.
 """
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.pipeline", description=__doc__)
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--width", type=int, default=1280, help="d_model; d_ff is four times as much")
     parser.add_argument("--window", type=int, default=12)

@@ -1,6 +1,6 @@
 """Quality after merging real trained models, with and without the closed-form refit.
 
-    python -m benchmarks.quality ../shared [--models vit-cifar10 ...] [--layers 2-7 ...] [--rounds 4] [--tune 200]
+    python -m benchmarks.studies.quality ../shared [--models vit-cifar10 ...] [--layers 2-7 ...] [--rounds 4] [--tune 200]
 
 Merged are 1/3, 1/2 and all FFNs of each stack: of all windows of a size the one that `ffmerge_fast.search` finds best
 on validation data (method permute, un-tuned), or what --layers says. Methods: average, permute, and copy (the anchor's

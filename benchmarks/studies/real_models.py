@@ -1,6 +1,6 @@
 """Merge a third of the FFNs of real trained models by the command line, and report quality and seconds per stage.
 
-    python -m benchmarks.real_models ../shared [--limit N] [--out benchmarks/results/real_models.csv]
+    python -m benchmarks.studies.real_models ../shared [--limit N] [--out benchmarks/results/real_models.csv]
 
 For each model: statistics, search over all windows on validation data, then the best window merged with and without
 permutation, un-tuned, and scored on test data. Models and data are described in the READMEs of the folder.

@@ -1,6 +1,6 @@
 """How much of what merging costs each recovery brings back, and in how much time.
 
-    python -m benchmarks.recovery ../shared [--models gpt2-pystdlib ...] [--layers 4-9 0-11] [--steps 400]
+    python -m benchmarks.studies.recovery ../shared [--models gpt2-pystdlib ...] [--layers 4-9 0-11] [--steps 400]
 
 A model is merged (permute) and recovered: by the closed-form refit, by training the shared FFNs on their layers' own
 inputs (distill), by both, and by end-to-end training of the whole merged model, from the merged and from the refitted

@@ -1,6 +1,6 @@
 """How well the proxy score ranks windows: beside the exact score, on real trained models.
 
-    python -m benchmarks.search_proxy ../shared [--models gpt2-pystdlib ...] [--sizes 2 3 4 6] [--tokens 2048]
+    python -m benchmarks.studies.search_proxy ../shared [--models gpt2-pystdlib ...] [--sizes 2 3 4 6] [--tokens 2048]
 
 For every window of each size: the validation loss of the model with it merged (permute, un-tuned), the proxy score, and
 the mean matched correlation. Printed per size: Spearman's rank correlation of the loss with the proxy and with the

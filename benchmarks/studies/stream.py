@@ -1,6 +1,6 @@
 """Decode steps of a model whose weights are streamed from disk: untied, and with windows of tied FFNs, same streamer.
 
-`python -m benchmarks.bench_stream` builds 12 layers of GPT-2 Large's width (random weights), ties 4, 6 and 12 FFNs,
+`python -m benchmarks.studies.stream` builds 12 layers of GPT-2 Large's width (random weights), ties 4, 6 and 12 FFNs,
 saves all models under TMPDIR, and times decode steps under one budget: what the untied model needs to load a block
 while another one runs. Logits must be bit-equal to the model's in memory before any time is taken. Wall time, in turns,
 until all reads that a step began have ended; beside it the step of the same model in memory ("resident") and the same
@@ -186,7 +186,7 @@ def compare(sides: list[Side], args: argparse.Namespace) -> list[dict]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_stream", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.stream", description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=1280, help="d_model; d_ff is four times as much")
     parser.add_argument("--windows", type=int, nargs="+", default=[4, 6, 12], help="how many FFNs are tied")
