@@ -28,11 +28,11 @@ def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anch
     """
     check_unmerged(model)
     tied = copy.deepcopy(model)
-    ffns = {(f.stack, f.index): f for f in find_ffns(tied)}
+    ffns = find_ffns(tied)
     for group in plan(layers=layers, anchor=anchor, method="average", model=tied).groups:
-        sources = ffns[group.stack, group.anchor].shared
+        sources = ffns.at(group.stack, group.anchor).shared
         for i in group.layers:
-            for path, source in zip(ffns[group.stack, i].shared, sources, strict=True):
+            for path, source in zip(ffns.at(group.stack, i).shared, sources, strict=True):
                 tied.get_submodule(path).load_state_dict(tied.get_submodule(source).state_dict())
     return merge_(tied, plan(layers=layers, anchor=anchor, method="average", model=tied))
 

@@ -1,8 +1,8 @@
 """Score matrix to the best permutation: ours, scipy, lap or lapx.
 
 `pytest benchmarks/ops/bench_assignment.py`: a group per small case; every result is checked before it is timed.
-`python -m benchmarks.ops.bench_assignment`: the table of all kinds and sizes on one thread, certificate included, and pairs
-shared among two threads; adds its rows to benchmarks/results/<machine>.csv.
+`python -m benchmarks.ops.bench_assignment`: the table of all kinds and sizes on one thread, certificate included, and
+pairs shared among two threads; adds its rows to benchmarks/results/<machine>.csv.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Features of layers to their correlations: ours, what one would write with torch in fp32 and bf16, the published loop.
 
 `pytest benchmarks/ops/bench_correlation.py`: a group per small case; every result is checked before it is timed.
-`python -m benchmarks.ops.bench_correlation`: narrow layers, where fixed costs show, in streams of 16384 tokens, one thread;
-adds its rows to benchmarks/results/<machine>.csv.
+`python -m benchmarks.ops.bench_correlation`: narrow layers, where fixed costs show, in streams of 16384 tokens, one
+thread; adds its rows to benchmarks/results/<machine>.csv.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Collect, assign and merge on a model of GPT-2 Large's shape, beside the published algorithm, in one process.
 
-`python -m benchmarks.studies.pipeline` builds 36 layers (d_model 1280, d_ff 5120, random weights) and merges a window of 12.
---layers, --width, --window and --tokens cut it down. Both sides see the same model and the same tokens, and what their
-permutations match is compared before any ratio is printed. The table goes to results/pipeline_<machine>.csv.
+`python -m benchmarks.studies.pipeline` builds 36 layers (d_model 1280, d_ff 5120, random weights) and merges a window
+of 12. --layers, --width, --window and --tokens cut it down. Both sides see the same model and the same tokens, and
+what their permutations match is compared before any ratio is printed. The table goes to results/pipeline_<machine>.csv.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Held-out loss of models made half as large and trained for a few steps: projected, hard-pruned, or from scratch.
 
-    nice -n 5 python -m benchmarks.studies.projection_quality ../shared [--models vit-cifar10 ...] [--variants pruned ...]
+    nice -n 5 python -m benchmarks.studies.projection_quality ../shared [--models vit-cifar10 ...]
 
 All variants have the same sizes, batches, number of steps and schedule (linear, 10 % warm-up); the dimensions kept are
 chosen by activation importance. The learning rate of each is chosen with the first seed on validation data: 3e-4 and

@@ -1,6 +1,6 @@
 """Quality after merging real trained models, with and without the closed-form refit.
 
-    python -m benchmarks.studies.quality ../shared [--models vit-cifar10 ...] [--layers 2-7 ...] [--rounds 4] [--tune 200]
+    python -m benchmarks.studies.quality ../shared [--models vit-cifar10 ...] [--layers 2-7 ...] [--tune 200]
 
 Merged are 1/3, 1/2 and all FFNs of each stack: of all windows of a size the one that `ffmerge_fast.search` finds best
 on validation data (method permute, un-tuned), or what --layers says. Methods: average, permute, and copy (the anchor's
@@ -27,7 +27,6 @@ from torch import nn
 import ffmerge_fast as ff
 from benchmarks.harness.measure import machine
 from ffmerge_fast.driver.tasks.task import Task, load_images, load_parallel, load_task
-from ffmerge_fast.models.sublayers import by_stack
 
 RESULTS = Path(__file__).parents[1] / "results"
 METHODS = ("average", "permute", "copy")
@@ -105,7 +104,7 @@ class Run:
 
     def rows(self) -> Iterator[dict]:
         """One row per window, method and recovery, each also after tuning if --tune asks for it."""
-        layers = len(next(iter(by_stack(ff.find_ffns(self.model)).values())))
+        layers = len(next(iter(ff.find_ffns(self.model).by_stack().values())))
         if self.args.tune:
             none = {"layers": "", "merged": f"0/{layers}", "method": "none", "recover": "none"}
             yield from self.variant(none, lambda: copy.deepcopy(self.model))
@@ -170,7 +169,7 @@ class Run:
 
 def windows_of(model: nn.Module) -> list[int]:
     """Window sizes that merge 1/3, 1/2 and all FFNs of a stack, each size once."""
-    layers = min(map(len, by_stack(ff.find_ffns(model)).values()))
+    layers = min(map(len, ff.find_ffns(model).by_stack().values()))
     return sorted({max(2, round(share * layers)) for share in SHARES})
 
 

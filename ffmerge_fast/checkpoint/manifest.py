@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..merging.apply import find_ffns
 from ..models.forward import evaluating, run, to_device
 from ..models.projections import delta_rank
+from ..models.sublayers import FFNs
 from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
 from ..support.files import one_line
@@ -41,11 +42,12 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 def hashes_of_shared(model: nn.Module) -> dict[str, str]:
     """{parameter name under the lowest layer: sha256} of every shared FFN."""
-    ffns = {(f.stack, f.index): f for f in find_ffns(model)} if shared_groups(model) else {}
+    groups = shared_groups(model)
+    ffns = find_ffns(model) if groups else FFNs()
     return {
         f"{path}.{name}": hashlib.sha256(_raw(parameter)).hexdigest()
-        for stack, layers in (shared_groups(model) if ffns else ())
-        for path in ffns[stack, layers[0]].shared
+        for stack, layers in groups
+        for path in ffns.at(stack, layers[0]).shared
         for name, parameter in model.get_submodule(path).named_parameters()
     }
 

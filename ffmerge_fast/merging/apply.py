@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.projections import delta_parameters, delta_rank, deltas_of, is_conv1d, out_dim
-from ..models.sublayers import FFNSublayer, find_ffns, set_module
+from ..models.sublayers import FFNs, FFNSublayer, find_ffns, set_module
 from ..models.ties import CONFIG_VERSION, config_groups, is_merged, shared_groups
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
@@ -30,9 +30,9 @@ def merge_(model: nn.Module, plan: MergePlan) -> nn.Module:
         FFMergeError: the plan is of another model, or the model is merged already. Nothing is changed then.
     """
     ffns = _checked(model, plan)
-    merged = [_merged_modules(model, _members(ffns, group), group) for group in plan.groups]
+    merged = [_merged_modules(model, ffns.of(group.stack, group.layers), group) for group in plan.groups]
     for group, modules in zip(plan.groups, merged, strict=True):
-        _share(model, _members(ffns, group), modules)
+        _share(model, ffns.of(group.stack, group.layers), modules)
     _record(model, ffns, plan.groups)
     return model
 
@@ -47,10 +47,10 @@ def merge(model: nn.Module, plan: MergePlan) -> nn.Module:
 def merged(model: nn.Module, plan: MergePlan) -> Iterator[nn.Module]:
     """The merged model inside; exactly the original modules again afterwards, also after an error."""
     ffns = _checked(model, plan)
-    originals = {path: model.get_submodule(path) for ffn in ffns.values() for path in ffn.shared}
+    originals = {path: model.get_submodule(path) for ffn in ffns for path in ffn.shared}
     try:
         for group in plan.groups:
-            members = _members(ffns, group)
+            members = ffns.of(group.stack, group.layers)
             _share(model, members, _merged_modules(model, members, group))
         yield model
     finally:
@@ -64,8 +64,8 @@ def expand_(model: nn.Module) -> nn.Module:
     The model computes the same and has its original size and stock class again. Low-rank deltas become part of the
     weights, rounded once.
     """
-    ffns = {(f.stack, f.index): f for f in find_ffns(model)}
-    groups = [[ffns[stack, i] for i in layers] for stack, layers in shared_groups(model)]
+    ffns = find_ffns(model)
+    groups = [ffns.of(stack, layers) for stack, layers in shared_groups(model)]
     if getattr(getattr(model, "config", None), "ffmerge", None):
         from ..remote_code import modeling_ffmerge
 
@@ -84,9 +84,9 @@ def print_parameters(model: nn.Module) -> None:
     """Print how many parameters and bytes the model has, and would have with every FFN on its own."""
     seen = {id(p): p for p in model.parameters()}.values()
     stored, nbytes = sum(p.numel() for p in seen), sum(p.numel() * p.element_size() for p in seen)
-    ffns = {(f.stack, f.index): f for f in find_ffns(model)}
+    ffns = find_ffns(model)
     groups = shared_groups(model)
-    removed = [ffns[stack, i] for stack, layers in groups for i in layers[1:]]
+    removed = [ffn for stack, layers in groups for ffn in ffns.of(stack, layers[1:])]
     deltas = deltas_of(model)
     extra, extra_bytes = sum(p.numel() for p in deltas), sum(p.nbytes for p in deltas)
     full = stored - extra + sum(f.parameters for f in removed)
@@ -100,8 +100,6 @@ def print_parameters(model: nn.Module) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ private
 
-_Ffns = dict[tuple[str, int], FFNSublayer]
-
 
 def check_unmerged(model: nn.Module) -> None:
     """Raise FFMergeError if layers of `model` hold one FFN."""
@@ -111,12 +109,12 @@ def check_unmerged(model: nn.Module) -> None:
         )
 
 
-def _checked(model: nn.Module, plan: MergePlan) -> _Ffns:
+def _checked(model: nn.Module, plan: MergePlan) -> FFNs:
     check_unmerged(model)
     plan.model.check(model, "plan")
-    ffns = {(f.stack, f.index): f for f in find_ffns(model)}
+    ffns = find_ffns(model)
     for group in plan.groups:
-        _check_parameters(model, _members(ffns, group))
+        _check_parameters(model, ffns.of(group.stack, group.layers))
     return ffns
 
 
@@ -133,10 +131,6 @@ def _check_parameters(model: nn.Module, members: Sequence[FFNSublayer]) -> None:
 
 def _named(model: nn.Module, path: str):
     return model.get_submodule(path).named_parameters()
-
-
-def _members(ffns: _Ffns, group: MergeGroup) -> list[FFNSublayer]:
-    return [ffns[group.stack, i] for i in group.layers]
 
 
 @torch.no_grad()
@@ -223,7 +217,7 @@ def _folded(projection: nn.Module) -> nn.Module:
     return folded.train(projection.training)
 
 
-def _record(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> None:
+def _record(model: nn.Module, ffns: FFNs, groups: Sequence[MergeGroup]) -> None:
     """Make a transformers model an instance of its FFMerged class, whose config lists the groups."""
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         return
@@ -236,5 +230,5 @@ def _record(model: nn.Module, ffns: _Ffns, groups: Sequence[MergeGroup]) -> None
             stacklevel=3,
         )
         return
-    members = [_members(ffns, group) for group in groups]
+    members = [ffns.of(group.stack, group.layers) for group in groups]
     modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": config_groups(model, members)})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.passes import FFNPasses
-from ..models.sublayers import FFNSublayer, by_stack, find_ffns
+from ..models.sublayers import FFNs, FFNSublayer, find_ffns
 from ..models.summary import ModelSummary
 from ..models.ties import is_merged
 from ..support.distributed import file_of_rank, on_all_ranks, share_of_rank, world_size
@@ -67,7 +67,7 @@ def collect(
     with on_all_ranks("collect"):
         ffns = _check(model, features, max_tokens)
         wanted = _wanted_pairs(ffns, window, pairs, layers, anchor)
-        devices = {s: device or model.get_submodule(by_stack(ffns)[s][0].down_path).weight.device for s in wanted}
+        devices = {s: device or model.get_submodule(ffns.by_stack()[s][0].down_path).weight.device for s in wanted}
         settings = {"features": features, "max_tokens": max_tokens}
         stats = CorrelationStats.empty(ModelSummary.of(model), wanted, devices, max_memory, **settings)
         _collect_here(model, stats, batches, _Cache(cache_dir, save_seconds), max_memory)
@@ -77,7 +77,7 @@ def collect(
     return stats
 
 
-def _check(model: nn.Module, features: str, max_tokens: int) -> list[FFNSublayer]:
+def _check(model: nn.Module, features: str, max_tokens: int) -> FFNs:
     """The FFNs of a model that features can be collected of."""
     ffns = find_ffns(model)
     if is_merged(model):
@@ -183,7 +183,7 @@ def _wanted_pairs(ffns, window, pairs, layers, anchor) -> dict[str, list[Pair]]:
                 for b in members
                 if 0 < b.index - a.index < window and a.signature == b.signature
             ]
-            for stack, members in by_stack(ffns).items()
+            for stack, members in ffns.by_stack().items()
         }
     if layers is not None:
         groups = parse_layers(layers, ffns)
@@ -191,8 +191,8 @@ def _wanted_pairs(ffns, window, pairs, layers, anchor) -> dict[str, list[Pair]]:
     return _parse_pairs(pairs, ffns)
 
 
-def _parse_pairs(pairs: Sequence[tuple], ffns: Sequence[FFNSublayer]) -> dict[str, list[Pair]]:
-    stacks = by_stack(ffns)
+def _parse_pairs(pairs: Sequence[tuple], ffns: FFNs) -> dict[str, list[Pair]]:
+    stacks = ffns.by_stack()
     wanted: dict[str, list[Pair]] = {}
     for pair in pairs:
         keys = [f"{next(iter(stacks))}.{k}" if isinstance(k, int) and len(stacks) == 1 else str(k) for k in pair]

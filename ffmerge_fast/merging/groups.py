@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ..models.sublayers import FFNSublayer, by_stack
+from ..models.sublayers import FFNs, FFNSublayer
 from ..support.errors import FFMergeError
 
 Group = tuple[str, tuple[int, ...]]  # (stack, layer indices in rising order)
@@ -16,7 +16,7 @@ _SYNTAX = (
 _TERM = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 
 
-def parse_layers(layers: str | Sequence | Mapping, ffns: Sequence[FFNSublayer]) -> list[Group]:
+def parse_layers(layers: str | Sequence | Mapping, ffns: FFNs) -> list[Group]:
     """Groups of layers to merge, checked against the model.
 
     Args:
@@ -28,7 +28,7 @@ def parse_layers(layers: str | Sequence | Mapping, ffns: Sequence[FFNSublayer]) 
         FFMergeError: bad syntax, unknown stack or layer, fewer than two layers in a group, overlapping groups, or FFNs
             that differ in shape, activation, gating or bias.
     """
-    stacks = by_stack(ffns)
+    stacks = ffns.by_stack()
     groups: list[Group] = []
     for stack, indices in _terms(layers):
         if stack and stack not in stacks:
@@ -46,13 +46,13 @@ def format_layers(groups: Sequence[Group], stacks: Sequence[str]) -> str:
     return ",".join(prefix.format(stack) + _format_indices(indices) for stack, indices in groups)
 
 
-def windows(ffns: Sequence[FFNSublayer], size: int) -> list[list[Group]]:
+def windows(ffns: FFNs, size: int) -> list[list[Group]]:
     """All windows of `size` adjacent layers: N - size + 1 of them, encoder and decoder in step.
 
     Raises:
         FFMergeError: a window of fewer than two layers, or one larger than a stack; FFNs of no window fit together.
     """
-    stacks = by_stack(ffns)
+    stacks = ffns.by_stack()
     shortest = min(map(len, stacks.values()))
     if not 2 <= size <= shortest:
         raise FFMergeError(f"window: got {size}, wanted 2 to {shortest} (this model's stack has {shortest} FFNs)")

@@ -77,8 +77,8 @@ class MergePlan:
         return self.model.nbytes - self._removed("nbytes")
 
     def _removed(self, attribute: str) -> int:
-        of_layer = {(f.stack, f.index): getattr(f, attribute) for f in self.model.ffns}
-        return sum(of_layer[g.stack, i] for g in self.groups for i in g.layers[1:])
+        removed = (ffn for g in self.groups for ffn in self.model.ffns.of(g.stack, g.layers[1:]))
+        return sum(getattr(ffn, attribute) for ffn in removed)
 
     def __str__(self) -> str:
         rows = []
@@ -200,14 +200,14 @@ def _summary(stats: CorrelationStats | None, model: nn.Module | None, method: st
 
 
 def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed) -> MergePlan:
-    ffns = {(f.stack, f.index): f for f in summary.ffns}
+    ffns = summary.ffns
     generator = torch.Generator().manual_seed(seed)
     made = []
     if method == "permute":
         _align(stats, groups, anchor)
     for stack, indices in groups:
         first = anchor_of(indices, anchor)
-        d_ff = ffns[stack, first].d_ff
+        d_ff = ffns.at(stack, first).d_ff
         permutations = {first: torch.arange(d_ff)}
         scores = {}
         for i in (i for i in indices if i != first):
@@ -215,7 +215,7 @@ def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model,
                 found = stats.alignment(first, i, stack)
                 permutations[i], scores[i] = found.permutation, (found.matched, found.unmatched)
             elif method == "weights":
-                permutations[i] = _match_weights(model, ffns[stack, first], ffns[stack, i])
+                permutations[i] = _match_weights(model, ffns.at(stack, first), ffns.at(stack, i))
             else:
                 permutations[i] = (
                     torch.randperm(d_ff, generator=generator) if method == "random" else torch.arange(d_ff)
@@ -225,11 +225,10 @@ def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model,
 
 
 def _check_permutations(groups: Sequence[MergeGroup], model: ModelSummary) -> None:
-    d_ff = {(f.stack, f.index): f.d_ff for f in model.ffns}
     for group in groups:
-        for i in group.layers:
-            if not torch.equal(group.permutations[i].sort().values, torch.arange(d_ff[group.stack, i])):
-                raise ValueError(f"{group.stack} layer {i} has no permutation of its {d_ff[group.stack, i]} neurons")
+        for ffn in model.ffns.of(group.stack, group.layers):
+            if not torch.equal(group.permutations[ffn.index].sort().values, torch.arange(ffn.d_ff)):
+                raise ValueError(f"{ffn.stack} layer {ffn.index} has no permutation of its {ffn.d_ff} neurons")
 
 
 def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> None:

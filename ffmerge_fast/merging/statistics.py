@@ -57,11 +57,10 @@ class CorrelationStats:
         cls, model: ModelSummary, pairs: Mapping[str, Iterable[Pair]], devices, max_memory=None, **settings
     ) -> CorrelationStats:
         """Accumulators for `pairs` ({stack: [(i, j)]}) on `devices` ({stack: device}), with nothing counted yet."""
-        widths = {(f.stack, f.index): f.d_ff for f in model.ffns}
         states = {}
         for stack, wanted in pairs.items():
             layers = sorted({i for pair in wanted for i in pair})
-            sizes = {i: widths[stack, i] for i in layers}
+            sizes = {ffn.index: ffn.d_ff for ffn in model.ffns.of(stack, layers)}
             states[stack] = ops.CorrelationState(sizes, wanted, devices[stack], max_memory=max_memory)
         settings["pairs"] = {stack: [list(p) for p in state.pairs] for stack, state in states.items()}
         return cls(model, settings, states)

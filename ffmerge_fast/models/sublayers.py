@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -57,7 +58,30 @@ class FFNSublayer:
 # -------------------------------------------------------------------------------------------------------- detection
 
 
-def find_ffns(model: nn.Module) -> list[FFNSublayer]:
+class FFNs(list[FFNSublayer]):
+    """The FFN sublayers of a model, encoder first, in layer order."""
+
+    def at(self, stack: str, index: int) -> FFNSublayer:
+        """The FFN of one layer; KeyError if there is none."""
+        return self._by_layer[stack, index]
+
+    def of(self, stack: str, layers: Iterable[int]) -> list[FFNSublayer]:
+        """The FFNs of some layers of a stack."""
+        return [self.at(stack, i) for i in layers]
+
+    def by_stack(self) -> dict[str, list[FFNSublayer]]:
+        """{stack: its FFNs}."""
+        stacks: dict[str, list[FFNSublayer]] = {}
+        for ffn in self:
+            stacks.setdefault(ffn.stack, []).append(ffn)
+        return stacks
+
+    @cached_property
+    def _by_layer(self) -> dict[tuple[str, int], FFNSublayer]:
+        return {(ffn.stack, ffn.index): ffn for ffn in self}
+
+
+def find_ffns(model: nn.Module) -> FFNs:
     """Every FFN sublayer of `model`, encoder first, in layer order.
 
     Raises:
@@ -76,7 +100,7 @@ def find_ffns(model: nn.Module) -> list[FFNSublayer]:
         _refuse_experts(model)
         wanted = ", ".join(f"{s.layers}.<i>.{s.up}" for s in specs)
         raise FFMergeError(f"no FFN found in this {type(model).__name__}: family {family!r} expects {wanted}")
-    return [ffn for stack in STACKS for ffn in found.get(stack, [])]
+    return FFNs(ffn for stack in STACKS for ffn in found.get(stack, []))
 
 
 def base_model_path(model: nn.Module) -> str:
@@ -241,14 +265,3 @@ def _activation_name(function: object) -> str:
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
     name = getattr(function, "__name__", None) or type(function).__name__
     return _ACTIVATIONS.get(name, name)
-
-
-# ------------------------------------------------------------------------------------------------ layers, fingerprint
-
-
-def by_stack(ffns: Iterable[FFNSublayer]) -> dict[str, list[FFNSublayer]]:
-    """Group sublayers by stack, in order."""
-    stacks: dict[str, list[FFNSublayer]] = {}
-    for ffn in ffns:
-        stacks.setdefault(ffn.stack, []).append(ffn)
-    return stacks

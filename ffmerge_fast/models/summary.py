@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..support.errors import FFMergeError
 from .streamed import refuse_streamed
-from .sublayers import FFNSublayer, base_model_type, find_ffns
+from .sublayers import FFNs, FFNSublayer, base_model_type, find_ffns
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ModelSummary:
     fingerprint: str
     parameters: int
     nbytes: int
-    ffns: tuple[FFNSublayer, ...]
+    ffns: FFNs
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSummary:
@@ -33,7 +33,7 @@ class ModelSummary:
             fingerprint=fingerprint(model),
             parameters=sum(w.numel() for w in weights),
             nbytes=sum(w.numel() * w.element_size() for w in weights),
-            ffns=tuple(find_ffns(model)),
+            ffns=find_ffns(model),
         )
 
     @property
@@ -57,7 +57,7 @@ class ModelSummary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSummary:
-        ffns = tuple(FFNSublayer(**{**f, "shared": tuple(f["shared"])}) for f in values["ffns"])
+        ffns = FFNs(FFNSublayer(**{**f, "shared": tuple(f["shared"])}) for f in values["ffns"])
         return cls(**{**values, "ffns": ffns})
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast.cli.main import main
+from ffmerge_fast.cli.main import _COMMANDS, main
 from ffmerge_fast.models import families
 from ffmerge_fast.ops.correlation import state
 from ffmerge_fast.runtime.streaming import source
@@ -131,7 +131,9 @@ def test_eval_of_streamed_weights(capsys, folder, text, monkeypatch, place):
 def test_bad_stream_options(capsys, folder, text):
     options = ("eval", folder, *_data(text), "--eval-limit", 8)
     assert "give --stream disk or --stream host too" in refuse(capsys, *options, "--stream-budget", "1GB")
-    assert "budget: got 'much', wanted bytes" in refuse(capsys, *options, "--stream", "host", "--stream-budget", "much")
+    assert "budget: got 'much', want a number of bytes" in refuse(
+        capsys, *options, "--stream", "host", "--stream-budget", "much"
+    )
     assert "device: got 'tpu', wanted 'cpu'" in refuse(capsys, *options, "--stream", "host", "--device", "tpu")
     with pytest.raises(SystemExit) as exit_:
         main([*map(str, options), "--stream", "tape"])
@@ -426,7 +428,7 @@ def test_usage_errors_exit_with_2(capsys):
 
 
 def test_every_command_knows_the_common_options(capsys):
-    for name, *_ in main._COMMANDS:
+    for name, *_ in _COMMANDS:
         with pytest.raises(SystemExit):
             main([name, "--help"])
         text = capsys.readouterr().out

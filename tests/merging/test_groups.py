@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import ffmerge_fast as ff
 from ffmerge_fast.merging.groups import anchor_of, format_layers, parse_layers, windows
+from ffmerge_fast.models.sublayers import FFNs
 
 STACKS = {1: ["decoder"], 2: ["encoder", "decoder"]}
 
@@ -33,7 +34,7 @@ def ffns(layers=8, stacks=1, **changed):
                     **values,
                 )
             )
-    return made
+    return FFNs(made)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...calibration.blocks import at_least_float32
 from ...models.ffn_weights import check_activation, op_arguments
-from ...models.sublayers import find_ffns
+from ...models.sublayers import FFNs, find_ffns
 from ...ops import shared_ffn
 from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
 from ...support.errors import FFMergeError
@@ -34,11 +34,11 @@ def proxy_scores(
     each rank records its share of the tokens, scores all windows on it, and all get the same sums.
     """
     with on_all_ranks("search"):
-        ffns = {(f.stack, f.index): f for f in find_ffns(model)}
-        for ffn in ffns.values():
+        ffns = find_ffns(model)
+        for ffn in ffns:
             check_activation(ffn)
-        data = record(model, list(ffns.values()), batches, share_of_rank(max_tokens), "search")
-        keys = [ffn.key for ffn in ffns.values()]
+        data = record(model, ffns, batches, share_of_rank(max_tokens), "search")
+        keys = [ffn.key for ffn in ffns]
         errors = torch.zeros(len(windows), len(keys), dtype=torch.float64)
         for row, groups in enumerate(progress(windows.values(), len(windows), "search by proxy", "window")):
             for key, error in _errors(model, planned(groups), ffns, data).items():
@@ -55,12 +55,12 @@ def proxy_scores(
 
 
 @torch.no_grad()
-def _errors(model: nn.Module, plan: MergePlan, ffns: Mapping, data: Mapping[str, LayerData]) -> dict[str, float]:
+def _errors(model: nn.Module, plan: MergePlan, ffns: FFNs, data: Mapping[str, LayerData]) -> dict[str, float]:
     """Sum of squares of what each merged layer's output is off by, over tokens and features."""
     found = {}
     with merged(model, plan):
         for group in plan.groups:
-            members = [ffns[group.stack, i] for i in group.layers]
+            members = ffns.of(group.stack, group.layers)
             arguments = op_arguments(model, members[0])
             xs = [data[f.key].x.to(arguments["up"]) for f in members]
             for ffn, y in zip(members, shared_ffn(xs, **arguments), strict=True):

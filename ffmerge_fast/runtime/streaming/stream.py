@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...models.streamed import HANDLE, refusal, refuse_streamed
-from ...models.sublayers import by_stack, find_ffns
+from ...models.sublayers import find_ffns
 from ...support.errors import FFMergeError
 from ...support.sizes import parse_bytes
 from .loader import Loader
@@ -92,7 +92,7 @@ class WeightStream:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, place: str, budget: int, folder):
-        stacks = [[ffn.path for ffn in ffns] for ffns in by_stack(find_ffns(model)).values()]
+        stacks = [[ffn.path for ffn in ffns] for ffns in find_ffns(model).by_stack().values()]
         blocks = [path for stack in stacks for path in stack]
         parcels, rest = parcels_of(model, blocks)
         following = following_steps([len(stack) for stack in stacks])
