@@ -118,7 +118,7 @@ class _RowPacking(RowPacking):
 
 
 class _TilePacking(RowPacking):
-    """Chunks of 256 tokens as operands of AMX, accumulators in tiles (csrc/correlation_tiles.h).
+    """Chunks of 256 tokens as operands of AMX, accumulators in tiles (csrc/correlation/tiles.h).
 
     A value is high + low, two bfloat16, unless compute is "bf16". Where all of a step's low parts are 0, as they are
     for bfloat16 features that need no pivot, they cost nothing: "auto" and "bf16x3" are then as fast as "bf16".
