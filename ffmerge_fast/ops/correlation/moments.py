@@ -83,8 +83,6 @@ class LayerSums:
 class Accumulators(Protocol):
     """The products of all pairs. `settle` comes before anything that writes: pivots, merging, loading."""
 
-    tokens_per_product: int  # fewer tokens of a layer wait for the next batch
-
     def push(self, key: Key, x: Tensor, mask: Tensor | None, sums: LayerSums, seen: Iterable[Key]) -> None:
         """Add one layer's tokens; `seen` are the layers of this batch so far, this one included."""
 
@@ -103,9 +101,6 @@ class Accumulators(Protocol):
     def better_pivot(self, key: Key, sums: LayerSums) -> Tensor:
         """The pivot to go on with after a first batch of few tokens."""
 
-    def held(self) -> int:
-        """Number of layers whose packed features are in memory."""
-
 
 @dataclass
 class Moments:
@@ -120,7 +115,11 @@ class Moments:
         self.accumulators.push(key, x, mask, self.layers[key], seen)
 
     def end_batch(self) -> None:
-        """Check that all sums are finite (one device sync), and refine pivots that rest on few tokens."""
+        """Count the batch's tokens, and refine pivots that rest on few (one device sync).
+
+        Raises:
+            FFMergeError: sums are not finite (NaN, Inf or beyond float32), naming the layers.
+        """
         layers = self.layers.values()
         worst = [layer.sumsq.max() for layer in layers]  # NaN and Inf of any token are in the squares
         counts = [layer.count.double() for layer in layers]
@@ -146,7 +145,7 @@ class Moments:
     def move_pivots_(self, pivots: Mapping[Key, Tensor]) -> None:
         """Express sums and products around new pivots; layers that are not named keep theirs."""
         self.accumulators.settle()  # waiting features are around the old pivots
-        moves = _move_pivots_(self.layers, pivots)
+        moves = _move_layers_(self.layers, pivots)
         for pair in self.pairs:
             self.accumulators.replace_(pair, _moved_(self.accumulators.product(pair), pair, moves))
 
@@ -158,7 +157,7 @@ class Moments:
             count = (layer.count + theirs[key].count).clamp(min=1)
             pivots[key] = (layer.total() + theirs[key].total()) / count
         self.accumulators.settle()
-        moves, their_moves = _move_pivots_(self.layers, pivots), _move_pivots_(theirs, pivots)
+        moves, their_moves = _move_layers_(self.layers, pivots), _move_layers_(theirs, pivots)
         for pair in self.pairs:
             added = other.accumulators.product(pair).to(self.layers[pair[0]].pivot, copy=True)
             products = _moved_(self.accumulators.product(pair), pair, moves)
@@ -222,7 +221,7 @@ class Moments:
         return {f"pair/{a}|{b}": (a, b) for a, b in self.pairs}
 
 
-def _move_pivots_(layers: Mapping[Key, LayerSums], pivots: Mapping[Key, Tensor]) -> dict[Key, PivotMove]:
+def _move_layers_(layers: Mapping[Key, LayerSums], pivots: Mapping[Key, Tensor]) -> dict[Key, PivotMove]:
     return {key: layer.move_pivot_(pivots.get(key, layer.pivot)) for key, layer in layers.items()}
 
 
