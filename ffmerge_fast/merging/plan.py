@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..models.projections import is_conv1d
-from ..models.sublayers import FFNSublayer
 from ..models.summary import ModelSummary
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from ..support.tables import format_table
 from .groups import Group, anchor_of, format_layers, parse_layers, windows
+from .methods import MATCHES, Sources
+from .settings import METHODS
 from .statistics import CorrelationStats
-
-METHODS = ("permute", "average", "random", "weights")
 
 
 @dataclass(frozen=True)
@@ -201,25 +198,19 @@ def _summary(stats: CorrelationStats | None, model: nn.Module | None, method: st
 
 def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed) -> MergePlan:
     ffns = summary.ffns
-    generator = torch.Generator().manual_seed(seed)
+    sources = Sources(stats, model, torch.Generator().manual_seed(seed))
     made = []
     if method == "permute":
         _align(stats, groups, anchor)
     for stack, indices in groups:
         first = anchor_of(indices, anchor)
-        d_ff = ffns.at(stack, first).d_ff
-        permutations = {first: torch.arange(d_ff)}
+        permutations = {first: torch.arange(ffns.at(stack, first).d_ff)}
         scores = {}
         for i in (i for i in indices if i != first):
-            if method == "permute":
-                found = stats.alignment(first, i, stack)
-                permutations[i], scores[i] = found.permutation, (found.matched, found.unmatched)
-            elif method == "weights":
-                permutations[i] = _match_weights(model, ffns.at(stack, first), ffns.at(stack, i))
-            else:
-                permutations[i] = (
-                    torch.randperm(d_ff, generator=generator) if method == "random" else torch.arange(d_ff)
-                )
+            match = MATCHES[method](sources, ffns.at(stack, first), ffns.at(stack, i))
+            permutations[i] = match.permutation
+            if match.scores:
+                scores[i] = match.scores
         made.append(MergeGroup(stack, tuple(indices), first, dict(sorted(permutations.items())), scores))
     return MergePlan(summary, method, made)
 
@@ -245,25 +236,6 @@ def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> Non
                 )
             wanted.append((stack, first, i))
     stats.align(wanted)
-
-
-def _match_weights(model: nn.Module, anchor: FFNSublayer, layer: FFNSublayer) -> Tensor:
-    """Permutation that aligns neurons by the cosine of all their weights (in, gate, bias, out)."""
-    a, b = (nn.functional.normalize(_neurons(model, ffn), dim=1) for ffn in (anchor, layer))
-    return ops.assign(a @ b.T).permutation.cpu()
-
-
-def _neurons(model: nn.Module, ffn: FFNSublayer) -> Tensor:
-    """All weights of each hidden neuron, float32 [d_ff, (2 or 3) * d_model + biases]."""
-    parts = []
-    for path in filter(None, (ffn.gate_path, ffn.up_path)):
-        module = model.get_submodule(path)
-        rows = (module.weight.T if is_conv1d(module) else module.weight).detach().float()
-        rows = rows if module.bias is None else torch.cat([rows, module.bias.detach().float()[:, None]], dim=1)
-        parts += rows.chunk(2) if ffn.fused else [rows]
-    down = model.get_submodule(ffn.down_path)
-    parts.append((down.weight if is_conv1d(down) else down.weight.T).detach().float())
-    return torch.cat(parts, dim=1)
 
 
 def _short(value: float | str) -> str:
