@@ -6,11 +6,8 @@ import argparse
 from collections.abc import Callable
 
 from ..merging.plan import METHODS
-from ..projecting.importance import METHODS as METHODS_OF_IMPORTANCE
-from ..projecting.optimizer.adamw import STATES
-from ..projecting.optimizer.base_weights import PLACES
-from ..projecting.projector import INITS
-from ..projecting.selection import ATTENTION_MODES
+from ..projecting.settings import ATTENTION_MODES, INITS, OFFLOADS, STATES
+from ..projecting.settings import METHODS as METHODS_OF_IMPORTANCE
 
 
 def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:
@@ -138,7 +135,7 @@ def project_options(parser) -> None:
     group.add_argument("--calibration", type=int, default=32, metavar="N", help="batches to measure them on")
     group.add_argument("--weight-decay-on-projections", type=float, default=0.0)
     group.add_argument("--state", default="fp32", choices=STATES, help="moments of P and R")
-    group.add_argument("--offload-base", choices=[p for p in PLACES if p], help="where the base's weights wait")
+    group.add_argument("--offload-base", choices=OFFLOADS, help="where the base's weights wait")
     group.add_argument("--distill", action="store_true", help="from the base model itself, by --alpha")
 
 

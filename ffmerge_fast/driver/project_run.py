@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from ..baselines import hard_prune
 from ..projecting.importance import Importance, importance
 from ..projecting.projector import Projector, project, resolve
+from ..projecting.settings import Widths
 from ..projecting.student import fold
 from ..support import distributed
 from ..support.errors import FFMergeError
@@ -52,7 +54,7 @@ def project_and_train(
     Raises:
         FFMergeError: `work` was begun with other settings (says which); and as importance, project and finetune.
     """
-    resolve(model, **{name: value for name, value in options.items() if name not in ("residual", "share", "init")})
+    resolve(model, Widths(**{f.name: options[f.name] for f in fields(Widths) if f.name in options}))
     if isinstance(scores, (str, Path)):
         scores = Importance.load(scores)
     work.mkdir(parents=True, exist_ok=True)

@@ -155,16 +155,17 @@ def plan(
     Raises:
         FFMergeError: layers that cannot be merged, a pair without statistics, unknown anchor or method.
     """
-    summary = _summary(stats, model, method)
+    check_given(stats, model, method)
+    summary = _summary(stats, model)
     if (layers is None) == (window is None):
         raise FFMergeError("plan: give exactly one of layers= and window=")
     if layers is not None:
-        return _plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed)
+        return plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed)
     if stats is None:
         raise FFMergeError("plan: choosing a window needs statistics; give stats= or layers=")
     ranked = rank_windows(stats, window, anchor)
     best = max(ranked, key=lambda entry: entry[1])[0]
-    chosen = _plan_groups(stats, summary, best, anchor, method, model, seed)
+    chosen = plan_groups(stats, summary, best, anchor, method, model, seed)
     chosen.search = [(format_layers(groups, summary.stacks), score) for groups, score in ranked]
     return chosen
 
@@ -175,12 +176,13 @@ def rank_windows(stats: CorrelationStats, window: int, anchor: str) -> list[tupl
     _align(stats, [group for groups in candidates for group in groups], anchor)
     ranked = []
     for groups in candidates:
-        made = _plan_groups(stats, stats.model, groups, anchor, "permute", None, 0)
+        made = plan_groups(stats, stats.model, groups, anchor, "permute", None, 0)
         ranked.append((groups, made.mean_correlation))
     return ranked
 
 
-def _summary(stats: CorrelationStats | None, model: nn.Module | None, method: str) -> ModelSummary:
+def check_given(stats: CorrelationStats | None, model: nn.Module | None, method: str) -> None:
+    """Raise FFMergeError for an unknown method, or one that lacks what it needs."""
     if method not in METHODS:
         raise FFMergeError(f"method: got {method!r}, wanted one of {', '.join(METHODS)}")
     if method == "permute" and stats is None:
@@ -189,14 +191,20 @@ def _summary(stats: CorrelationStats | None, model: nn.Module | None, method: st
         raise FFMergeError("plan: method 'weights' compares weights; give model=")
     if stats is None and model is None:
         raise FFMergeError("plan: give stats= or model=")
+
+
+def _summary(stats: CorrelationStats | None, model: nn.Module | None) -> ModelSummary:
+    if model is None:
+        return stats.model
+    found = ModelSummary.of(model)
     if stats is None:
-        return ModelSummary.of(model)
-    if model is not None:
-        stats.model.check(model, "stats")
+        return found
+    stats.model.check(found, "stats")
     return stats.model
 
 
-def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed) -> MergePlan:
+def plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed) -> MergePlan:
+    """`plan` for groups and arguments that are checked; `summary` is of the model."""
     ffns = summary.ffns
     sources = Sources(stats, model, torch.Generator().manual_seed(seed))
     made = []
