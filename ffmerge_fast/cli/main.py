@@ -271,11 +271,10 @@ def _finetune(args) -> Result:
         model,
         task,
         args.steps,
-        args.lr,
-        weight_decay=args.weight_decay,
+        settings=_settings(args, task),
         teacher=from_pretrained(args.teacher).to(args.device) if args.teacher else None,
+        evaluate=lambda m: task.score(m, limit=args.eval_limit),
         output_dir=work,
-        **_training(args, task),
     )
     if args.parallel == "fsdp2" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         model = copy_whole_(model, _model(args))
@@ -300,7 +299,7 @@ def _project(args) -> Result:
         task,
         work,
         args.steps,
-        args.lr,
+        _settings(args, task),
         options={
             "keep": args.keep,
             "d_model": args.d_model,
@@ -315,13 +314,12 @@ def _project(args) -> Result:
         method=args.method,
         calibration=args.calibration,
         optimizer={
-            "weight_decay": args.weight_decay,
             "weight_decay_on_projections": args.weight_decay_on_projections,
             "state": args.state,
             "offload_base": args.offload_base,
         },
         teacher=model if args.distill else from_pretrained(args.teacher).to(args.device) if args.teacher else None,
-        **_training(args, task),
+        evaluate=lambda m: task.score(m, limit=args.eval_limit),
     )
     small = proj.fold()  # on every rank: it may be sharded
     if _is_first_rank():
@@ -344,16 +342,14 @@ def _fold(args) -> Result:
     return {"folder": str(args.out), "parameters": count}, f"{args.out}: {type(folded).__name__}, {count:,} parameters"
 
 
-def _training(args, task: Any) -> dict[str, Any]:
+def _settings(args, task: Any) -> Any:
     """What `finetune` is told alike by `ffmerge finetune` and `project`."""
-    same = ("batch_size", "schedule", "warmup", "lr_end", "decay_steps", "accumulate", "max_grad_norm", "autocast",
-            "alpha", "save_every", "parallel", "seed")  # fmt: skip
-    return {name: getattr(args, name) for name in same} | {
-        "evaluate": lambda m: task.score(m, limit=args.eval_limit),
-        "eval_every": args.eval_every or args.steps,
-        "higher_is_better": task.higher_is_better,
-        "restore_best": True,
-    }
+    from ..driver.training.settings import TrainingSettings
+    from ..support.settings import options
+
+    given = {o.name: getattr(args, o.name) for o in options(TrainingSettings) if hasattr(args, o.name)}
+    given["eval_every"] = args.eval_every or args.steps
+    return TrainingSettings(**given, higher_is_better=task.higher_is_better, restore_best=True)
 
 
 def _trained(args, task: Any, result: Any, work: Path) -> Result:
