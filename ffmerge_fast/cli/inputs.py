@@ -65,6 +65,21 @@ class Inputs:
         """--data to evaluate on."""
         return self._load_task(test=self._args.data)
 
+    @cached_property
+    def training(self) -> Any:
+        """TrainingSettings, evaluating on the task's validation data and keeping the best."""
+        from ..driver.training.settings import TrainingSettings
+        from ..support.settings import options
+
+        args = vars(self._args)
+        given = {option.name: args[option.name] for option in options(TrainingSettings) if option.name in args}
+        given |= {"eval_every": args["eval_every"] or args["steps"], "restore_best": True}
+        return TrainingSettings(**given, higher_is_better=self.task.higher_is_better)
+
+    def score(self, model: Any) -> float:
+        """The task's metric on at most --eval-limit examples."""
+        return self.task.score(model, limit=self._args.eval_limit)
+
     def calibration_batches(self) -> Iterator[dict[str, Any]]:
         """This rank's batches of the task, in an order of their own."""
         from ..support.distributed import rank, world_size

@@ -1,4 +1,4 @@
-"""The `ffmerge` command: finds its verbs, parses arguments, runs one verb and prints what it gives. No logic lives here.
+"""The `ffmerge` command: finds its verbs, parses arguments, runs a verb, prints what it gives. No logic lives here.
 
 Nothing that is imported before a verb runs needs torch, so that help, --version and usage errors are answered at once.
 """

@@ -24,6 +24,4 @@ def run(args, inputs) -> Result:
         expand_(model)
     save_model(args, inputs, model)
     size = sum(p.stat().st_size for p in Path(args.out).glob("*.safetensors"))
-    return Result(
-        {"folder": str(args.out), "bytes": size}, f"{args.out}: {type(model).__name__}, {format_bytes(size)}"
-    )
+    return Result({"folder": str(args.out), "bytes": size}, f"{args.out}: {type(model).__name__}, {format_bytes(size)}")

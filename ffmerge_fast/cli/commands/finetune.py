@@ -24,11 +24,10 @@ def run(args, inputs) -> Result:
         model,
         task,
         args.steps,
-        args.lr,
-        weight_decay=args.weight_decay,
+        settings=inputs.training,
         teacher=inputs.teacher,
+        evaluate=inputs.score,
         output_dir=work,
-        **inputs.training,
     )
     if args.parallel == "fsdp2" and is_distributed():
         model = copy_whole_(model, inputs.load_model())

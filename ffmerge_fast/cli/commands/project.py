@@ -26,14 +26,14 @@ def run(args, inputs) -> Result:
         task,
         work,
         args.steps,
-        args.lr,
+        inputs.training,
         options=_projection(args),
         scores=args.importance,
         method=args.method,
         calibration=args.calibration,
         optimizer=_optimizer(args),
         teacher=model if args.distill else inputs.teacher,
-        **inputs.training,
+        evaluate=inputs.score,
     )
     save_model(args, inputs, proj.fold())  # folded on every rank: it may be sharded
     values, text = trained(args.out, work, task.metric, result)
@@ -59,7 +59,6 @@ def _projection(args) -> dict:
 
 def _optimizer(args) -> dict:
     return {
-        "weight_decay": args.weight_decay,
         "weight_decay_on_projections": args.weight_decay_on_projections,
         "state": args.state,
         "offload_base": args.offload_base,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...support.tables import format_table
 from ...support.timing import timed
 from ..options import (
@@ -43,10 +41,8 @@ def run(args, inputs) -> Result:
         metric, evaluate = "relative error", "proxy"
         options |= {"batches": inputs.calibration_batches(), "max_tokens": args.proxy_tokens}
     else:
-        metric, options["higher_is_better"] = task.metric, task.higher_is_better
-
-        def evaluate(merged: Any) -> float:
-            return task.score(merged, limit=args.eval_limit)
+        metric, evaluate = task.metric, inputs.score
+        options["higher_is_better"] = task.higher_is_better
 
     with timed(inputs.seconds, "search"):
         plan = search(model, stats, args.window, evaluate, **options)
