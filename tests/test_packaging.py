@@ -36,7 +36,7 @@ def test_build_needs_setuptools_and_pybind11_only(pyproject):
 
 
 def test_base_dependencies_are_few(pyproject):
-    assert required(pyproject["project"]["dependencies"]) == {"torch", "numpy", "scipy", "safetensors"}
+    assert required(pyproject["project"]["dependencies"]) == {"torch", "numpy", "scipy", "safetensors", "lazy_loader"}
 
 
 def test_env_report_knows_the_extras(pyproject):
