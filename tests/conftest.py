@@ -31,15 +31,6 @@ def pytest_unconfigure():
     _HF_HOME.cleanup()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def accelerates_the_smallest_ffns():
-    """Tiny models too run on the op that is tested; outside of tests they are too little work for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ffmerge_fast.runtime.accelerate.forms.LEAST", 0)
-        patch.setattr("ffmerge_fast.runtime.accelerate.forms.LEAST_FOR_ONE_TOKEN", 0)
-        yield
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models beside the repository; tests that want it are skipped without it."""

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ffmerge_fast as ff
 from ffmerge_fast.integrations.fsdp2 import copy_whole_, shard_
-from tests.helpers.tiny_models import tiny_inputs, tiny_model
+from tests.helpers.tiny_models import accelerate_, tiny_inputs, tiny_model
 
 # What is tied. The weights of gpt2 are kept transposed; of marian, layers compute the FFNs and share their projections.
 FAMILIES = {"gpt2": "1-2", "llama": "0-2", "marian": "encoder:1-3,decoder:0-1"}
@@ -71,7 +71,7 @@ def on_this_rank(rank):
 
 def ddp(family, rank, options, accelerate=True, **settings):
     model = without_dropout(tied(family))
-    wrapped = DistributedDataParallel(ff.accelerate_(model) if accelerate else model, **options)
+    wrapped = DistributedDataParallel(accelerate_(model) if accelerate else model, **options)
     every = nullcontext if options.get("static_graph") else wrapped.no_sync
     gradients = train(wrapped, on_this_rank(rank), lambda last: nullcontext() if last else every(), **settings)
     return gradients, dict(model.named_parameters())
@@ -80,7 +80,7 @@ def ddp(family, rank, options, accelerate=True, **settings):
 def fsdp(family, rank, options, accelerate=True):
     model, copy = tied(family), tied(family)
     if accelerate:
-        ff.accelerate_(model)
+        accelerate_(model)
     shard_(model, mesh=init_device_mesh("cpu", (2,)), **options)
 
     def synchronised(last):

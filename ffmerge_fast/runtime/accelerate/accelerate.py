@@ -14,20 +14,22 @@ from ...support.errors import FFMergeError
 from .trial import form_of, host_path
 
 
-def accelerate_(model: nn.Module, recompute: str = "activation") -> nn.Module:
+def accelerate_(model: nn.Module, recompute: str = "activation", *, least: int | None = None) -> nn.Module:
     """Let every FFN of `model` compute by `ops.shared_ffn`, merged or not; `restore_` undoes it.
 
     Only the class of a module changes, to a subclass of the same name with another `forward`: that of the FFN's module,
     or of the layer where the FFN has none (BERT, OPT, Marian, Whisper). Parameters, state dict, hooks and sharing
     between layers stay. The model's own code runs whenever the op cannot stand for it: while a part has hooks or was
     replaced (an adapter, a quantised Linear), in training with dropout inside the FFN, under torch.func, jit.trace and
-    torch.export; and for so little work that the op would not be faster: on CPUs in float32 without gradients, FFNs of
-    fewer than 2^17 numbers in W_up, or 2^21 for a single token. Like the op it is differentiable once.
+    torch.export; and for so little work that the op would not be faster (`least`). Like the op it is differentiable
+    once.
 
     Args:
         model: any model that `find_ffns` knows. FFNs whose forward does something else stay as they are, and so do
             layers with low-rank deltas; a warning names them and says why.
         recompute: what backward computes again, see `ops.shared_ffn`.
+        least: on CPUs in float32 without gradients, FFNs of fewer numbers in W_up run their own code; None: 2^17, and
+            2^21 for a single token.
 
     Returns:
         `model`.
@@ -62,6 +64,7 @@ def accelerate_(model: nn.Module, recompute: str = "activation") -> nn.Module:
         kept = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
         warnings.warn(f"accelerate_: FFNs that stay as they are: {kept}", stacklevel=2)
     for module, form in ready.items():
+        form.least = least
         if not isinstance(module, AcceleratedFFN):
             module._ffmerge = form
             module.__class__ = _accelerated(type(module))

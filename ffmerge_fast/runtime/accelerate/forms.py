@@ -27,6 +27,7 @@ class OpForm:
         parts: types of all modules that the op stands for; another type means that somebody replaced one.
         dropouts: module and attribute of each probability of dropout inside the FFN.
         only_eval: something else is random in training.
+        least: numbers of `up` below which torch computes float32 on a CPU; None: `LEAST`, `LEAST_FOR_ONE_TOKEN`.
     """
 
     up: str
@@ -38,6 +39,7 @@ class OpForm:
     parts: dict[str, type] = field(default_factory=dict)
     dropouts: tuple[tuple[str, str], ...] = ()
     only_eval: bool = False
+    least: int | None = None
 
     def __post_init__(self):
         self.projections = tuple(path for path in (self.up, self.gate, self.down) if path)
@@ -77,8 +79,10 @@ class OpForm:
                 return False
         if x.dtype != torch.float32 or x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return True
-        one_token = x.numel() == x.shape[-1]
-        return at(module, self.up).weight.numel() >= (LEAST_FOR_ONE_TOKEN if one_token else LEAST)
+        least = self.least
+        if least is None:
+            least = LEAST_FOR_ONE_TOKEN if x.numel() == x.shape[-1] else LEAST
+        return at(module, self.up).weight.numel() >= least
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model] by the op, without dropout."""

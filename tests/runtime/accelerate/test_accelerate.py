@@ -13,7 +13,7 @@ from ffmerge_fast.ops import shared_ffn
 from ffmerge_fast.runtime.accelerate.accelerate import AcceleratedFFN
 from ffmerge_fast.runtime.accelerate.trial import host_path
 from ffmerge_fast.testing import no_recompile
-from tests.helpers.tiny_models import ALL, features_of, logits, tiny_inputs, tiny_model
+from tests.helpers.tiny_models import ALL, accelerate_, features_of, logits, tiny_inputs, tiny_model
 
 pytest.importorskip("transformers")
 FAMILIES = [name for name in ALL if name != "transformer_encoder"]
@@ -52,7 +52,7 @@ def test_same_results_and_names_for_every_family(name, merged, calls):
     names, modules = list(model.state_dict()), [type(m) for m in model.modules()]
     before, expected = logits(model, inputs), gradients(model, inputs)
     groups = ff.shared_groups(model)
-    assert ff.accelerate_(model) is model
+    assert accelerate_(model) is model
     calls.clear()  # those of the trial
     after = logits(model, inputs)
     assert len(calls) == len(ff.find_ffns(model)) > 0
@@ -69,9 +69,9 @@ def test_same_results_and_names_for_every_family(name, merged, calls):
 def test_policies_and_errors():
     model = tiny_model("gpt2")
     with pytest.raises(ff.FFMergeError, match="recompute: got 'half'"):
-        ff.accelerate_(model, recompute="half")
-    ff.accelerate_(model)
-    ff.accelerate_(model, recompute="full")  # again: only the policy changes
+        accelerate_(model, recompute="half")
+    accelerate_(model)
+    accelerate_(model, recompute="full")  # again: only the policy changes
     assert {m._ffmerge.recompute for m in ffns(model)} == {"full"} and len(ffns(model)) == 4
 
 
@@ -80,7 +80,7 @@ def test_layers_with_deltas_compute_by_their_own_code(name, calls):
     teacher = tiny_model(name)
     model = ff.merge(teacher, ff.plan(layers="0-2", method="average", model=teacher))
     batches = [tiny_inputs(model, batch=4, seed=seed) for seed in range(3)]
-    accelerated = ff.accelerate_(copy.deepcopy(model))
+    accelerated = accelerate_(copy.deepcopy(model))
     for one in (model, accelerated):
         ff.local_distill_(one, teacher, batches, steps=5, delta_rank=2)
     expected = logits(model, batches[0])
@@ -88,7 +88,7 @@ def test_layers_with_deltas_compute_by_their_own_code(name, calls):
     torch.testing.assert_close(logits(accelerated, batches[0]), expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == 1  # of the layer that is not merged
     with pytest.warns(UserWarning, match="decoder.0: its layer has low-rank deltas; decoder.1: .*; decoder.2: "):
-        ff.accelerate_(model)
+        accelerate_(model)
     calls.clear()
     torch.testing.assert_close(logits(model, batches[0]), expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == 1 and len(ffns(model)) == 1
@@ -98,7 +98,7 @@ def test_layers_with_deltas_compute_by_their_own_code(name, calls):
             if "delta" in n:
                 p.zero_()
     with pytest.warns(UserWarning, match="decoder.0: its layer has low-rank deltas"):
-        ff.accelerate_(ff.restore_(model))
+        accelerate_(ff.restore_(model))
 
 
 def test_dropout_at_the_end_keeps_its_random_numbers(calls):
@@ -108,7 +108,7 @@ def test_dropout_at_the_end_keeps_its_random_numbers(calls):
             module.p = 0.3
     inputs = tiny_inputs(model)
     expected = gradients(model, inputs)
-    ff.accelerate_(model)
+    accelerate_(model)
     calls.clear()
     for n, g in gradients(model, inputs).items():
         torch.testing.assert_close(g, expected[n], rtol=1e-3, atol=1e-5)
@@ -119,7 +119,7 @@ def test_dropout_inside_is_computed_by_the_module_itself(calls):
     model = tiny_model("t5").train()
     inputs = tiny_inputs(model)
     expected = gradients(model, inputs)
-    ff.accelerate_(model)
+    accelerate_(model)
     calls.clear()
     assert all(torch.equal(g, expected[n]) for n, g in gradients(model, inputs).items()) and not calls
     model.eval()
@@ -132,7 +132,7 @@ def test_hooks_on_the_parts_are_called():
     inputs = tiny_inputs(model)
     with features_of(model) as plain:
         logits(model, inputs)
-    ff.accelerate_(model)
+    accelerate_(model)
     with features_of(model) as ours:
         logits(model, inputs)
     for key, features in plain.down.items():
@@ -156,7 +156,7 @@ class LoraLinear(nn.Module):
 def test_a_replaced_projection_is_used_and_its_return_brings_the_op_back(calls):
     model = tiny_model("llama")
     inputs = tiny_inputs(model)
-    ff.accelerate_(model)
+    accelerate_(model)
     before = logits(model, inputs)
     mlp = model.model.layers[1].mlp
     original = mlp.up_proj
@@ -176,11 +176,11 @@ def test_autocast_and_mixed_dtypes():
     inputs = tiny_inputs(model)
     with torch.autocast("cpu", torch.bfloat16):
         expected = logits(model, inputs)
-        ours = logits(ff.accelerate_(model), inputs)
+        ours = logits(accelerate_(model), inputs)
     assert ours.dtype == expected.dtype
     torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
     mlp = ff.restore_(model).model.layers[0].mlp
-    ff.accelerate_(model)
+    accelerate_(model)
     mlp.down_proj.to(torch.float64)
     with pytest.raises(RuntimeError, match="dtype"):  # as the module itself would
         mlp(torch.zeros(1, 16))
@@ -189,7 +189,7 @@ def test_autocast_and_mixed_dtypes():
 
 
 def test_copies_pickles_and_folders(tmp_path):
-    model = ff.accelerate_(tiny_model("gpt2"))
+    model = accelerate_(tiny_model("gpt2"))
     inputs = tiny_inputs(model)
     expected = logits(model, inputs)
     clone = copy.deepcopy(model)
@@ -205,7 +205,7 @@ def test_copies_pickles_and_folders(tmp_path):
     again = type(model).from_pretrained(tmp_path)
     assert not ffns(again)
     torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-4)
-    fresh = ff.accelerate_(tiny_model("gpt2", seed=5))
+    fresh = accelerate_(tiny_model("gpt2", seed=5))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(logits(fresh, inputs), expected)
 
@@ -214,7 +214,7 @@ def test_merged_before_or_after_is_one_module_and_one_storage(tmp_path):
     results = []
     for order in ("merge first", "accelerate first"):
         model = tiny_model("gpt2")
-        steps = [ff.accelerate_, lambda m: ff.tie_without_average(m, "1-2")]
+        steps = [accelerate_, lambda m: ff.tie_without_average(m, "1-2")]
         for step in steps if order == "accelerate first" else steps[::-1]:
             model = step(model)
         assert model.transformer.h[1].mlp is model.transformer.h[2].mlp
@@ -233,7 +233,7 @@ def test_compiles_whole_and_not_again_for_other_token_counts():
     block = nn.Sequential(nn.LayerNorm(16), mlp)
     model = tiny_model("llama")
     model.model.layers[0].mlp = mlp
-    ff.accelerate_(model)
+    accelerate_(model)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
     x = torch.randn(2, 5, 16)
     torch.testing.assert_close(compiled(x), block(x))
@@ -245,7 +245,7 @@ def test_compiles_whole_and_not_again_for_other_token_counts():
 
 def test_training_steps_stay_those_of_the_plain_model():
     models = [ff.tie_without_average(tiny_model("gpt2"), "1-2") for _ in range(2)]
-    ff.accelerate_(models[0], recompute="full")
+    accelerate_(models[0], recompute="full")
     for model in models:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         for step in range(4):
@@ -262,7 +262,7 @@ def test_generation_token_by_token_is_the_same():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = model.generate(ids, max_new_tokens=12, do_sample=False)
-        ours = ff.accelerate_(model).generate(ids, max_new_tokens=12, do_sample=False)
+        ours = accelerate_(model).generate(ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(ours, expected)
 
 
@@ -277,9 +277,7 @@ def test_generation_token_by_token_is_the_same():
         (2**21, 1, torch.float32, False, True),
     ],
 )
-def test_too_little_work_is_left_to_torch(numbers, tokens, dtype, grad, runs, calls, monkeypatch):
-    monkeypatch.setattr("ffmerge_fast.runtime.accelerate.forms.LEAST", 2**17)
-    monkeypatch.setattr("ffmerge_fast.runtime.accelerate.forms.LEAST_FOR_ONE_TOKEN", 2**21)
+def test_too_little_work_is_left_to_torch(numbers, tokens, dtype, grad, runs, calls):
 
     class Stack(nn.Sequential):
         pass
@@ -287,7 +285,10 @@ def test_too_little_work_is_left_to_torch(numbers, tokens, dtype, grad, runs, ca
     ff.register_family("Stack", ff.FFNSpec("", "0", "2", module="", activation="gelu"))
     block = nn.Sequential(nn.Linear(256, numbers // 256), nn.GELU(), nn.Linear(numbers // 256, 256))
     model = ff.accelerate_(Stack(block).to(dtype))
+    x = torch.randn(tokens, 256).to(dtype)
     calls.clear()
     with torch.set_grad_enabled(grad):
-        model(torch.randn(tokens, 256).to(dtype))
-    assert len(calls) == runs
+        model(x)
+        assert len(calls) == runs
+        ff.accelerate_(model, least=1)(x)  # the caller's own threshold
+        assert len(calls) == runs + 1

@@ -9,7 +9,7 @@ import ffmerge_fast as ff
 from ffmerge_fast.runtime.accelerate.accelerate import AcceleratedFFN
 from ffmerge_fast.runtime.accelerate.forms import FFNInside
 from ffmerge_fast.testing import no_recompile
-from tests.helpers.tiny_models import ALL, features_of, logits, tiny_inputs, tiny_model
+from tests.helpers.tiny_models import ALL, accelerate_, features_of, logits, tiny_inputs, tiny_model
 from tests.runtime.accelerate.test_accelerate import calls, gradients  # noqa: F401
 
 pytest.importorskip("transformers")
@@ -44,7 +44,7 @@ def known():
 def test_a_layer_of_ones_own(calls):  # noqa: F811
     model, x = Stack(Block(), Block()), torch.randn(2, 3, 8)
     expected = model(x)
-    ff.accelerate_(model)
+    accelerate_(model)
     calls.clear()
     torch.testing.assert_close(model(x), expected)
     assert len(calls) == 2 and all(isinstance(block._ffmerge, FFNInside) for block in model)
@@ -66,10 +66,10 @@ def test_a_layer_of_ones_own(calls):  # noqa: F811
 )
 def test_layers_that_do_something_else_are_left_alone_and_named(forward, reason):
     with pytest.raises(ff.FFMergeError, match=reason):
-        ff.accelerate_(Stack(with_forward(forward)))
+        accelerate_(Stack(with_forward(forward)))
     model = Stack(Block(), with_forward(forward))
     with pytest.warns(UserWarning, match=f"decoder.1: .*{reason}"):
-        ff.accelerate_(model)
+        accelerate_(model)
     assert [isinstance(block, AcceleratedFFN) for block in model] == [True, False]
 
 
@@ -77,27 +77,27 @@ def test_parts_that_are_something_else_are_named():
     with pytest.raises(ff.FFMergeError, match="activation 'Tanh'"):
         model = Stack(Block())
         model[0].act = nn.Tanh()
-        ff.accelerate_(model)
+        accelerate_(model)
     with pytest.raises(ff.FFMergeError, match="a projection is a Wrapped"):
         model = Stack(Block())
         model[0].up.__class__ = type("Wrapped", (nn.Linear,), {})
-        ff.accelerate_(model)
+        accelerate_(model)
     with pytest.raises(ff.FFMergeError, match="its forward was replaced"):
         model = Stack(Block())
         model[0].forward = model[0].forward
-        ff.accelerate_(model)
+        accelerate_(model)
     with pytest.raises(ff.FFMergeError, match="on the meta device"):
-        ff.accelerate_(Stack(Block()).to("meta"))
+        accelerate_(Stack(Block()).to("meta"))
     with pytest.raises(ff.FFMergeError, match="its activation is not a module"):
-        ff.accelerate_(tiny_model("transformer_encoder"))
+        accelerate_(tiny_model("transformer_encoder"))
 
 
 def test_dropout_between_is_the_layers_own_while_it_is_active(calls):  # noqa: F811
     model = tiny_model("marian").train()
-    ff.accelerate_(model)
+    accelerate_(model)
     layers = [*model.model.encoder.layers, *model.model.decoder.layers]
     assert all(layer._ffmerge.dropouts == (("", "activation_dropout"),) for layer in layers)
-    inputs, plain = tiny_inputs(model), ff.restore_(ff.accelerate_(tiny_model("marian").train()))
+    inputs, plain = tiny_inputs(model), ff.restore_(accelerate_(tiny_model("marian").train()))
     for probability, runs in ((0.3, 0), (0.0, 8)):
         for layer in [*layers, *plain.model.encoder.layers, *plain.model.decoder.layers]:
             layer.activation_dropout = probability  # the other dropouts stay active
@@ -111,7 +111,7 @@ def test_dropout_between_is_the_layers_own_while_it_is_active(calls):  # noqa: F
 def test_random_things_that_no_attribute_tells_of_are_left_alone_in_training(calls):  # noqa: F811
     for residual in (0, 1):  # an FFN, and a layer with one
         forward = lambda s, x, r=residual: r * x + s.down(F.dropout(s.act(s.up(x)), 0.5, s.training))  # noqa: E731
-        model = ff.accelerate_(Stack(with_forward(forward)))
+        model = accelerate_(Stack(with_forward(forward)))
         calls.clear()
         model.train()(torch.randn(2, 8))
         assert not calls
@@ -126,7 +126,7 @@ def test_hooks_on_the_parts_are_called_and_their_removal_brings_the_op_back(name
     expected = logits(model, inputs)
     with features_of(model) as plain:
         logits(model, inputs)
-    ff.accelerate_(model)
+    accelerate_(model)
     calls.clear()
     with features_of(model) as ours:
         assert torch.equal(logits(model, inputs), expected) and not calls
@@ -137,7 +137,7 @@ def test_hooks_on_the_parts_are_called_and_their_removal_brings_the_op_back(name
 
 
 def test_hooks_on_the_modules_around_the_parts(calls):  # noqa: F811
-    model = ff.accelerate_(tiny_model("bert"))
+    model = accelerate_(tiny_model("bert"))
     layer, inputs, seen = model.bert.encoder.layer[1], tiny_inputs(model), []
     for module in (layer.intermediate, layer.output):
         handle = module.register_forward_hook(lambda m, i, o: seen.append((i[0].shape[-1], o.shape[-1])))
@@ -161,7 +161,7 @@ def test_parts_replaced_at_any_level(calls):  # noqa: F811
             return self.scale * self.inner(*args)
 
     plain = tiny_model("bert")
-    model, inputs = ff.accelerate_(tiny_model("bert")), tiny_inputs(plain)
+    model, inputs = accelerate_(tiny_model("bert")), tiny_inputs(plain)
     changes = (("intermediate", "dense"), ("output", "dense"), ("intermediate", "intermediate_act_fn"), ("output",))
     for i, path in enumerate(changes):
         for m in (model, plain):
@@ -176,7 +176,7 @@ def test_parts_replaced_at_any_level(calls):  # noqa: F811
 @pytest.mark.parametrize("name, path", [("opt", "model.decoder.layers"), ("marian", "model.decoder.layers"),
                                         ("bert", "bert.encoder.layer")])  # fmt: skip
 def test_a_layer_compiles_whole_and_not_again_for_other_token_counts(name, path):
-    layer = ff.accelerate_(tiny_model(name)).get_submodule(path)[1]
+    layer = accelerate_(tiny_model(name)).get_submodule(path)[1]
     compiled = torch.compile(lambda x: first(layer(x)), backend="aot_eager", fullgraph=True, dynamic=True)
 
     def steps(function, tokens):
@@ -208,13 +208,13 @@ def test_generation_token_by_token_is_the_same(name, calls):  # noqa: F811
     ids = tiny_inputs(model)["input_ids"]
     options = dict(max_new_tokens=9, min_new_tokens=9, do_sample=False)
     expected = model.generate(ids, **options)
-    assert torch.equal(ff.accelerate_(model).generate(ids, **options), expected)
+    assert torch.equal(accelerate_(model).generate(ids, **options), expected)
     calls.clear()
     assert torch.equal(model.generate(ids, **options, num_beams=1), expected) and len(calls) >= 9 * 4
 
 
 def test_merged_after_acceleration_and_reloaded(tmp_path):
-    model = ff.accelerate_(tiny_model("marian"))
+    model = accelerate_(tiny_model("marian"))
     inputs = tiny_inputs(model)
     merged = ff.tie_without_average(model, "encoder:1-2,decoder:0-1")
     plain = ff.tie_without_average(tiny_model("marian"), "encoder:1-2,decoder:0-1")
@@ -222,7 +222,7 @@ def test_merged_after_acceleration_and_reloaded(tmp_path):
     torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-4)
     assert list(merged.state_dict()) == list(plain.state_dict()) and ff.is_merged(merged)
     ff.save_pretrained(merged, tmp_path)
-    again = ff.accelerate_(ff.from_pretrained(tmp_path))
+    again = accelerate_(ff.from_pretrained(tmp_path))
     torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-4)
     ours, wanted = gradients(again, inputs), gradients(plain, inputs)
     assert ours.keys() == wanted.keys()

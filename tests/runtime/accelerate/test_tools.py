@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ffmerge_fast as ff
 from ffmerge_fast.runtime.accelerate.trial import host_path
-from tests.helpers.tiny_models import logits, tiny_inputs, tiny_model
+from tests.helpers.tiny_models import accelerate_, logits, tiny_inputs, tiny_model
 from tests.runtime.accelerate.test_accelerate import calls, ffns, gradients  # noqa: F401
 
 pytest.importorskip("transformers")
@@ -33,7 +33,7 @@ def test_gradient_checkpointing(name, reentrant, calls):  # noqa: F811
                 if isinstance(getattr(module, attribute, None), float):
                     setattr(module, attribute, 0.0)
         if accelerate:
-            ff.accelerate_(model)
+            accelerate_(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -49,7 +49,7 @@ def test_gradient_checkpointing(name, reentrant, calls):  # noqa: F811
 
 @pytest.mark.parametrize("name", MODELS)
 def test_another_dtype_and_autocast_and_inference_mode(name, calls):  # noqa: F811
-    plain, model = tiny_model(name), ff.accelerate_(tiny_model(name))
+    plain, model = tiny_model(name), accelerate_(tiny_model(name))
     inputs = tiny_inputs(model)
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.bfloat16, 0.05), (torch.float32, 1e-2)):
         plain.to(dtype), model.to(dtype)
@@ -66,7 +66,7 @@ def test_another_dtype_and_autocast_and_inference_mode(name, calls):  # noqa: F8
 
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_and_pickles_are_accelerated_and_independent(name):
-    model = ff.accelerate_(tiny_model(name))
+    model = accelerate_(tiny_model(name))
     inputs = tiny_inputs(model)
     expected, stream = logits(model, inputs), io.BytesIO()
     torch.save(model, stream)
@@ -86,7 +86,7 @@ def test_dynamic_quantisation(name, calls):  # noqa: F811
             warnings.simplefilter("ignore")
             return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
 
-    plain, model = tiny_model(name), ff.accelerate_(tiny_model(name))
+    plain, model = tiny_model(name), accelerate_(tiny_model(name))
     inputs = tiny_inputs(model)
     small = quantised(model)
     calls.clear()
@@ -99,7 +99,7 @@ def test_dynamic_quantisation(name, calls):  # noqa: F811
 @pytest.mark.parametrize("name", MODELS)
 def test_modules_whose_forward_an_offloader_replaced(name, calls):  # noqa: F811
     hooks = pytest.importorskip("accelerate").hooks
-    model = ff.accelerate_(tiny_model(name))
+    model = accelerate_(tiny_model(name))
     inputs, first = tiny_inputs(model), ff.find_ffns(model)[0]
     expected, count = logits(model, inputs), len(ff.find_ffns(model))
     weights = {n: w.detach().clone() for n, w in model.get_submodule(first.up_path).named_parameters()}
@@ -115,7 +115,7 @@ def test_modules_whose_forward_an_offloader_replaced(name, calls):  # noqa: F811
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformations_and_exports_see_the_models_own_operations(name):
-    model = ff.accelerate_(tiny_model(name))
+    model = accelerate_(tiny_model(name))
     ffn = ff.find_ffns(model)[-1]
     host = model.get_submodule(host_path(ffn))
     x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -152,7 +152,7 @@ def test_transformations_and_exports_see_the_models_own_operations(name):
 
 def test_a_replaced_activation_is_used(calls):  # noqa: F811
     for name, attribute in (("llama", "act_fn"), ("gpt2", "act"), ("marian", "activation_fn")):
-        plain, model = tiny_model(name), ff.accelerate_(tiny_model(name))
+        plain, model = tiny_model(name), accelerate_(tiny_model(name))
         inputs = tiny_inputs(model)
         for m in (plain, model):
             setattr(m.get_submodule(host_path(ff.find_ffns(m)[0])), attribute, nn.Tanh())
@@ -168,7 +168,7 @@ def test_dropout_that_is_switched_on_later(name, runs, calls):  # noqa: F811
         for module in m.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    ff.accelerate_(model)
+    accelerate_(model)
     for m in (plain, model):
         for module in m.modules():
             if isinstance(module, nn.Dropout):
@@ -182,7 +182,7 @@ def test_dropout_that_is_switched_on_later(name, runs, calls):  # noqa: F811
 
 def test_a_merged_accelerated_model_saved_by_transformers_itself(tmp_path):
     for name, layers in (("gpt2", "1-2"), ("marian", "encoder:1-2,decoder:1-2"), ("bert", "0-1")):
-        model = ff.accelerate_(ff.tie_without_average(tiny_model(name), layers))
+        model = accelerate_(ff.tie_without_average(tiny_model(name), layers))
         expected = logits(model, tiny_inputs(model))
         model.save_pretrained(tmp_path / name)
         loaded = ff.from_pretrained(tmp_path / name)

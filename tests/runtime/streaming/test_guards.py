@@ -11,7 +11,7 @@ import ffmerge_fast as ff
 from ffmerge_fast.support.sizes import parse_bytes
 from tests.helpers.projecting import tied_layers
 from tests.helpers.streaming import PLACES, equal, model_of, needs, refused, state
-from tests.helpers.tiny_models import logits, tiny_inputs, tiny_model
+from tests.helpers.tiny_models import accelerate_, logits, tiny_inputs, tiny_model
 
 
 def test_bad_arguments():
@@ -136,7 +136,7 @@ def _hooks(module):
 def test_an_accelerated_model_can_be_streamed(family, place, merged):
     model = tied_layers(tiny_model(family, 4)) if merged and family == "t5" else model_of(family, merged, layers=4)
     inputs, plain = tiny_inputs(model), logits(model, tiny_inputs(model))
-    wanted = logits(ff.accelerate_(model), inputs)
+    wanted = logits(accelerate_(model), inputs)
     with ff.stream_(model, "cpu", place, needs(model)[1]):
         for _ in range(2):
             assert torch.equal(logits(model, inputs), wanted)
@@ -144,8 +144,8 @@ def test_an_accelerated_model_can_be_streamed(family, place, merged):
         assert torch.equal(logits(model, inputs), plain)
     assert torch.equal(logits(model, inputs), plain)
     with ff.stream_(model, "cpu", place, needs(model)[1]), refused("accelerate_: this model is streamed"):
-        ff.accelerate_(model)
-    assert torch.equal(logits(ff.accelerate_(model), inputs), wanted)
+        accelerate_(model)
+    assert torch.equal(logits(accelerate_(model), inputs), wanted)
 
 
 def test_what_needs_all_weights_is_refused():
