@@ -451,7 +451,7 @@ def _register_layout(args) -> None:
 
 def _task(args, model: Any, **splits: list[str] | None) -> Any:
     """Data of each split (lists of paths, as given) made ready for the model."""
-    from ..driver.tasks.task import load_task, task_kind
+    from ..driver.tasks.load import load_task, task_kind
 
     if not args.data:
         raise FFMergeError("data: give --data (a text file or folder, SOURCE TARGET files, images or .npz)")
