@@ -131,7 +131,7 @@ class Inputs:
 
     def _load_task(self, **splits: list[str] | None) -> Any:
         """Data of each split (lists of paths, as given) made ready for the model."""
-        from ..driver.tasks.task import load_task, task_kind
+        from ..driver.tasks.load import load_task, task_kind
 
         args, model = self._args, self.model
         if not args.data:

@@ -54,7 +54,8 @@ def finetune(
 
     Ties are kept: parameters are changed in place. A run killed at any time goes on from its last checkpoint and
     gives bit for bit what it would have given, if `train` is a `Task`, a sequence or a function, and the machine is
-    the same. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt.
+    the same. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. Micro-batches and ranks count by their
+    labels: the gradient is that of one large batch.
 
     Args:
         model: its forward returns an object with `.loss` for a batch; otherwise give `loss_fn`.
@@ -63,7 +64,7 @@ def finetune(
             Batches are dicts. With several ranks, each takes every world-th batch (a function must do so itself).
         steps: optimiser steps in total, those before a resume included.
         lr: highest learning rate, 5e-5 if given nowhere; see `schedules.learning_rate`.
-        settings: everything else; default those of `TrainingSettings()`, whose help lists them.
+        settings: how to train; default `TrainingSettings()` (`driver.training.settings`), whose help lists all of them.
         optimizer: instead of AdamW, one made for this model's parameters (`Projector.optimizer`), or a function that
             makes it, called when the model is sharded. The schedule sets its lr; weight decay, betas and eps are its
             own, those given here are not used.

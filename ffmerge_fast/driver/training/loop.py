@@ -79,9 +79,9 @@ class TrainingRun:
         """Go on to step `steps`; every row is logged in the folder and given to `log`."""
         if self.step >= steps:
             return
-        every = self.settings
+        settings = self.settings
         log = log or (lambda row: None)
-        stream = batches_of(self.data, every, start=self.step * every.accumulate)
+        stream = batches_of(self.data, settings, start=self.step * settings.accumulate)
         labels, since = 0, time.monotonic()
         with progress(total=steps, desc="finetune", unit="step") as bar:
             bar.update(self.step)
@@ -95,20 +95,20 @@ class TrainingRun:
                 bar.update(1)
 
                 last = self.step == steps
-                if last or self.step % every.log_every == 0:
+                if last or self.step % settings.log_every == 0:
                     speed = labels / max(time.monotonic() - since, 1e-9)
                     row = self.log_training(norm, speed)
                     log(row)
                     bar.set_postfix(loss=f"{row['loss']:.4g}", **{"tokens/s": f"{speed:.3g}"})
                     labels, since = 0, time.monotonic()
 
-                if every.eval_every and (last or self.step % every.eval_every == 0):
+                if settings.eval_every and (last or self.step % settings.eval_every == 0):
                     paused = time.monotonic()
                     log(self.evaluate(evaluate))
                     since += time.monotonic() - paused
 
                 stop = distributed.on_any_rank(interrupt.wanted)
-                if stop or last or (every.save_every and self.step % every.save_every == 0):
+                if stop or last or (settings.save_every and self.step % settings.save_every == 0):
                     self.save()
                 if stop:
                     raise KeyboardInterrupt(f"stopped after step {self.step}; {self.folder.last_good()}")
