@@ -90,7 +90,7 @@ def test_lists_of_few_tokens_are_stacked():
 
 
 def replaced_by_set(w):
-    w.set_(w.flip(0))  # not a constant: of equal rows the 2x rule compares one rounding error (14-20 % of draws fail)
+    w.set_(w.flip(0))  # not a constant: of equal rows the 2x rule compares one rounding (12-18 % of draws fail)
 
 
 def swapped_data(w):
