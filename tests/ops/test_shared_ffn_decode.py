@@ -90,11 +90,11 @@ def test_lists_of_few_tokens_are_stacked():
 
 
 def replaced_by_set(w):
-    w.set_(torch.full_like(w, 0.5))
+    w.set_(w.flip(0))  # not a constant: of equal rows the 2x rule compares one rounding (12-18 % of draws fail)
 
 
 def swapped_data(w):
-    w.data = torch.full_like(w, 0.5)
+    w.data = w.flip(0)
 
 
 @pytest.mark.parametrize(
