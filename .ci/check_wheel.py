@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED_DATA = ("ffmerge_fast/py.typed", "ffmerge_fast/_C.pyi")
+NEEDED_DATA = ("ffmerge_fast/py.typed", "ffmerge_fast/_C.pyi", "ffmerge_fast/__init__.pyi")
 
 
 def problems(wheel: Path, extension: bool) -> list[str]:

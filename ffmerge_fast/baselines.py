@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .merging.apply import check_unmerged, merge_
+from .merging.groups import anchor_of, parse_layers
 from .merging.plan import plan
 from .models.sublayers import find_ffns
+from .models.summary import ModelSummary
 from .projecting.importance import Importance
 from .projecting.projector import chosen, resolve
+from .projecting.settings import Widths
 from .projecting.student import build_student, fresh_student
 
 
@@ -26,13 +29,13 @@ def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anch
     Raises:
         FFMergeError: layers that cannot be merged, unknown anchor, a model that is merged already.
     """
-    check_unmerged(model)
+    ffns = find_ffns(model)
+    check_unmerged(model, ffns)
     tied = copy.deepcopy(model)
-    ffns = find_ffns(tied)
-    for group in plan(layers=layers, anchor=anchor, method="average", model=tied).groups:
-        sources = ffns.at(group.stack, group.anchor).shared
-        for i in group.layers:
-            for path, source in zip(ffns.at(group.stack, i).shared, sources, strict=True):
+    for stack, indices in parse_layers(layers, ffns):
+        sources = ffns.at(stack, anchor_of(indices, anchor)).shared
+        for ffn in ffns.of(stack, indices):
+            for path, source in zip(ffn.shared, sources, strict=True):
                 tied.get_submodule(path).load_state_dict(tied.get_submodule(source).state_dict())
     return merge_(tied, plan(layers=layers, anchor=anchor, method="average", model=tied))
 
@@ -53,8 +56,9 @@ def hard_prune(
     Raises:
         FFMergeError: as `project`.
     """
-    layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
-    return build_student(model, layout, sizes, chosen(model, layout, sizes, importance), untie)
+    layout, sizes = resolve(model, Widths(keep, d_model, d_ff, attention, untie_embeddings))
+    base = ModelSummary.of(model, layout.ffns)
+    return build_student(model, layout, sizes, chosen(model, base, layout, sizes, importance))
 
 
 def from_scratch(
@@ -76,5 +80,5 @@ def from_scratch(
     Raises:
         FFMergeError: as `project`.
     """
-    layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
-    return fresh_student(model, layout, sizes, untie, seed)
+    layout, sizes = resolve(model, Widths(keep, d_model, d_ff, attention, untie_embeddings))
+    return fresh_student(model, layout, sizes, seed)

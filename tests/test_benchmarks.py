@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 
 import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.harness import cuda_graphs, measure, registry
+from benchmarks.harness import cuda_graphs, measure, registry, render
 from benchmarks.ops import Case, Job
 from benchmarks.ops.assignment import assignment_case
 from benchmarks.ops.correlation import correlation_case
@@ -253,15 +254,37 @@ def test_search_proxy_ranks_windows_of_a_real_model(shared):
     assert [row["layers"] for row in rows] == [f"{i}-{i + 1}" for i in range(11)]
     assert all(set(row) == set(search_proxy.COLUMNS) and row["proxy"] > 0 for row in rows)
     loss, proxy = ([row[key] for row in rows] for key in ("loss", "proxy"))
-    assert search_proxy.spearman(loss, proxy) > 0.3  # 0.79 on all data
+    assert render.spearman(loss, proxy) > 0.3  # 0.79 on all data
     line = search_proxy.summary(rows).splitlines()[-1].split()
     assert line[:3] == ["gpt2-pystdlib", "2", "11"] and float(line[5]) == pytest.approx(min(loss), rel=1e-3)
 
 
 def test_spearman_compares_orders_only():
-    assert search_proxy.spearman([1, 2, 3, 4], [0.1, 5, 6, 100]) == pytest.approx(1)
-    assert search_proxy.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert search_proxy.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+    assert render.spearman([1, 2, 3, 4], [0.1, 5, 6, 100]) == pytest.approx(1)
+    assert render.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert render.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+
+
+def test_committed_tables_are_those_of_the_csvs():
+    written = (render.RESULTS / "README.md").read_text(encoding="utf-8")
+    assert written == render.page(), "run python -m benchmarks.harness.render"
+    pictures = re.findall(r"!\[.*?\]\((\S+)\)", written)
+    assert pictures and all((render.RESULTS / name).is_file() for name in pictures)
+
+
+def test_pivot_has_a_column_per_value():
+    rows = [{"a": "1.234", "b": "x", "c": "5"}, {"a": "2", "b": "y", "c": "6"}, {"a": "2", "b": "x", "c": ""}]
+    table = render.pivot(("a:.1f",), "b", lambda row: row["c"])(rows)
+    assert table == [["a", "x", "y"], ["1.2", "5", ""], ["2.0", "", "6"]]
+    assert render.markdown(table).splitlines()[1:3] == ["| --- | --- | --- |", "| 1.2 | 5 |  |"]
+
+
+def test_best_rate_is_that_of_the_first_seed():
+    rows = [
+        {"variant": "pruned", "seed": seed, "lr": lr, "start": "3", "validation": validation, "test": test}
+        for seed, lr, validation, test in (("0", "1", "2.5", "9"), ("0", "3", "2.0", "1"), ("1", "3", "8", "2"))
+    ]
+    assert render.at_best_rate(rows)[1] == ["pruned", "3", "2", "3.000", "1.500 ± 0.707"]
 
 
 def test_recovery_compares_the_same_merged_model(shared, monkeypatch):

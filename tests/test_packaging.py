@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_build_needs_setuptools_and_pybind11_only(pyproject):
 
 
 def test_base_dependencies_are_few(pyproject):
-    assert required(pyproject["project"]["dependencies"]) == {"torch", "numpy", "scipy", "safetensors"}
+    assert required(pyproject["project"]["dependencies"]) == {"torch", "numpy", "scipy", "safetensors", "lazy_loader"}
 
 
 def test_env_report_knows_the_extras(pyproject):
@@ -110,7 +111,7 @@ def test_readme_example_runs(names):
 def test_readme_projection_runs(names):
     exec("import ffmerge_fast as ff", names)
     exec(example("Project"), names)
-    small, inputs = names["small"].eval(), names["batches"][0]
+    small, inputs = type(names["model"]).from_pretrained("small").eval(), names["batches"][0]
     assert type(small).__name__ == "GPT2LMHeadModel" and "ffmerge" not in Path("small/config.json").read_text("utf-8")
     assert abs(small.num_parameters() / names["model"].num_parameters() - 0.5) < 0.25
     pruned = names["ff"].hard_prune(names["model"], keep=0.5, importance=names["scores"])
@@ -137,8 +138,20 @@ def test_lint_is_the_same_everywhere():
 
 def test_readme_lists_every_command():
     cli = subprocess.run([sys.executable, "-m", "ffmerge_fast.cli", "--help"], capture_output=True, text=True)
-    for verb in re.findall(r"^\| `(\w+)", README, flags=re.MULTILINE):
-        assert re.search(rf"\b{verb}\b", cli.stdout), verb
+    commands = re.findall(r"^    (\w+)", cli.stdout, flags=re.MULTILINE)
+    assert "demo" in commands and "env" in commands
+    for command in commands:
+        assert re.search(rf"^ffmerge {command}\b|`(ffmerge )?{command}\b", README, flags=re.MULTILINE), command
+
+
+def test_readme_is_short_and_names_only_what_exists():
+    import ffmerge_fast as ff
+
+    assert len(README.split()) <= 1000
+    for name in re.findall(r"\bff\.([a-zA-Z_.]*\w)", README):
+        assert callable(attrgetter(name)(ff)), name
+    for target in re.findall(r"(?:\]\(|src=\")([^)#\"]+)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
 def test_wheel_without_a_compiler_has_every_module_and_no_leftovers(tmp_path):

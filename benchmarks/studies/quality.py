@@ -26,7 +26,10 @@ from torch import nn
 
 import ffmerge_fast as ff
 from benchmarks.harness.measure import machine
-from ffmerge_fast.driver.tasks.task import Task, load_images, load_parallel, load_task
+from ffmerge_fast.driver.tasks.images import load_images
+from ffmerge_fast.driver.tasks.load import load_task
+from ffmerge_fast.driver.tasks.task import Task
+from ffmerge_fast.driver.tasks.text import load_parallel
 
 RESULTS = Path(__file__).parents[1] / "results"
 METHODS = ("average", "permute", "copy")

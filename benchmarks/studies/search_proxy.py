@@ -21,6 +21,7 @@ from torch import nn
 
 import ffmerge_fast as ff
 from benchmarks.harness.measure import machine
+from benchmarks.harness.render import windows_by_size
 from benchmarks.studies.quality import CASES, RESULTS
 from ffmerge_fast.driver import evaluate
 from ffmerge_fast.support.tables import format_table
@@ -68,28 +69,10 @@ def rows_of(name: str, shared: Path, sizes: list[int], tokens: int, limit: int |
             yield row | {key: round(value, 2) for key, value in seconds.items()}
 
 
-def spearman(a: list[float], b: list[float]) -> float:
-    """Rank correlation of two lists without equal values."""
-    ranks = torch.tensor([a, b]).double().argsort(1).argsort(1).double()
-    return torch.corrcoef(ranks)[0, 1].item()
-
-
 def summary(rows: list[dict]) -> str:
     """A line per model and size."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["size"]), []).append(row)
-    lines = []
-    for (model, size), members in groups.items():
-        loss, proxy = ([row[key] for row in members] for key in ("loss", "proxy"))
-        unlike = [-row["mean_correlation"] for row in members]
-        chosen = [loss[min(range(len(loss)), key=by.__getitem__)] for by in (loss, proxy, unlike)]
-        seconds = [members[0][key] for key in ("whole_seconds", "exact_seconds", "proxy_seconds")]
-        lines.append([model, size, len(loss), spearman(loss, proxy), spearman(loss, unlike), *chosen, *seconds])
-    headers = (
-        "model,size,windows,rho proxy,rho correlation,loss exact,loss proxy,loss correlation,whole s,exact s,proxy s"
-    )
-    return format_table(headers.split(","), lines)
+    headers, *lines = windows_by_size(rows)
+    return format_table(headers, lines)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Run calibration batches through a model, with hooks on its FFNs, and know which tokens count."""
+"""Run calibration batches through a model, with hooks on its modules, and know which tokens count."""
 
 from __future__ import annotations
 
@@ -17,29 +17,17 @@ from ..support.progress import progress
 from .padding import token_masks
 
 
-class FFNPasses:
-    """Forward passes of a model in evaluation mode, with hooks on some of its FFNs; a context manager.
-
-    A token counts unless it is padding, up to exactly `max_tokens` in each stack. A pass ends early once `saw` was
-    called for every FFN.
+class Passes:
+    """Forward passes of a model in evaluation mode, with hooks on some of its modules; a context manager.
 
     Args:
         model: its modes, hooks and gradients are as before when the context ends.
-        ffns: the FFNs that must run in every batch.
-        max_tokens: of this process, in each stack.
-        counts: {stack: tokens} counted before.
+        stacks: whose tokens are asked for.
     """
 
-    def __init__(
-        self, model: nn.Module, ffns: Sequence[FFNSublayer], max_tokens: int, counts: Mapping[str, int] | None = None
-    ):
-        self.model, self.max_tokens = model, max_tokens
-        self.counts = dict.fromkeys((f.stack for f in ffns), 0) | dict(counts or {})
-        self._keys = {f.key for f in ffns}
+    def __init__(self, model: nn.Module, stacks: Iterable[str]):
+        self.model, self._stacks = model, list(stacks)
         self._valid: dict[str, Tensor] = {}  # of this batch: tokens that are not padding, as far as it says
-        self._masks: dict[str, Tensor] = {}  # of this batch: tokens to count
-        self._seen: set[str] = set()
-        self._may_stop = may_stop(model)
         self._context = contextlib.ExitStack()
 
     def __enter__(self):
@@ -61,6 +49,73 @@ class FFNPasses:
         handle = self.model.get_submodule(path).register_forward_hook(lambda _, args, output: receive(output))
         self._context.callback(handle.remove)
 
+    def valid(self, stack: str, tokens: int) -> Tensor | None:
+        """Which of this batch's tokens are not padding, bool [tokens]; None where the batch does not say."""
+        mask = self._valid.get(stack)
+        if mask is not None and mask.numel() != tokens:
+            raise FFMergeError(
+                f"the {stack}'s attention_mask has shape {list(mask.shape)}, but its FFNs saw {tokens} tokens: wanted "
+                "one value per token, [batch, length]"
+            )
+        return None if mask is None else mask.reshape(-1).bool()
+
+    def finished(self) -> bool:
+        """Whether no further batch is wanted."""
+        return False
+
+    def over(self, batches: Iterable[Any], name: str, skip: int = 0) -> Iterator[tuple[int, Any]]:
+        """Run batches while they are wanted, with a progress bar; yields (number, batch) after each.
+
+        Args:
+            name: of the work, for the bar and the errors.
+            skip: batches to leave out at the start.
+        """
+        number = -1
+        with self._bar(name) as bar:
+            for number, batch in enumerate(batches):
+                if number < skip:
+                    continue
+                bar.update(self.take(batch, number))
+                yield number, batch
+                if self.finished():
+                    break
+        if number < 0 and world_size() == 1:  # other ranks may have data, and wait for this one
+            raise FFMergeError(f"{name}: no calibration data: `batches` is empty")
+
+    def take(self, batch: Any, number: int) -> int:
+        """Run one batch; returns how far the bar moves."""
+        batch = to_device(batch, self.model)
+        self._valid = token_masks(batch, self.model, self._stacks)
+        run(self.model, batch)
+        return 1
+
+    def _bar(self, name: str):
+        return progress(desc=name, unit="batch")
+
+
+class FFNPasses(Passes):
+    """Passes with hooks on some FFNs, until enough tokens are counted.
+
+    A token counts unless it is padding, up to exactly `max_tokens` in each stack. A pass ends early once `saw` was
+    called for every FFN.
+
+    Args:
+        ffns: the FFNs that must run in every batch.
+        max_tokens: of this process, in each stack.
+        counts: {stack: tokens} counted before.
+    """
+
+    def __init__(
+        self, model: nn.Module, ffns: Sequence[FFNSublayer], max_tokens: int, counts: Mapping[str, int] | None = None
+    ):
+        self.max_tokens = max_tokens
+        self.counts = dict.fromkeys((f.stack for f in ffns), 0) | dict(counts or {})
+        super().__init__(model, self.counts)
+        self._keys = {f.key for f in ffns}
+        self._masks: dict[str, Tensor] = {}  # of this batch: tokens to count
+        self._seen: set[str] = set()
+        self._may_stop = may_stop(model)
+
     def saw(self, ffn: FFNSublayer) -> None:
         """Nothing more is wanted of this FFN in this batch; ends the pass after the last one."""
         self._seen.add(ffn.key)
@@ -70,59 +125,35 @@ class FFNPasses:
     def mask(self, stack: str, tokens: int, device: torch.device) -> Tensor:
         """Which of this batch's tokens count, bool [tokens]: not padding, and not beyond max_tokens."""
         if stack not in self._masks:
-            self._masks[stack] = self._make_mask(stack, tokens).to(device)
+            valid = self.valid(stack, tokens)
+            valid = torch.ones(tokens, dtype=torch.bool) if valid is None else valid
+            self._masks[stack] = (valid & (valid.cumsum(0) <= self.max_tokens - self.counts[stack])).to(device)
         return self._masks[stack]
 
     def finished(self) -> bool:
         """Whether every stack has counted its tokens."""
         return min(self.counts.values()) >= self.max_tokens
 
-    def over(self, batches: Iterable[Any], name: str, skip: int = 0) -> Iterator[tuple[int, Any]]:
-        """Run batches until all tokens are counted, with a progress bar; yields (number, batch) after each.
-
-        Args:
-            name: of the work, for the bar and the errors.
-            skip: batches to leave out at the start.
-        """
-        number = -1
-        with progress(total=self.max_tokens, desc=name, unit="tok") as bar:
-            for number, batch in enumerate(batches):
-                if number < skip:
-                    continue
-                before = min(self.counts.values())
-                self.take(batch, number)
-                bar.update(min(self.counts.values()) - before)
-                yield number, batch
-                if self.finished():
-                    break
-        if number < 0 and world_size() == 1:  # other ranks may have data, and wait for this one
-            raise FFMergeError(f"{name}: no calibration data: `batches` is empty")
-
-    def take(self, batch: Any, number: int) -> None:
-        """Run one batch, up to the last FFN that is wanted."""
+    def take(self, batch: Any, number: int) -> int:
+        """Run one batch, up to the last FFN that is wanted; returns how many tokens were counted."""
         self._masks, self._seen = {}, set()
-        batch = to_device(batch, self.model)
-        self._valid = token_masks(batch, self.model, list(self.counts))
+        before = min(self.counts.values())
         with contextlib.suppress(_AllSeen):
-            run(self.model, batch)
+            super().take(batch, number)
         for stack in self.counts:
             if stack not in self._masks:
                 raise FFMergeError(
                     f"batch {number}: the {stack} did not run; give inputs for it (labels, decoder_input_ids)"
                 )
             self.counts[stack] += int(self._masks[stack].sum())
+        return min(self.counts.values()) - before
 
-    def _make_mask(self, stack: str, tokens: int) -> Tensor:
-        mask = self._valid.get(stack)
-        if mask is None:
-            mask = torch.ones(tokens, dtype=torch.bool)
-        if mask.numel() != tokens:
-            raise FFMergeError(
-                f"the {stack}'s attention_mask has shape {list(mask.shape)}, but its FFNs saw {tokens} tokens: wanted "
-                "one value per token, [batch, length]"
-            )
-        mask = mask.reshape(-1).bool()
-        return mask & (mask.cumsum(0) <= self.max_tokens - self.counts[stack])
+    def _bar(self, name: str):
+        return progress(total=self.max_tokens, desc=name, unit="tok")
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass once every wanted FFN has run."""
 
 
 @contextlib.contextmanager
@@ -136,20 +167,7 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-class _AllSeen(Exception):
-    """Ends a forward pass once every wanted FFN has run."""
-
-
 def may_stop(model: nn.Module) -> bool:
     """Whether nothing needs the forward pass to end the ordinary way (offloading hooks, sharded modules do)."""
     wrappers = ("FSDP", "DistributedDataParallel", "FullySharded")
     return not any(hasattr(m, "_hf_hook") or type(m).__name__.startswith(wrappers) for m in model.modules())
-
-
-# -------------------------------------------------------------------------------------------------------------- padding
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
-# ---------------------------------------------------------------------------------------------------------- run a model

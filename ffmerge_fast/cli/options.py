@@ -1,16 +1,15 @@
-"""Groups of options that commands of `ffmerge` share."""
+"""Groups of options that commands of `ffmerge` share. Nothing here needs torch."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 
-from ..merging.plan import METHODS
-from ..projecting.importance import METHODS as METHODS_OF_IMPORTANCE
-from ..projecting.optimizer.adamw import STATES
-from ..projecting.optimizer.base_weights import PLACES
-from ..projecting.projector import INITS
-from ..projecting.selection import ATTENTION_MODES
+from ..driver.training.settings import TrainingSettings
+from ..merging.settings import ANCHORS, METHODS
+from ..projecting.settings import ATTENTION_MODES, INITS, OFFLOADS, STATES
+from ..projecting.settings import METHODS as METHODS_OF_IMPORTANCE
+from ..support.settings import options
 
 
 def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:
@@ -64,6 +63,10 @@ def stream_options(parser) -> None:
     group.add_argument("--stream-budget", metavar="20GiB", help=help_budget)
 
 
+def statistics_option(parser) -> None:
+    parser.add_argument("--statistics", help="file written by `ffmerge collect`")
+
+
 def validation_option(parser) -> None:
     parser.add_argument("--eval-data", nargs="+", metavar="PATH", help="to evaluate on (default: a tenth of --data)")
 
@@ -88,7 +91,7 @@ def choice_options(parser) -> None:
 
 
 def anchor_option(parser) -> None:
-    parser.add_argument("--anchor", default="first", choices=("first", "middle", "last"))
+    parser.add_argument("--anchor", default="first", choices=ANCHORS)
 
 
 def method_option(parser) -> None:
@@ -138,28 +141,44 @@ def project_options(parser) -> None:
     group.add_argument("--calibration", type=int, default=32, metavar="N", help="batches to measure them on")
     group.add_argument("--weight-decay-on-projections", type=float, default=0.0)
     group.add_argument("--state", default="fp32", choices=STATES, help="moments of P and R")
-    group.add_argument("--offload-base", choices=[p for p in PLACES if p], help="where the base's weights wait")
+    group.add_argument("--offload-base", choices=OFFLOADS, help="where the base's weights wait")
     group.add_argument("--distill", action="store_true", help="from the base model itself, by --alpha")
 
 
 def finetune_options(parser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, required=True)
-    group.add_argument("--lr", type=float, default=5e-5)
-    group.add_argument("--schedule", default="inverse_sqrt", choices=("inverse_sqrt", "linear", "cosine", "constant"))
-    group.add_argument("--warmup", type=int, default=0)
-    group.add_argument("--lr-end", type=float, default=0.0, help="floor of the linear and cosine schedules")
-    group.add_argument("--decay-steps", type=int, help="steps from --lr to --lr-end (default: all)")
-    group.add_argument("--weight-decay", type=float, default=0.0)
-    group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
-    group.add_argument("--max-grad-norm", type=float, default=1.0)
-    group.add_argument("--autocast", choices=("bf16", "fp16"))
+    settings_options(
+        group,
+        TrainingSettings,
+        lr=None,
+        schedule=None,
+        warmup=None,
+        lr_end="floor of the linear and cosine schedules",
+        decay_steps="steps from --lr to --lr-end (default: all)",
+        weight_decay=None,
+        accumulate="micro-batches per step",
+        max_grad_norm=None,
+        autocast=None,
+    )
     group.add_argument("--teacher", help="folder of a model to distil from")
-    group.add_argument("--alpha", type=float, default=0.5, help="weight of the distillation loss")
-    group.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp2"), help="under torchrun")
-    group.add_argument("--eval-every", type=int, default=0, help="steps (default: once, at the end)")
-    group.add_argument("--save-every", type=int, default=0, help="steps; a killed run goes on from the last")
+    settings_options(
+        group,
+        TrainingSettings,
+        alpha="weight of the distillation loss",
+        parallel="under torchrun",
+        eval_every="steps (default: once, at the end)",
+        save_every="steps; a killed run goes on from the last",
+    )
     group.add_argument("--work-dir", help="log and checkpoints (default: OUT.finetune)")
+
+
+def settings_options(group, settings: type, **helps: str | None) -> None:
+    """Flags for fields of a settings class, with its types, defaults and choices, and the command line's own words."""
+    known = {option.name: option for option in options(settings)}
+    for name, text in helps.items():
+        option, flag = known[name], f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=option.type, default=option.default, choices=option.choices or None, help=text)
 
 
 def sizes(text: str) -> list[int]:

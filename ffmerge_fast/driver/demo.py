@@ -34,7 +34,8 @@ from ..support.sizes import format_bytes
 from ..support.tables import format_table
 from . import evaluate
 from .plots import plot_alignment
-from .tasks.task import Task, TextTask
+from .tasks.kinds import TextTask
+from .tasks.task import SPLITS, Task
 from .training.finetune import finetune
 
 LAYERS, WINDOW = 6, 3  # of 6 FFNs 3 become one: 2, a third, are removed
@@ -169,7 +170,7 @@ def _digits(seed: int) -> _Case:
     pixels = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)[order] / 8 - 1
     data = torch.utils.data.TensorDataset(pixels, torch.tensor(labels)[order])
     parts = torch.utils.data.random_split(data, [1197, 200, 400], generator=torch.Generator().manual_seed(seed))
-    splits = {name: torch.utils.data.TensorDataset(*part[:]) for name, part in zip(_SPLITS, parts, strict=True)}
+    splits = {name: torch.utils.data.TensorDataset(*part[:]) for name, part in zip(SPLITS, parts, strict=True)}
     config = ViTConfig(
         image_size=8,
         patch_size=4,
@@ -217,7 +218,6 @@ def _stdlib(seed: int) -> _Case:
 
 
 _MARK = "ffmerge-demo.json"
-_SPLITS = ("train", "validation", "test")
 _END = "<|endoftext|>"
 _CONTEXT, _HELD = 64, 12_800
 

@@ -17,7 +17,7 @@ _EXTRAS = {
     "test": ("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff"),
     "gpu": ("triton",),
 }
-_BASE = ("torch", "numpy", "scipy", "safetensors")
+_BASE = ("torch", "numpy", "scipy", "safetensors", "lazy_loader")
 
 
 def report() -> dict:

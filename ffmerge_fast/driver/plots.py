@@ -9,7 +9,7 @@ from ..merging.plan import MergePlan
 from ..merging.statistics import CorrelationStats
 from ..support.env import require
 
-_MOST_NEURONS = 256  # shown per side: beyond that a pixel is less than a dot
+_MOST_NEURONS = 64  # shown per side: of more, the diagonal would be a hair
 
 
 def plot_alignment(
@@ -26,7 +26,7 @@ def plot_alignment(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 4 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(8.5, 3.8 * len(cases)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(cases), 2, squeeze=False)
     for (title, stats, plan), (left, right) in zip(cases, axes, strict=True):
@@ -38,7 +38,7 @@ def plot_alignment(
         for axis, matrix, when in ((left, correlation, "as trained"), (right, aligned, "aligned")):
             image = axis.imshow(matrix[shown, shown], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
             mean = matrix.diagonal().mean().item()
-            axis.set_title(f"{title}: {when}, mean of matched neurons {mean:.2f}", fontsize=9)
+            axis.set_title(f"{title}, {when}: mean match {mean:.2f}", fontsize=10)
             axis.set_xlabel(f"neuron of layer {layer}")
             axis.set_ylabel(f"neuron of layer {group.anchor} (anchor)")
         figure.colorbar(image, ax=[left, right], label="correlation", shrink=0.8)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import nn
 from ..baselines import hard_prune
 from ..projecting.importance import Importance, importance
 from ..projecting.projector import Projector, project, resolve
+from ..projecting.settings import Widths
 from ..projecting.student import fold
 from ..support import distributed
 from ..support.errors import FFMergeError
 from .tasks.task import Task
 from .training import state
 from .training.finetune import FinetuneResult, finetune
+from .training.settings import TrainingSettings
 
 _IMPORTANCE, _PROJECTION = "importance.safetensors", "projection.json"
 
@@ -27,7 +30,7 @@ def project_and_train(
     task: Task,
     work: Path,
     steps: int,
-    lr: float,
+    settings: TrainingSettings,
     *,
     options: Mapping[str, Any],
     scores: Importance | str | Path | None = None,
@@ -35,7 +38,7 @@ def project_and_train(
     calibration: int = 32,
     optimizer: Mapping[str, Any] | None = None,
     teacher: nn.Module | None = None,
-    **training: Any,
+    evaluate: Callable[[nn.Module], float] | None = None,
 ) -> tuple[Projector, FinetuneResult]:
     """Score, project and train; a run that was killed goes on in the same `work` folder.
 
@@ -44,33 +47,39 @@ def project_and_train(
             is not the teacher, its parameters are let go of (moved to "meta"), so that their memory is free.
         task: data; its "train" batches calibrate and train.
         work: folder for the importances, the projection's settings, and finetune's log and checkpoints.
+        settings: of the training; batch_size and seed also of the importances.
         options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings, init.
         scores: importances, or their file; default: `method` on `calibration` batches, kept in `work`.
-        optimizer: of `Projector.optimizer`, beside lr.
-        training: of `finetune`.
+        optimizer: of `Projector.optimizer`, beside lr and weight_decay.
+        teacher, evaluate: of `finetune`.
 
     Raises:
         FFMergeError: `work` was begun with other settings (says which); and as importance, project and finetune.
     """
-    resolve(model, **{name: value for name, value in options.items() if name not in ("residual", "share", "init")})
+    resolve(model, Widths(**{f.name: options[f.name] for f in fields(Widths) if f.name in options}))
     if isinstance(scores, (str, Path)):
         scores = Importance.load(scores)
     work.mkdir(parents=True, exist_ok=True)
-    found = _scores(
-        model, task, work, scores, method, calibration, training.get("batch_size", 8), training.get("seed", 0)
-    )
+    found = _scores(model, task, work, scores, method, calibration, settings)
     proj = project(model, importance=found, **options)
     _remember(work / _PROJECTION, proj)
     chosen = {"offload_dir": work} | dict(optimizer or {})
 
     def make_optimizer():
-        made = proj.optimizer(lr=lr, **chosen)
+        made = proj.optimizer(lr=settings.lr, weight_decay=settings.weight_decay, **chosen)
         if chosen.get("offload_base") and teacher is not model:
             model.to("meta")
         return made
 
     return proj, finetune(
-        proj.student, task, steps, lr, optimizer=make_optimizer, teacher=teacher, output_dir=work, **training
+        proj.student,
+        task,
+        steps,
+        settings=replace(settings, weight_decay=0.0),  # the optimiser's own
+        optimizer=make_optimizer,
+        teacher=teacher,
+        evaluate=evaluate,
+        output_dir=work,
     )
 
 
@@ -95,7 +104,7 @@ def fold_run(model: nn.Module, work: Path) -> nn.Module:
     return fold(student)
 
 
-def _scores(model, task, work, scores, method, calibration, batch_size, seed) -> Importance:
+def _scores(model, task, work, scores, method, calibration, settings: TrainingSettings) -> Importance:
     path = work / _IMPORTANCE
     if scores is None and path.exists():
         scores = Importance.load(path)
@@ -103,9 +112,10 @@ def _scores(model, task, work, scores, method, calibration, batch_size, seed) ->
             raise FFMergeError(f"{path} was made by {scores.method!r}, not {method!r}; give another work folder")
     if scores is None:
         stream = task.batches(
-            "train", batch_size, shuffle=True, seed=seed, rank=distributed.rank(), world=distributed.world_size()
-        )
-        scores = importance(model, _first(stream, calibration), method=method, seed=seed)
+            "train", settings.batch_size, shuffle=True, seed=settings.seed,
+            rank=distributed.rank(), world=distributed.world_size(),
+        )  # fmt: skip
+        scores = importance(model, _first(stream, calibration), method=method, seed=settings.seed)
     scores.check(model)
     if distributed.rank() == 0 and not path.exists():
         scores.save(path)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..models.projections import delta_parameters, delta_rank, deltas_of, is_conv1d, out_dim
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns, set_module
-from ..models.ties import CONFIG_VERSION, config_groups, is_merged, shared_groups
+from ..models.summary import ModelSummary
+from ..models.ties import CONFIG_VERSION, config_groups, groups_among
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from .plan import MergeGroup, MergePlan
@@ -29,24 +30,23 @@ def merge_(model: nn.Module, plan: MergePlan) -> nn.Module:
     Raises:
         FFMergeError: the plan is of another model, or the model is merged already. Nothing is changed then.
     """
-    ffns = _checked(model, plan)
-    merged = [_merged_modules(model, ffns.of(group.stack, group.layers), group) for group in plan.groups]
-    for group, modules in zip(plan.groups, merged, strict=True):
-        _share(model, ffns.of(group.stack, group.layers), modules)
-    _record(model, ffns, plan.groups)
-    return model
+    return _merge_checked_(model, plan, _checked(model, plan))
 
 
 def merge(model: nn.Module, plan: MergePlan) -> nn.Module:
     """`merge_` on a copy; `model` stays as it is."""
-    _checked(model, plan)
-    return merge_(copy.deepcopy(model), plan)
+    ffns = _checked(model, plan)
+    return _merge_checked_(copy.deepcopy(model), plan, ffns)
 
 
 @contextlib.contextmanager
-def merged(model: nn.Module, plan: MergePlan) -> Iterator[nn.Module]:
-    """The merged model inside; exactly the original modules again afterwards, also after an error."""
-    ffns = _checked(model, plan)
+def merged(model: nn.Module, plan: MergePlan, checked: ModelSummary) -> Iterator[nn.Module]:
+    """The merged model inside; exactly the original modules again afterwards, also after an error.
+
+    Args:
+        checked: `summary_of_unmerged(model)`, which is made once for many plans.
+    """
+    ffns = _fitting(model, plan, checked)
     originals = {path: model.get_submodule(path) for ffn in ffns for path in ffn.shared}
     try:
         for group in plan.groups:
@@ -65,7 +65,7 @@ def expand_(model: nn.Module) -> nn.Module:
     weights, rounded once.
     """
     ffns = find_ffns(model)
-    groups = [ffns.of(stack, layers) for stack, layers in shared_groups(model)]
+    groups = [ffns.of(stack, layers) for stack, layers in groups_among(ffns, model)]
     if getattr(getattr(model, "config", None), "ffmerge", None):
         from ..remote_code import modeling_ffmerge
 
@@ -85,7 +85,7 @@ def print_parameters(model: nn.Module) -> None:
     seen = {id(p): p for p in model.parameters()}.values()
     stored, nbytes = sum(p.numel() for p in seen), sum(p.numel() * p.element_size() for p in seen)
     ffns = find_ffns(model)
-    groups = shared_groups(model)
+    groups = groups_among(ffns, model)
     removed = [ffn for stack, layers in groups for ffn in ffns.of(stack, layers[1:])]
     deltas = deltas_of(model)
     extra, extra_bytes = sum(p.numel() for p in deltas), sum(p.nbytes for p in deltas)
@@ -101,21 +101,38 @@ def print_parameters(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------ private
 
 
-def check_unmerged(model: nn.Module) -> None:
+def check_unmerged(model: nn.Module, ffns: FFNs) -> None:
     """Raise FFMergeError if layers of `model` hold one FFN."""
-    if is_merged(model):
+    if groups_among(ffns, model):
         raise FFMergeError(
             "merge: this model's FFNs are merged already; start from the original, or call expand_ first"
         )
 
 
-def _checked(model: nn.Module, plan: MergePlan) -> FFNs:
-    check_unmerged(model)
-    plan.model.check(model, "plan")
+def summary_of_unmerged(model: nn.Module) -> ModelSummary:
+    """What plans and `merged` need to know of a model; FFMergeError if its FFNs are merged already."""
     ffns = find_ffns(model)
+    check_unmerged(model, ffns)
+    return ModelSummary.of(model, ffns)
+
+
+def _checked(model: nn.Module, plan: MergePlan) -> FFNs:
+    return _fitting(model, plan, summary_of_unmerged(model))
+
+
+def _fitting(model: nn.Module, plan: MergePlan, found: ModelSummary) -> FFNs:
+    plan.model.check(found, "plan")
     for group in plan.groups:
-        _check_parameters(model, ffns.of(group.stack, group.layers))
-    return ffns
+        _check_parameters(model, found.ffns.of(group.stack, group.layers))
+    return found.ffns
+
+
+def _merge_checked_(model: nn.Module, plan: MergePlan, ffns: FFNs) -> nn.Module:
+    merged = [_merged_modules(model, ffns.of(group.stack, group.layers), group) for group in plan.groups]
+    for group, modules in zip(plan.groups, merged, strict=True):
+        _share(model, ffns.of(group.stack, group.layers), modules)
+    _record(model, ffns, plan.groups)
+    return model
 
 
 def _check_parameters(model: nn.Module, members: Sequence[FFNSublayer]) -> None:
@@ -227,7 +244,7 @@ def _record(model: nn.Module, ffns: FFNs, groups: Sequence[MergeGroup]) -> None:
         warnings.warn(
             f"merged in memory only: {type(model).__name__} is not a class of transformers itself, so its code cannot "
             "travel in a checkpoint; before saving, call expand_ or keep its state dict",
-            stacklevel=3,
+            stacklevel=4,
         )
         return
     members = [ffns.of(group.stack, group.layers) for group in groups]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,10 @@ from torch import Tensor, nn
 from ..calibration.passes import FFNPasses
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns
 from ..models.summary import ModelSummary
-from ..models.ties import is_merged
-from ..support.distributed import file_of_rank, on_all_ranks, share_of_rank, world_size
+from ..models.ties import groups_among
+from ..support.distributed import on_all_ranks, share_of_rank, world_size
 from ..support.errors import FFMergeError
+from ..support.resume import RunningSums
 from .groups import anchor_of, parse_layers, windows
 from .statistics import CorrelationStats, Pair, layer_pairs
 
@@ -65,35 +64,39 @@ def collect(
             tokens; NaN or Inf features (names layer and batch); a mask that does not fit; a cache of another run.
     """
     with on_all_ranks("collect"):
-        ffns = _check(model, features, max_tokens)
+        _check_arguments(features, max_tokens)
+        ffns = _unmerged_ffns(model)
         wanted = _wanted_pairs(ffns, window, pairs, layers, anchor)
         devices = {s: device or model.get_submodule(ffns.by_stack()[s][0].down_path).weight.device for s in wanted}
         settings = {"features": features, "max_tokens": max_tokens}
-        stats = CorrelationStats.empty(ModelSummary.of(model), wanted, devices, max_memory, **settings)
-        _collect_here(model, stats, batches, _Cache(cache_dir, save_seconds), max_memory)
+        stats = CorrelationStats.empty(ModelSummary.of(model, ffns), wanted, devices, max_memory, **settings)
+        cache = RunningSums(cache_dir, "statistics", save_seconds)
+        _collect_here(model, stats, batches, cache, max_memory)
     if world_size() > 1:
         stats.all_reduce()
     _check_tokens(stats)
     return stats
 
 
-def _check(model: nn.Module, features: str, max_tokens: int) -> FFNs:
-    """The FFNs of a model that features can be collected of."""
-    ffns = find_ffns(model)
-    if is_merged(model):
-        raise FFMergeError("collect: this model's FFNs are merged already; give the original model")
+def _check_arguments(features: str, max_tokens: int) -> None:
     if features not in ("pre", "post"):
         raise FFMergeError(f"features: got {features!r}, wanted 'pre' (before the activation) or 'post'")
     if max_tokens < 2:
         raise FFMergeError(f"max_tokens: got {max_tokens}, wanted at least 2 (about 10,000 is usual)")
+
+
+def _unmerged_ffns(model: nn.Module) -> FFNs:
+    ffns = find_ffns(model)
+    if groups_among(ffns, model):
+        raise FFMergeError("collect: this model's FFNs are merged already; give the original model")
     return ffns
 
 
 def _collect_here(
-    model: nn.Module, stats: CorrelationStats, batches: Iterable[Any], cache: _Cache, max_memory: int | str | None
+    model: nn.Module, stats: CorrelationStats, batches: Iterable[Any], cache: RunningSums, max_memory: int | str | None
 ) -> None:
     """Count this process's tokens, from where the cache left off."""
-    done = cache.resume(stats, max_memory)
+    done = _resume_(stats, cache, max_memory)
     if done.get("complete"):
         return
     taker = _FeatureTaker(model, stats, share_of_rank(stats.settings["max_tokens"]))
@@ -138,34 +141,18 @@ class _FeatureTaker:
         self.passes.saw(ffn)
 
 
-class _Cache:
-    """The running sums on disk, so that a killed run goes on."""
+def _resume_(stats: CorrelationStats, cache: RunningSums, max_memory: int | str | None) -> dict[str, Any]:
+    """Fill `stats` with what was kept; returns its progress."""
 
-    def __init__(self, folder: str | os.PathLike | None, save_seconds: float):
-        self._path = Path(folder) / f"{file_of_rank('statistics')}.safetensors" if folder else None
-        self._save_seconds, self._saved = save_seconds, time.monotonic()
+    def unlike(kept: CorrelationStats) -> str:
+        kept.model.check(stats.model, f"cache_dir: {cache.path}")
+        differ = sorted(k for k in stats.settings if kept.settings.get(k) != stats.settings[k])
+        return f"other {', '.join(differ)}" if differ else ""
 
-    def resume(self, stats: CorrelationStats, max_memory: int | str | None) -> dict[str, Any]:
-        """Fill `stats` with what was kept; returns its progress."""
-        if self._path is None or not self._path.exists():
-            return {}
-        found, done = CorrelationStats.load_with_progress(self._path, max_memory=max_memory)
-        found.model.check_same(stats.model.model_type, stats.model.fingerprint, f"cache_dir: {self._path}")
-        if found.settings != stats.settings:
-            differ = sorted(k for k in stats.settings if found.settings.get(k) != stats.settings[k])
-            raise FFMergeError(f"cache_dir: {self._path} was begun with other {', '.join(differ)}; use another folder")
-        for stack, state in stats.states.items():
-            state.load_state_dict_(found.states[stack].state_dict())
-        return done
-
-    def save(self, stats: CorrelationStats, **done) -> None:
-        if self._path is not None:
-            stats.save(self._path, **done)
-            self._saved = time.monotonic()
-
-    def save_if_due(self, stats: CorrelationStats, **done) -> None:
-        if time.monotonic() - self._saved >= self._save_seconds:
-            self.save(stats, **done)
+    kept, done = cache.resume(partial(CorrelationStats.load_with_progress, max_memory=max_memory), unlike)
+    for stack, state in stats.states.items() if kept else ():
+        state.load_state_dict_(kept.states[stack].state_dict())
+    return done
 
 
 # ------------------------------------------------------------------------------------------------- pairs and tokens

@@ -43,7 +43,14 @@ def parse_layers(layers: str | Sequence | Mapping, ffns: FFNs) -> list[Group]:
 def format_layers(groups: Sequence[Group], stacks: Sequence[str]) -> str:
     """The inverse of `parse_layers`: "encoder:2-4,decoder:2-4"; the name is left out for a single stack."""
     prefix = "" if len(stacks) == 1 else "{}:"
-    return ",".join(prefix.format(stack) + _format_indices(indices) for stack, indices in groups)
+    return ",".join(prefix.format(stack) + format_indices(indices) for stack, indices in groups)
+
+
+def format_indices(indices: Sequence[int]) -> str:
+    """Layers of one group: "4-7", or "1+4+7"."""
+    if len(indices) > 1 and list(indices) == list(range(indices[0], indices[-1] + 1)):
+        return f"{indices[0]}-{indices[-1]}"
+    return "+".join(map(str, indices))
 
 
 def windows(ffns: FFNs, size: int) -> list[list[Group]]:
@@ -138,9 +145,3 @@ def _check_disjoint(groups: Sequence[Group]) -> None:
         if twice:
             raise FFMergeError(f"layers: {stack} layer {min(twice)[1]} is in two groups; groups must not overlap")
         seen.update((stack, i) for i in indices)
-
-
-def _format_indices(indices: Sequence[int]) -> str:
-    if len(indices) > 1 and list(indices) == list(range(indices[0], indices[-1] + 1)):
-        return f"{indices[0]}-{indices[-1]}"
-    return "+".join(map(str, indices))

@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..models.projections import is_conv1d
-from ..models.sublayers import FFNSublayer
 from ..models.summary import ModelSummary
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from ..support.tables import format_table
 from .groups import Group, anchor_of, format_layers, parse_layers, windows
+from .methods import MATCHES, Sources
+from .settings import METHODS
 from .statistics import CorrelationStats
-
-METHODS = ("permute", "average", "random", "weights")
 
 
 @dataclass(frozen=True)
@@ -158,16 +155,17 @@ def plan(
     Raises:
         FFMergeError: layers that cannot be merged, a pair without statistics, unknown anchor or method.
     """
-    summary = _summary(stats, model, method)
+    check_given(stats, model, method)
+    summary = _summary(stats, model)
     if (layers is None) == (window is None):
         raise FFMergeError("plan: give exactly one of layers= and window=")
     if layers is not None:
-        return _plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed)
+        return plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed)
     if stats is None:
         raise FFMergeError("plan: choosing a window needs statistics; give stats= or layers=")
     ranked = rank_windows(stats, window, anchor)
     best = max(ranked, key=lambda entry: entry[1])[0]
-    chosen = _plan_groups(stats, summary, best, anchor, method, model, seed)
+    chosen = plan_groups(stats, summary, best, anchor, method, model, seed)
     chosen.search = [(format_layers(groups, summary.stacks), score) for groups, score in ranked]
     return chosen
 
@@ -178,12 +176,13 @@ def rank_windows(stats: CorrelationStats, window: int, anchor: str) -> list[tupl
     _align(stats, [group for groups in candidates for group in groups], anchor)
     ranked = []
     for groups in candidates:
-        made = _plan_groups(stats, stats.model, groups, anchor, "permute", None, 0)
+        made = plan_groups(stats, stats.model, groups, anchor, "permute", None, 0)
         ranked.append((groups, made.mean_correlation))
     return ranked
 
 
-def _summary(stats: CorrelationStats | None, model: nn.Module | None, method: str) -> ModelSummary:
+def check_given(stats: CorrelationStats | None, model: nn.Module | None, method: str) -> None:
+    """Raise FFMergeError for an unknown method, or one that lacks what it needs."""
     if method not in METHODS:
         raise FFMergeError(f"method: got {method!r}, wanted one of {', '.join(METHODS)}")
     if method == "permute" and stats is None:
@@ -192,34 +191,34 @@ def _summary(stats: CorrelationStats | None, model: nn.Module | None, method: st
         raise FFMergeError("plan: method 'weights' compares weights; give model=")
     if stats is None and model is None:
         raise FFMergeError("plan: give stats= or model=")
+
+
+def _summary(stats: CorrelationStats | None, model: nn.Module | None) -> ModelSummary:
+    if model is None:
+        return stats.model
+    found = ModelSummary.of(model)
     if stats is None:
-        return ModelSummary.of(model)
-    if model is not None:
-        stats.model.check(model, "stats")
+        return found
+    stats.model.check(found, "stats")
     return stats.model
 
 
-def _plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed) -> MergePlan:
+def plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed) -> MergePlan:
+    """`plan` for groups and arguments that are checked; `summary` is of the model."""
     ffns = summary.ffns
-    generator = torch.Generator().manual_seed(seed)
+    sources = Sources(stats, model, torch.Generator().manual_seed(seed))
     made = []
     if method == "permute":
         _align(stats, groups, anchor)
     for stack, indices in groups:
         first = anchor_of(indices, anchor)
-        d_ff = ffns.at(stack, first).d_ff
-        permutations = {first: torch.arange(d_ff)}
+        permutations = {first: torch.arange(ffns.at(stack, first).d_ff)}
         scores = {}
         for i in (i for i in indices if i != first):
-            if method == "permute":
-                found = stats.alignment(first, i, stack)
-                permutations[i], scores[i] = found.permutation, (found.matched, found.unmatched)
-            elif method == "weights":
-                permutations[i] = _match_weights(model, ffns.at(stack, first), ffns.at(stack, i))
-            else:
-                permutations[i] = (
-                    torch.randperm(d_ff, generator=generator) if method == "random" else torch.arange(d_ff)
-                )
+            match = MATCHES[method](sources, ffns.at(stack, first), ffns.at(stack, i))
+            permutations[i] = match.permutation
+            if match.scores:
+                scores[i] = match.scores
         made.append(MergeGroup(stack, tuple(indices), first, dict(sorted(permutations.items())), scores))
     return MergePlan(summary, method, made)
 
@@ -245,25 +244,6 @@ def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> Non
                 )
             wanted.append((stack, first, i))
     stats.align(wanted)
-
-
-def _match_weights(model: nn.Module, anchor: FFNSublayer, layer: FFNSublayer) -> Tensor:
-    """Permutation that aligns neurons by the cosine of all their weights (in, gate, bias, out)."""
-    a, b = (nn.functional.normalize(_neurons(model, ffn), dim=1) for ffn in (anchor, layer))
-    return ops.assign(a @ b.T).permutation.cpu()
-
-
-def _neurons(model: nn.Module, ffn: FFNSublayer) -> Tensor:
-    """All weights of each hidden neuron, float32 [d_ff, (2 or 3) * d_model + biases]."""
-    parts = []
-    for path in filter(None, (ffn.gate_path, ffn.up_path)):
-        module = model.get_submodule(path)
-        rows = (module.weight.T if is_conv1d(module) else module.weight).detach().float()
-        rows = rows if module.bias is None else torch.cat([rows, module.bias.detach().float()[:, None]], dim=1)
-        parts += rows.chunk(2) if ffn.fused else [rows]
-    down = model.get_submodule(ffn.down_path)
-    parts.append((down.weight if is_conv1d(down) else down.weight.T).detach().float())
-    return torch.cat(parts, dim=1)
 
 
 def _short(value: float | str) -> str:

@@ -26,30 +26,35 @@ class ModelSummary:
     ffns: FFNs
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelSummary:
+    def of(cls, model: nn.Module, ffns: FFNs | None = None) -> ModelSummary:
+        """Read a model once, to be handed down from there.
+
+        Args:
+            ffns: the model's, where they are known already.
+
+        Raises:
+            FFMergeError: as `find_ffns`; the model is streamed.
+        """
+        ffns = find_ffns(model) if ffns is None else ffns
         weights = list(model.parameters())
         return cls(
             model_type=base_model_type(model),
-            fingerprint=fingerprint(model),
+            fingerprint=fingerprint(model, ffns),
             parameters=sum(w.numel() for w in weights),
             nbytes=sum(w.numel() * w.element_size() for w in weights),
-            ffns=find_ffns(model),
+            ffns=ffns,
         )
 
     @property
     def stacks(self) -> list[str]:
         return list(dict.fromkeys(f.stack for f in self.ffns))
 
-    def check(self, model: nn.Module, what: str) -> None:
-        """Raise FFMergeError unless `what` (the owner of this summary) was made from `model`."""
-        self.check_same(base_model_type(model), fingerprint(model), what)
-
-    def check_same(self, model_type: str, found: str, what: str) -> None:
-        """The same for a model of which type and fingerprint are known."""
-        if found != self.fingerprint:
+    def check(self, given: ModelSummary, what: str) -> None:
+        """Raise FFMergeError unless `what` (the owner of this summary) was made from the given model."""
+        if given.fingerprint != self.fingerprint:
             raise FFMergeError(
-                f"{what} is of another model ({self.model_type} {self.fingerprint}; this one is {model_type} {found}): "
-                "make it again from this model"
+                f"{what} is of another model ({self.model_type} {self.fingerprint}; this one is {given.model_type} "
+                f"{given.fingerprint}): make it again from this model"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +66,7 @@ class ModelSummary:
         return cls(**{**values, "ffns": ffns})
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, ffns: FFNs) -> str:
     """Short hash of the FFN layout and of every weight of the layers around the FFNs, equal for fp32 and bf16 copies.
 
     Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
@@ -72,7 +77,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     refuse_streamed(model, "statistics, plans and scores of a model")
     digest = hashlib.sha256()
-    for ffn in find_ffns(model):
+    for ffn in ffns:
         digest.update(repr((ffn.key, ffn.signature)).encode())
         for name, weight in model.get_submodule(ffn.path).named_parameters():
             digest.update(f"{name} {tuple(weight.shape)}".encode())

@@ -14,8 +14,13 @@ CONFIG_VERSION = 1
 
 def shared_groups(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     """Which layers hold one FFN (the same modules, deltas aside): [("decoder", (4, 5, 6, 7)), ...]."""
+    return groups_among(find_ffns(model), model)
+
+
+def groups_among(ffns: Iterable[FFNSublayer], model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """`shared_groups` of a model whose FFNs are known."""
     holders: dict[tuple, list[FFNSublayer]] = {}
-    for ffn in find_ffns(model):
+    for ffn in ffns:
         owners = (weight_owner(model.get_submodule(path)) for path in ffn.projections.values())
         holders.setdefault(tuple(map(id, owners)), []).append(ffn)
     return [(group[0].stack, tuple(f.index for f in group)) for group in holders.values() if len(group) > 1]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.projections import delta_rank, is_conv1d
-from ..models.sublayers import base_model_type, find_ffns, get, join
+from ..models.sublayers import FFNs, base_model_type, find_ffns, get, join
 from ..support.errors import FFMergeError
 
 MODEL, FFN, ATTENTION = "model", "ffn", "attention"
@@ -63,6 +63,7 @@ class ModelAxes:
     """The axes of every parameter of one model.
 
     Attributes:
+        ffns: the model's FFNs.
         d_model: width of the residual stream.
         d_ff: {FFN key: width}; layers that share one FFN appear once, under the first.
         attention: {path: Attention}, only those whose width follows d_model.
@@ -70,11 +71,35 @@ class ModelAxes:
         axes: {parameter name: one Axis or None per axis, as stored}; aliases of shared parameters included.
     """
 
+    ffns: FFNs
     d_model: int
     d_ff: dict[str, int]
     attention: dict[str, Attention]
     readers: dict[str, str]
     axes: dict[str, tuple[Axis | None, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelAxes:
+        """The axes of a transformers model: read once, to be handed down from there.
+
+        Raises:
+            FFMergeError: not a transformers model; a family that `find_ffns` does not know, or whose attention is none
+                of the known forms; FFNs of unequal width in one stack; low-rank deltas.
+        """
+        _check_kind(model)
+        ffns = find_ffns(model)
+        widths, of_neurons = _ffn_axes(model, ffns)
+        attentions, readers, of_channels = _attention_axes(model, [f.path for f in ffns])
+        grew = _growing_axes(model, ffns)
+        axes = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            known = of_neurons.get(id(parameter), {}) | {
+                d: a for d, a in of_channels.get(name, {}).items() if d in grew[name]
+            }
+            axes[name] = tuple(known.get(d, Axis(MODEL) if d in grew[name] else None) for d in range(parameter.ndim))
+        used = {axis.key for of in axes.values() for axis in of if axis is not None and axis.role == ATTENTION}
+        attentions = {path: attention for path, attention in attentions.items() if path in used}
+        return cls(ffns, model.config.hidden_size, widths, attentions, readers, axes)
 
     @property
     def head_dim(self) -> int | None:
@@ -101,35 +126,13 @@ class ModelAxes:
         return {key.partition(".")[0]: width for key, width in self.d_ff.items()}
 
 
-def read_layout(model: nn.Module) -> ModelAxes:
-    """The layout of a transformers model.
-
-    Raises:
-        FFMergeError: not a transformers model; a family that `find_ffns` does not know, or whose attention is none of
-            the known forms; FFNs of unequal width in one stack; low-rank deltas.
-    """
+def _check_kind(model: nn.Module) -> None:
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise FFMergeError(
             f"project: {type(model).__name__} is not a transformers model; a smaller one is built from its config"
         )
     if rank := delta_rank(model):
         raise FFMergeError(f"project: layers of this model have deltas of rank {rank}; call expand_ first")
-    ffns, roles = _ffn_axes(model)
-    attentions, readers, attention_axes = _attention_axes(model, [f.path for f in find_ffns(model)])
-    grew = _growing_axes(model)
-    axes = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        known = roles.get(id(parameter), {}) | {
-            d: a for d, a in attention_axes.get(name, {}).items() if d in grew[name]
-        }
-        axes[name] = tuple(known.get(d, Axis(MODEL) if d in grew[name] else None) for d in range(parameter.ndim))
-    used = {axis.key for of in axes.values() for axis in of if axis is not None and axis.role == ATTENTION}
-    layout = ModelAxes(
-        model.config.hidden_size, ffns, {p: a for p, a in attentions.items() if p in used}, readers, axes
-    )
-    if len({f"{k.partition('.')[0]}={w}" for k, w in ffns.items()}) > len(layout.stacks()):
-        raise FFMergeError(f"project: the FFNs of one stack differ in width ({ffns}); its config cannot say that")
-    return layout
 
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -164,9 +167,8 @@ def resized(model: nn.Module, d_model: int, d_ff: Mapping[str, int], heads: int 
     return config
 
 
-def _growing_axes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _growing_axes(model: nn.Module, ffns: FFNs) -> dict[str, tuple[int, ...]]:
     """{parameter name: axes whose length grows with d_model}."""
-    ffns = find_ffns(model)
     d_model = model.config.hidden_size + 2 * model.config.num_attention_heads  # heads stay, and even for rotary halves
     config = resized(model, d_model, {f.stack: f.d_ff for f in ffns})
     with torch.device("meta"):
@@ -183,11 +185,11 @@ def _growing_axes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------- FFNs and attention
 
 
-def _ffn_axes(model: nn.Module) -> tuple[dict[str, int], dict[int, dict[int, Axis]]]:
+def _ffn_axes(model: nn.Module, ffns: FFNs) -> tuple[dict[str, int], dict[int, dict[int, Axis]]]:
     """{FFN key: d_ff} and {id of parameter: {axis: Axis}} of the neurons."""
     widths: dict[str, int] = {}
     axes: dict[int, dict[int, Axis]] = {}
-    for ffn in find_ffns(model):
+    for ffn in ffns:
         down = model.get_submodule(ffn.down_path)
         if id(down.weight) in axes:  # shared with an earlier layer
             continue
@@ -199,6 +201,8 @@ def _ffn_axes(model: nn.Module) -> tuple[dict[str, int], dict[int, dict[int, Axi
             axes[id(module.weight)] = {1 if is_conv1d(module) else 0: axis}
             if module.bias is not None:
                 axes[id(module.bias)] = {0: axis}
+    if any(len({f.d_ff for f in members}) > 1 for members in ffns.by_stack().values()):
+        raise FFMergeError(f"project: the FFNs of one stack differ in width ({widths}); its config cannot say that")
     return widths, axes
 
 

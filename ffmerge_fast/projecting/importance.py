@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.padding import token_masks
-from ..models.forward import evaluating, run, to_device
-from ..models.sublayers import base_model_type
-from ..models.summary import fingerprint
-from ..support.distributed import file_of_rank, is_distributed, sum_over_ranks
+from ..models.summary import ModelSummary
+from ..support.distributed import is_distributed, sum_over_ranks
 from ..support.errors import FFMergeError
-from ..support.progress import progress
-from .activations import sums_over_tokens
-from .axes import ATTENTION, FFN, MODEL, ModelAxes, read_layout
+from ..support.resume import RunningSums
+from .activations import ActivationPasses
+from .axes import ATTENTION, FFN, MODEL, ModelAxes
+from .settings import FEATURES
 
-METHODS = ("activation", "magnitude", "wanda", "random")
-FEATURES = ("product", "up")
 _FORMAT = 1
 
 
@@ -53,11 +48,14 @@ class Importance:
 
     def check(self, model: nn.Module) -> None:
         """Raise FFMergeError unless the scores are of `model`."""
-        found = fingerprint(model)
-        if found != self.fingerprint:
+        self.check_summary(ModelSummary.of(model))
+
+    def check_summary(self, given: ModelSummary) -> None:
+        """The same for a model that was read already."""
+        if given.fingerprint != self.fingerprint:
             raise FFMergeError(
                 f"importance: is of another model ({self.model_type} {self.fingerprint}; this one is "
-                f"{base_model_type(model)} {found}); measure it again on this one"
+                f"{given.model_type} {given.fingerprint}); measure it again on this one"
             )
 
     def save(self, path: str | os.PathLike, **done: int) -> None:
@@ -132,21 +130,16 @@ def importance(
     for name, value, known in (("method", method, METHODS), ("features", features, FEATURES)):
         if value not in known:
             raise FFMergeError(f"{name}: got {value!r}, wanted one of {', '.join(known)}")
-    layout = read_layout(model)
-    made = Importance(method, features, seed, base_model_type(model), fingerprint(model), _zeros(layout))
-    if method == "random":
-        generator = torch.Generator().manual_seed(seed)
-        made.scores = {n: torch.rand(len(s), generator=generator, dtype=s.dtype) for n, s in made.scores.items()}
-    elif method == "magnitude":
-        made.scores = magnitudes(model, layout)
-    else:
-        if batches is None:
-            raise FFMergeError(f"batches: got none, wanted calibration data for method {method!r}")
-        _measure(made, model, layout, batches, _Cache(cache_dir, save_seconds))
-        if method == "wanda":
-            weights = magnitudes(model, layout)
-            made.scores = {n: s.sqrt() * weights[n] for n, s in made.scores.items()}
+    layout = ModelAxes.of(model)
+    base = ModelSummary.of(model, layout.ffns)
+    made = Importance(method, features, seed, base.model_type, base.fingerprint, _zeros(layout))
+    METHODS[method](made, model, layout, batches, RunningSums(cache_dir, "importance", save_seconds))
     return made
+
+
+def by_magnitude(model: nn.Module, layout: ModelAxes, base: ModelSummary) -> Importance:
+    """`importance(model, method="magnitude")` of a model that was read already."""
+    return Importance("magnitude", "product", 0, base.model_type, base.fingerprint, magnitudes(model, layout))
 
 
 def _zeros(layout: ModelAxes) -> dict[str, Tensor]:
@@ -175,31 +168,57 @@ def magnitudes(model: nn.Module, layout: ModelAxes) -> dict[str, Tensor]:
     return scores
 
 
-# -------------------------------------------------------------------------------------------------------- activations
+# ------------------------------------------------------------------------------------------------------------ methods
 
 
-def _measure(made: Importance, model: nn.Module, layout: ModelAxes, batches: Iterable[Any], cache: _Cache) -> None:
-    skip = cache.resume_(made)
-    squared = made.method == "wanda"
-    bar = progress(desc="importance", unit="batch")
-    with bar, evaluating(model), torch.no_grad(), sums_over_tokens(model, layout, made.features, squared) as batch_sums:
-        for number, batch in enumerate(batches):
-            if number < skip:
-                continue
-            batch = to_device(batch, model)
-            stacks = list(layout.stacks())
-            batch_sums.start(token_masks(batch, model, stacks))
-            run(model, batch)
-            tokens, sums = batch_sums.finish(number)
+def _random_(made: Importance, *_: Any) -> None:
+    generator = torch.Generator().manual_seed(made.seed)
+    made.scores = {n: torch.rand(len(s), generator=generator, dtype=s.dtype) for n, s in made.scores.items()}
+
+
+def _magnitude_(made: Importance, model: nn.Module, layout: ModelAxes, *_: Any) -> None:
+    made.scores = magnitudes(model, layout)
+
+
+def _wanda_(made: Importance, model: nn.Module, layout: ModelAxes, *data: Any) -> None:
+    _activation_(made, model, layout, *data)
+    weights = magnitudes(model, layout)
+    made.scores = {n: s.sqrt() * weights[n] for n, s in made.scores.items()}
+
+
+def _activation_(
+    made: Importance, model: nn.Module, layout: ModelAxes, batches: Iterable[Any] | None, cache: RunningSums
+) -> None:
+    """Sums of absolute values; for "wanda" of squares."""
+    if batches is None:
+        raise FFMergeError(f"batches: got none, wanted calibration data for method {made.method!r}")
+
+    def unlike(kept: Importance) -> str:
+        names = ("fingerprint", "method", "features")
+        return next((f"another {n}" for n in names if getattr(kept, n) != getattr(made, n)), "")
+
+    kept, done = cache.resume(Importance._load, unlike)
+    if kept is not None:
+        made.scores, made.tokens = kept.scores, kept.tokens
+    with ActivationPasses(model, layout, made.features, squared=made.method == "wanda") as passes:
+        for number, _ in passes.over(batches, "importance", skip=done.get("batches", 0)):
+            tokens, sums = passes.sums(number)
             made.tokens += tokens
             for name, total in sums.items():
                 made.scores[name] += total
-            bar.update(1)
             cache.save_if_due(made, batches=number + 1)
     if is_distributed():
         _all_reduce_(made, next(model.parameters()).device)
     if not made.tokens:
         raise FFMergeError("importance: no calibration data: `batches` held no tokens")
+
+
+METHODS: dict[str, Callable[..., None]] = {  # each fills in the scores
+    "activation": _activation_,
+    "magnitude": _magnitude_,
+    "wanda": _wanda_,
+    "random": _random_,
+}
 
 
 def _all_reduce_(made: Importance, device: torch.device) -> None:
@@ -208,27 +227,3 @@ def _all_reduce_(made: Importance, device: torch.device) -> None:
     parts = packed.cpu().split([*map(len, made.scores.values()), 1])
     made.scores = {name: part.clone() for name, part in zip(made.scores, parts, strict=False)}
     made.tokens = int(parts[-1])
-
-
-class _Cache:
-    """The running sums on disk, so that a killed run goes on."""
-
-    def __init__(self, folder: str | os.PathLike | None, save_seconds: float):
-        self._path = Path(folder) / f"{file_of_rank('importance')}.safetensors" if folder else None
-        self._save_seconds, self._saved = save_seconds, time.monotonic()
-
-    def resume_(self, made: Importance) -> int:
-        """Take over saved sums; returns how many batches they cover."""
-        if self._path is None or not self._path.exists():
-            return 0
-        found, done = Importance._load(self._path)
-        for name in ("fingerprint", "method", "features"):
-            if getattr(found, name) != getattr(made, name):
-                raise FFMergeError(f"cache_dir: {self._path} was begun with another {name}; use another folder")
-        made.scores, made.tokens = found.scores, found.tokens
-        return done["batches"]
-
-    def save_if_due(self, made: Importance, **done: int) -> None:
-        if self._path is not None and time.monotonic() - self._saved >= self._save_seconds:
-            made.save(self._path, **done)
-            self._saved = time.monotonic()

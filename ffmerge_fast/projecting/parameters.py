@@ -14,8 +14,6 @@ from .axes import MODEL, Axis, ModelAxes
 from .matrices import ProjectedMatrix, Projection
 from .selection import Selection
 
-SHARES = (None, "qkv", "residual_stream")
-
 
 @dataclass
 class SortedParameters:

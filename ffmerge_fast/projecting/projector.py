@@ -11,22 +11,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.sublayers import base_model_type
-from ..models.summary import fingerprint
+from ..models.summary import ModelSummary
 from ..models.ties import CONFIG_VERSION
 from ..support.errors import FFMergeError
-from .axes import ModelAxes, read_layout
+from .axes import ModelAxes
 from .bases import start_from_basis_, stream_basis
-from .importance import Importance, importance
+from .importance import Importance, by_magnitude
 from .matrices import Projection, Unit, grouped
 from .optimizer.adamw import AdamWOptions
 from .optimizer.base_weights import BaseWeights
 from .optimizer.optimizer import ProjectionOptimizer
-from .parameters import SHARES, sorted_parameters
-from .selection import Selection, Sizes, resolve_sizes, select, untied_names
+from .parameters import sorted_parameters
+from .selection import Selection, Sizes, resolve_sizes, select
+from .settings import INITS, OFFLOADS, SHARES, Widths
 from .student import build_student, fold
-
-INITS = ("selection", "svd")
 
 
 @dataclass
@@ -94,9 +92,12 @@ class Projector:
         self.check_student()
         options = AdamWOptions(lr, betas, eps, weight_decay, weight_decay_on_projections, max_grad_norm, state)
         units = self._bound_units()
+        if offload_base is not None and offload_base not in OFFLOADS:
+            raise FFMergeError(f"offload_base: got {offload_base!r}, wanted None, 'cpu' or 'disk'")
+        place = OFFLOADS.get(offload_base)
 
         def base_weights(mine: list[Unit]) -> BaseWeights:
-            base = BaseWeights(mine, offload_base, (self._base_folder, offload_dir))
+            base = BaseWeights(mine, place, (self._base_folder, offload_dir))
             if base.offloaded:
                 for unit in (*units, *self.units):
                     unit.keep_weights_(base.held())
@@ -188,9 +189,10 @@ def project(
         raise FFMergeError(f"share: got {share!r}, wanted None, 'qkv' or 'residual_stream'")
     if init not in INITS:
         raise FFMergeError(f"init: got {init!r}, wanted 'selection' or 'svd'")
-    layout, sizes, untie = resolve(model, keep, d_model, d_ff, attention, untie_embeddings)
-    selection = chosen(model, layout, sizes, importance)
-    student = build_student(model, layout, sizes, selection, untie)
+    layout, sizes = resolve(model, Widths(keep, d_model, d_ff, attention, untie_embeddings))
+    base = ModelSummary.of(model, layout.ffns)
+    selection = chosen(model, base, layout, sizes, importance)
+    student = build_student(model, layout, sizes, selection)
     found = sorted_parameters(model, student, layout, selection, share)
     matrices, plain = list(found.matrices.values()), found.plain
     if not matrices:
@@ -202,14 +204,14 @@ def project(
         basis = stream_basis(model, layout, selection.d_model)
         starts = start_from_basis_(basis, model, layout, matrices, plain, found.stream, selection.d_model)
     settings = {
-        "base": f"{base_model_type(model)} {fingerprint(model)}",
+        "base": f"{base.model_type} {base.fingerprint}",
         "d_model": sizes.d_model,
         "d_ff": sizes.d_ff,
         "attention": sizes.attention if layout.attention else None,
         "residual": residual,
         "share": share,
         "init": init,
-        "untied": untie,
+        "untied": sizes.untie,
         "selection": hashlib.sha256(json.dumps(selection.state()).encode()).hexdigest()[:16],
     }
     folder = getattr(model, "name_or_path", None) or None
@@ -217,37 +219,28 @@ def project(
     return Projector(student, settings, grouped(matrices), plain, residual, starts, shape, folder)
 
 
-def resolve(
-    model: nn.Module,
-    keep: float | None = None,
-    d_model: int | None = None,
-    d_ff: int | Mapping[str, int] | None = None,
-    attention: str = "heads",
-    untie_embeddings: bool | None = None,
-) -> tuple[ModelAxes, Sizes, bool]:
-    """Layout, the student's widths and whether its head is untied: all of `project` that can go wrong without data."""
+def resolve(model: nn.Module, widths: Widths) -> tuple[ModelAxes, Sizes]:
+    """Axes of the model and the student's sizes: all of `project` that can go wrong without data."""
     version = (getattr(getattr(model, "config", None), "ffmerge", None) or {}).get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise FFMergeError(
             f"project: the model was merged by another version ({version}, this one writes {CONFIG_VERSION}); merge "
             "the original again"
         )
-    layout = read_layout(model)
-    tied = untied_names(model)
-    shrinks = keep is not None or (d_model is not None and d_model != layout.d_model)
-    untie = len(tied) == 1 and shrinks if untie_embeddings is None else untie_embeddings and bool(tied)
-    if untie and len(tied) > 1:
-        raise FFMergeError(
-            f"untie_embeddings: {type(model).__name__} ties {len(tied) + 1} tables, and its config can only untie them "
-            "all; leave them tied"
-        )
-    return layout, resolve_sizes(model, layout, keep, d_model, d_ff, attention, untie), untie
+    layout = ModelAxes.of(model)
+    return layout, resolve_sizes(model, layout, widths)
 
 
-def chosen(model: nn.Module, layout: ModelAxes, sizes: Sizes, scores: Importance | None) -> Selection:
-    """The dimensions to keep, by default those of the largest weights; raises FFMergeError for another model's."""
-    scores = importance(model, method="magnitude") if scores is None else scores
-    scores.check(model)
+def chosen(
+    model: nn.Module, base: ModelSummary, layout: ModelAxes, sizes: Sizes, scores: Importance | None
+) -> Selection:
+    """The dimensions to keep, by default those of the largest weights; raises FFMergeError for another model's.
+
+    Args:
+        base: of the model.
+    """
+    scores = by_magnitude(model, layout, base) if scores is None else scores
+    scores.check_summary(base)
     return select(model, layout, sizes, scores)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,18 @@ from ..models.projections import is_conv1d
 from ..support.errors import FFMergeError
 from .axes import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, ModelAxes
 from .importance import Importance
-
-ATTENTION_MODES = ("heads", "head_dim")
+from .settings import ATTENTION_MODES, Widths
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of a student: d_model, {stack: d_ff}, and how attention that follows d_model gets narrower."""
+    """Widths of a student: d_model, {stack: d_ff}, how attention that follows d_model gets narrower, and whether the
+    head gets a table of its own."""
 
     d_model: int
     d_ff: dict[str, int]
     attention: str
+    untie: bool
 
     def heads(self, layout: ModelAxes) -> int | None:
         """The config's number of heads, where it changes."""
@@ -33,31 +34,25 @@ class Sizes:
         return self.d_model // layout.head_dim
 
 
-def resolve_sizes(
-    model: nn.Module,
-    layout: ModelAxes,
-    keep: float | None,
-    d_model: int | None,
-    d_ff: int | Mapping[str, int] | None,
-    attention: str,
-    untie: bool,
-) -> Sizes:
+def resolve_sizes(model: nn.Module, layout: ModelAxes, wanted: Widths) -> Sizes:
     """The student's widths, from the share of parameters to keep or from the widths themselves.
 
     Raises:
-        FFMergeError: neither or both are given, a width beyond the base's or that the architecture cannot have.
+        FFMergeError: neither or both are given, a width beyond the base's or that the architecture cannot have; a head
+            that cannot be untied.
     """
+    untied, attention, d_model = _untied_names(model, layout, wanted), wanted.attention, wanted.d_model
     if attention not in ATTENTION_MODES:
         raise FFMergeError(f"attention: got {attention!r}, wanted 'heads' (fewer heads) or 'head_dim' (narrower ones)")
     if attention == "head_dim" and layout.attention and any("Rotary" in type(m).__name__ for m in model.modules()):
         raise FFMergeError("attention: 'head_dim' would change the rotary positions' frequencies; use 'heads'")
-    if (keep is None) == (d_model is None and d_ff is None):
+    if (wanted.keep is None) == (d_model is None and wanted.d_ff is None):
         raise FFMergeError("project: give either keep= (a share of the parameters) or d_model= and/or d_ff=")
-    if keep is not None:
-        d_model, widths = _widths_for(model, layout, keep, attention, untie)
+    if wanted.keep is not None:
+        d_model, widths = _widths_for(model, layout, wanted.keep, attention, untied)
     else:
         d_model = layout.d_model if d_model is None else d_model
-        widths = _ffn_widths(layout, d_ff)
+        widths = _ffn_widths(layout, wanted.d_ff)
     for name, value, base in (
         ("d_model", d_model, layout.d_model),
         *((f"d_ff ({stack})", widths[stack], width) for stack, width in layout.stacks().items()),
@@ -68,7 +63,7 @@ def resolve_sizes(
     if d_model % step:
         what = f"whole heads of {layout.head_dim}" if attention == "heads" else f"{layout.heads} heads of even width"
         raise FFMergeError(f"d_model: got {d_model}, wanted a multiple of {step} ({what}); or the other attention=")
-    return Sizes(d_model, widths, attention)
+    return Sizes(d_model, widths, attention, bool(untied))
 
 
 def _ffn_widths(layout: ModelAxes, d_ff: int | Mapping[str, int] | None) -> dict[str, int]:
@@ -98,15 +93,14 @@ def _fine_step(width: int, step: int = 1) -> int:
 
 
 def _widths_for(
-    model: nn.Module, layout: ModelAxes, keep: float, attention: str, untie: bool
+    model: nn.Module, layout: ModelAxes, keep: float, attention: str, untied: Collection[str]
 ) -> tuple[int, dict[str, int]]:
     """d_model and d_ff in the base's proportion, whose model has nearest to `keep` of the base's parameters."""
     if not 0 < keep <= 1:
         raise FFMergeError(f"keep: got {keep}, wanted a share above 0 and at most 1")
     unique = {name: p.shape for name, p in model.named_parameters()}
     total = sum(s.numel() for s in unique.values())
-    if untie:
-        unique |= {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if n in untied_names(model)}
+    unique |= {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if n in untied}
     step = _fine_step(layout.d_model, _step(layout, attention))
     candidates = []
     for d_model in range(step, layout.d_model + 1, step):
@@ -122,7 +116,20 @@ def _scaled(width: int, ratio: float) -> int:
     return max(step, min(width, round(width * ratio / step) * step))
 
 
-def untied_names(model: nn.Module) -> set[str]:
+def _untied_names(model: nn.Module, layout: ModelAxes, wanted: Widths) -> set[str]:
+    """Names of the parameters that get a table of their own instead of the input embedding's."""
+    tied = tied_names(model)
+    shrinks = wanted.keep is not None or (wanted.d_model is not None and wanted.d_model != layout.d_model)
+    untie = len(tied) == 1 and shrinks if wanted.untie_embeddings is None else wanted.untie_embeddings
+    if untie and len(tied) > 1:
+        raise FFMergeError(
+            f"untie_embeddings: {type(model).__name__} ties {len(tied) + 1} tables, and its config can only untie them "
+            "all; leave them tied"
+        )
+    return tied if untie else set()
+
+
+def tied_names(model: nn.Module) -> set[str]:
     """Names of parameters that share the input embedding's tensor under another name (the head's)."""
     embedding = getattr(model.get_input_embeddings(), "weight", None)  # images have patches instead
     named = list(model.named_parameters(remove_duplicate=False))

@@ -8,14 +8,14 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..models.ties import shared_groups
+from ..models.ties import groups_among
 from ..support.distributed import is_sharded, whole
 from ..support.errors import FFMergeError
 from .axes import Axis, ModelAxes, resized
 from .selection import Selection, Sizes
 
 
-def build_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, selection: Selection, untie: bool) -> nn.Module:
+def build_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, selection: Selection) -> nn.Module:
     """A smaller model of the same class whose every weight is a slice of the base's (hard pruning).
 
     Constants that the class makes and never saves (sinusoids) are those of the smaller size.
@@ -23,7 +23,7 @@ def build_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, selection: 
     Raises:
         FFMergeError: the class builds other shapes than the layout says.
     """
-    student = fresh_student(model, layout, sizes, untie)
+    student = fresh_student(model, layout, sizes)
     base = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -42,19 +42,19 @@ def build_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, selection: 
     return student
 
 
-def fresh_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, untie: bool, seed: int = 0) -> nn.Module:
+def fresh_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, seed: int = 0) -> nn.Module:
     """A smaller model of the same class, initialised as the class does it; everything but its constants is trained.
 
     Raises:
         FFMergeError: FFNs are shared in a way that the config does not say.
     """
     config = resized(model, sizes.d_model, sizes.d_ff, sizes.heads(layout))
-    if untie:
+    if sizes.untie:
         config.tie_word_embeddings = False
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         student = type(model)(config)
-    if shared_groups(student) != shared_groups(model):
+    if groups_among(layout.ffns, student) != groups_among(layout.ffns, model):
         raise FFMergeError(
             f"project: layers of this {type(model).__name__} share FFNs, which its config does not say; tie them with "
             "merge_, or call expand_ first"

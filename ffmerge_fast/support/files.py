@@ -1,4 +1,4 @@
-"""Folders that are complete or absent."""
+"""Folders and files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -49,6 +49,23 @@ def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(existing, os.W_OK):
         raise FFMergeError(f"{path} cannot be written: no permission in {existing}")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file that is complete or, as it was before, absent; folders above it are made.
+
+    Raises:
+        FFMergeError: it cannot be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise FFMergeError(f"{path} could not be written ({error.strerror})") from error
 
 
 def _open_permissions(folder: Path) -> None:

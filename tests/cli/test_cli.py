@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast.cli.main import _COMMANDS, main
+from ffmerge_fast.cli.main import command_names, main
 from ffmerge_fast.models import families
-from ffmerge_fast.ops.correlation import state
+from ffmerge_fast.ops.correlation import products
 from ffmerge_fast.runtime.streaming import source
 from tests.helpers.tiny_models import tiny_model
 
@@ -375,8 +375,8 @@ def test_bad_data(capsys, folder, statistics, tmp_path):
 
 @pytest.mark.parametrize("command", ["collect", "merge", "search", "plan"])
 def test_max_memory_spools_and_changes_nothing(capsys, folder, text, statistics, tmp_path, monkeypatch, command):
-    spooled, spool = [], state.SpooledAccumulators
-    monkeypatch.setattr(state, "SpooledAccumulators", lambda layout: spooled.append(layout) or spool(layout))
+    spooled, spool = [], products.SpooledAccumulators
+    monkeypatch.setattr(products, "SpooledAccumulators", lambda packing: spooled.append(packing) or spool(packing))
     data = ("--window", 3, *_data(text), "--tokens", 500)
     arguments = {
         "collect": lambda out: ("collect", folder, out, *data),
@@ -406,7 +406,7 @@ def test_bad_max_memory(capsys, folder, text, tmp_path, value, message):
 
 
 def test_too_little_memory_names_bytes_and_the_option(capsys, folder, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "free_memory", lambda device: 100)
+    monkeypatch.setattr(products, "free_memory", lambda device: 100)
     line = refuse(capsys, "collect", folder, tmp_path / "s", "--window", 3, *_data(text))
     needed = int(re.search(r"[(](\d+) bytes[)]", line)[1])
     d_ff = ff.find_ffns(tiny_model("gpt2", layers=5))[0].d_ff
@@ -428,7 +428,7 @@ def test_usage_errors_exit_with_2(capsys):
 
 
 def test_every_command_knows_the_common_options(capsys):
-    for name, *_ in _COMMANDS:
+    for name in command_names():
         with pytest.raises(SystemExit):
             main([name, "--help"])
         text = capsys.readouterr().out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ffmerge_fast.driver.tasks.task import load_task
+from ffmerge_fast.driver.tasks.load import load_task
 
 pytestmark = pytest.mark.real
 

@@ -3,7 +3,7 @@
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.projecting.axes import read_layout
+from ffmerge_fast.projecting.axes import ModelAxes
 from tests.helpers.tiny_models import tiny_inputs, tiny_model
 
 FAMILIES = (
@@ -51,7 +51,7 @@ def tied_layers(model, layers=((1, 2),)):
 
 
 def layout(model):
-    return read_layout(model)
+    return ModelAxes.of(model)
 
 
 def equal(a, b):

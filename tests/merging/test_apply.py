@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast.merging.apply import merged
+from ffmerge_fast.merging.apply import merged, summary_of_unmerged
 from ffmerge_fast.merging.plan import MergeGroup
 from tests.helpers.tiny_models import (
     ALL,
@@ -200,11 +200,11 @@ def test_merged_gives_the_very_same_modules_back(name):
     before, modules, stock = weights(model), dict(model.named_modules()), type(model)
     made, inputs = ff.plan(model=model, layers="0-1,2-3", method="random"), tiny_inputs(model)
     expected, full = logits(ff.merge(model, made), inputs), logits(model, inputs)
-    with merged(model, made) as inside:
+    with merged(model, made, summary_of_unmerged(model)) as inside:
         assert inside is model and ff.is_merged(model) and torch.equal(logits(model, inputs), expected)
     assert dict(model.named_modules()) == modules and type(model) is stock
     assert_untouched(model, before)
-    with pytest.raises(KeyboardInterrupt), merged(model, made):
+    with pytest.raises(KeyboardInterrupt), merged(model, made, summary_of_unmerged(model)):
         raise KeyboardInterrupt
     assert dict(model.named_modules()) == modules
     assert_untouched(model, before)
@@ -302,7 +302,7 @@ def refuse(model, made, message, apply=ff.merge_):
 
 
 def enter(model, made):
-    with merged(model, made):
+    with merged(model, made, summary_of_unmerged(model)):
         raise AssertionError("not reached")
 
 

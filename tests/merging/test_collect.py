@@ -531,7 +531,7 @@ def test_a_memory_budget_changes_no_bit():
     batches = [tiny_inputs(model, seed=seed) for seed in range(2)]
     free, tight = (ff.collect(model, batches, window=3, max_memory=m) for m in (None, "5000"))
     state = tight.states["decoder"]
-    assert type(state._accumulators).__name__ == "SpooledAccumulators"
+    assert type(state._moments.accumulators).__name__ == "SpooledAccumulators"
     for i, j in state.pairs:
         assert torch.equal(free.correlation(i, j), tight.correlation(i, j))
     with pytest.raises(ff.FFMergeError, match="max_memory: got 'much'"):

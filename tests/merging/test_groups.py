@@ -131,7 +131,7 @@ def test_there_are_n_minus_k_plus_1_windows(layers, size):  # acceptance fact 11
 def test_windows_of_two_stacks_are_in_step():
     found = windows(ffns(6, stacks=2), 3)
     assert len(found) == 4 and found[2] == [("encoder", (2, 3, 4)), ("decoder", (2, 3, 4))]
-    uneven = [f for f in ffns(6, stacks=2) if f.stack == "encoder" or f.index < 4]
+    uneven = FFNs(f for f in ffns(6, stacks=2) if f.stack == "encoder" or f.index < 4)
     assert len(windows(uneven, 3)) == 2
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import ffmerge_fast as ff
 from ffmerge_fast.models import families
 from ffmerge_fast.models.sublayers import base_model_type
-from ffmerge_fast.models.summary import fingerprint
+from ffmerge_fast.models.summary import ModelSummary
 from tests.helpers.tiny_models import (
     ALL,
     D_FF,
@@ -173,6 +173,10 @@ def test_quantised_and_adapted_projections_are_refused():
     model.model.layers[1].mlp.up_proj = wrapper
     with pytest.raises(ff.FFMergeError, match=r"layers\.1\.mlp\.up_proj is wrapped by an adapter"):
         ff.find_ffns(model)
+
+
+def fingerprint(model):
+    return ModelSummary.of(model).fingerprint
 
 
 def test_fingerprint_knows_the_model_and_not_its_dtype():

@@ -35,7 +35,7 @@ def accumulate(x, pairs, splits=(), mask=None, **options):
 def halves(state, key, x, mask=None):
     """What a layer is packed to, by plain PyTorch: value, high and low halves in float64."""
     value = x.float() if state.activation is None else FORWARD[state.activation](x.float())
-    value = value - state._layers[key].pivot
+    value = value - state._moments.layers[key].pivot
     if mask is not None:
         value = value.masked_fill(~mask[:, None], 0)
     high = value.bfloat16().float()
@@ -47,7 +47,7 @@ def check_against_plain(state, x, mask=None):
     packed = {key: halves(state, key, value, mask) for key, value in x.items()}
     for key, (value, high, _) in packed.items():
         summed = high if state.compute == "bf16" else value
-        layer = state._layers[key]
+        layer = state._moments.layers[key]
         assert layer.tokens == (len(value) if mask is None else int(mask.sum()))
         torch.testing.assert_close(layer.sum, summed.sum(0), rtol=1e-12, atol=1e-9)
         torch.testing.assert_close(layer.sumsq, summed.square().sum(0), rtol=1e-12, atol=1e-9)
@@ -57,7 +57,7 @@ def check_against_plain(state, x, mask=None):
         if state.compute != "bf16":
             expected += high_a.T @ low_b + low_a.T @ high_b
         tolerance = 1e-6 * (high_a.abs().T @ high_b.abs()).max().item()
-        products = state._accumulators.product((a, b))
+        products = state._moments.accumulators.product((a, b))
         torch.testing.assert_close(products.double(), expected, rtol=0, atol=tolerance)
 
 
@@ -80,7 +80,7 @@ def test_matches_plain_rounding(tokens, width_a, width_b, dtype):
 def test_auto_is_float32_grade(mean, dtype):
     x = {0: features(1500, 40, 1, mean, dtype), 1: features(1500, 33, 2, mean, dtype)}
     state = accumulate(x, [(0, 1)], splits=(700,))
-    assert isinstance(state._accumulators._layout, triton_backend.TensorCorePacking)
+    assert isinstance(state._moments.accumulators.packing, triton_backend.TensorCorePacking)
     assert (state.correlation(0, 1) - truth(x[0], x[1])).abs().max() <= 1e-6
 
 
@@ -90,7 +90,7 @@ def test_bfloat16_inputs_around_zero_need_no_low_halves():
         state = ff.CorrelationState({0: 40, 1: 40}, [(0, 1)])
         for key, value in x.items():
             state.push(key, value)
-        flags = state._accumulators._waiting[0].blocks[0][0, :40]
+        flags = state._moments.accumulators._waiting[0].blocks[0][0, :40]
         assert flags.any() == (mean > 0)
         state.end_batch()
         check_against_plain(state, x)
@@ -135,7 +135,7 @@ def test_self_pair_is_symmetric_and_survives_merge_and_reload(compute):
     pairs = [(0, 0), (0, 1), (1, 1)]
     state = accumulate(x, pairs, compute=compute)
     check_against_plain(state, x)
-    products = state._accumulators.product((0, 0))
+    products = state._moments.accumulators.product((0, 0))
     assert torch.equal(products, products.T)
     assert (state.correlation(0, 0).diagonal() - 1).abs().max() <= 1e-5
     again = accumulate({key: value[:0] for key, value in x.items()}, pairs, compute=compute)

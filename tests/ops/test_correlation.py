@@ -140,12 +140,12 @@ def test_push_releases_features_after_the_last_partner():
     keys = list(range(6))
     band = [(a, b) for a in keys for b in keys if 0 < b - a < 3]
     state = ff.CorrelationState(dict.fromkeys(keys, 4), band)
-    tokens = state._accumulators.tokens_per_product + 19  # enough to be multiplied at once
+    tokens = state._moments.accumulators.packing.tokens_per_product + 19  # enough to be multiplied at once
     x = {key: features(tokens, 4, key) for key in keys}
     held = []
     for key in keys:
         state.push(key, x[key])
-        held.append(state._accumulators.held())
+        held.append(state._moments.accumulators.held())
     assert held == [1, 2, 2, 2, 2, 0]
     state.end_batch()
     torch.testing.assert_close(state.correlation(5, 3).double(), truth(x[5], x[3]), rtol=0, atol=2e-6)

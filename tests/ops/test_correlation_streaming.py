@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.ops.correlation import state
+from ffmerge_fast.ops.correlation import products
 from ffmerge_fast.support import machine
 from ffmerge_fast.support.sizes import parse_bytes
 from tests.helpers.correlation import correlate, features, state_of, tolerance, truth
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.usefixtures("correlation_backend")
 BATCHES = [[2048], [1, 31, 33, 255, 256, 257, 1024], [1023, 1, 1], [0, 1025, 0, 900], [100] * 13]
 
 
-def products(state):
+def products_around_zero(state):
     """Every pair's products in float64, around zero instead of the pivots."""
     found = {}
     for a, b in state.pairs:
-        (la, lb), p = (state._layers[key] for key in (a, b)), state.state_dict()[f"pair/{a}|{b}"].double()
+        (la, lb), p = (state._moments.layers[key] for key in (a, b)), state.state_dict()[f"pair/{a}|{b}"].double()
         pa, pb, n = la.pivot.double(), lb.pivot.double(), la.count
         found[a, b] = p + torch.outer(pa, lb.sum) + torch.outer(la.sum, pb) + n * torch.outer(pa, pb)
     return found
@@ -37,7 +37,7 @@ def test_any_batch_sizes_give_the_same_products(batches, widths):
     splits = torch.tensor(batches).cumsum(0)[:-1].tolist()
     state = correlate(x, splits=splits, pairs=[(0, 1), (1, 1)])
     assert state.count(0) == total
-    for (a, b), found in products(state).items():
+    for (a, b), found in products_around_zero(state).items():
         expected = x[a].double().T @ x[b].double()
         norms = x[a].double().square().sum(0).max() * x[b].double().square().sum(0).max()
         assert (found - expected).abs().max() <= 2e-5 * norms.sqrt()  # MKL adds up a single column one by one
@@ -76,7 +76,7 @@ def test_reading_does_not_disturb_the_stream(correlation_backend):
         assert (read.correlation(0, 1) - part).abs().max() <= tolerance(correlation_backend, torch.float32, 200)
         read.state_dict()
     other = correlate(x, splits=(300,), pairs=[(0, 1), (1, 1)])
-    assert other._accumulators.held() in (0, 2)
+    assert other._moments.accumulators.held() in (0, 2)
     read.merge_(other)
     assert read.count(0) == 2800
     assert (read.correlation(0, 1) - truth(x[0], x[1])).abs().max() <= 2e-6
@@ -131,7 +131,7 @@ def test_bf16_is_good_to_one_in_a_thousand():
 
 def spooled(x, **options):
     made = state_of(x, max_memory=40_000, **options)
-    assert isinstance(made._accumulators, state.SpooledAccumulators)
+    assert isinstance(made._moments.accumulators, products.SpooledAccumulators)
     return made
 
 
@@ -161,7 +161,7 @@ def test_spooled_features_give_the_same_bits(tmp_path, monkeypatch):
 
 def test_a_large_budget_changes_nothing():
     x = {0: features(100, 7, 1), 1: features(100, 8, 2)}
-    assert isinstance(state_of(x, max_memory="1GiB")._accumulators, state.StreamingAccumulators)
+    assert isinstance(state_of(x, max_memory="1GiB")._moments.accumulators, products.StreamingAccumulators)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_parse_bytes(text, nbytes):
 
 
 def test_too_little_memory_names_bytes_and_the_way_out(monkeypatch):
-    monkeypatch.setattr(state, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(products, "free_memory", lambda device: 10**6)
     with pytest.raises(ff.FFMergeError, match=r"products of 1 pairs need .*4194304 bytes.*max_memory='") as error:
         ff.CorrelationState({0: 1024, 1: 1024}, [(0, 1)])
     assert "\n" not in str(error.value)
@@ -194,8 +194,8 @@ def test_too_little_memory_names_bytes_and_the_way_out(monkeypatch):
     def refuse(*args):
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4194304 bytes.")
 
-    monkeypatch.setattr(state, "free_memory", lambda device: None)
-    monkeypatch.setattr(state, "StreamingAccumulators", refuse)
+    monkeypatch.setattr(products, "free_memory", lambda device: None)
+    monkeypatch.setattr(products, "StreamingAccumulators", refuse)
     with pytest.raises(ff.FFMergeError, match="max_memory="):
         ff.CorrelationState({0: 1024, 1: 1024}, [(0, 1)])
 
@@ -256,7 +256,7 @@ def test_tiles_are_amx_bit_for_bit(correlation_backend, tokens, widths):
         for key, width in enumerate(widths)
     }
     state = state_of(x, pairs=[(0, 1), (1, 1)])
-    for layer in state._layers.values():
+    for layer in state._moments.layers.values():
         layer.tokens = 1000  # the pivot stays 0, features stay exact
     ff.ops.correlation_accumulate_(state, x)
     a, b = (x[key].float().numpy() for key in range(2))
@@ -273,7 +273,7 @@ def test_low_parts_are_used_where_they_are_not_zero(correlation_backend):
     x = {0: torch.ones(300, 70), 1: torch.ones(300, 40)}
     x[0][170, 50], x[1][290, 3] = 1 + 2**-12, 1 - 2**-13
     state = state_of(x)
-    for layer in state._layers.values():
+    for layer in state._moments.layers.values():
         layer.tokens = 1000
     ff.ops.correlation_accumulate_(state, x)
     expected = x[0].double().T @ x[1].double()

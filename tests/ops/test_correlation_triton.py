@@ -9,8 +9,8 @@ import torch
 from ffmerge_fast.ops.common import triton_launch, tuning
 from ffmerge_fast.ops.common.triton_launch import no_tf32
 from ffmerge_fast.ops.correlation import triton_backend
+from ffmerge_fast.ops.correlation.moments import LayerSums
 from ffmerge_fast.ops.correlation.packing import Packed, Product
-from ffmerge_fast.ops.correlation.sums import LayerSums
 from tests.helpers.triton_tools import SHARED_BYTES, compile_for_hopper, needs_triton, run_in_the_interpreter
 
 PAIRS, PAIRS_NARROW = "correlation_accumulate_pairs", "correlation_accumulate_pairs_narrow"
@@ -107,11 +107,11 @@ def test_launches_bind_and_other_token_counts_compile_nothing(compute, monkeypat
     monkeypatch.setattr(driver, "_active", Hopper())  # set_active has no way back on a machine without a driver
     variants = []
     for tokens in (2100, 4096, 1, 2049):
-        layout = triton_backend.TensorCorePacking({0: 300}, [(0, 0)], torch.device("cpu"), compute, "gelu")
+        packing = triton_backend.TensorCorePacking({0: 300}, [(0, 0)], torch.device("cpu"), compute, "gelu")
         packed, sums = Packed(), LayerSums.empty(300, torch.float32, torch.device("cpu"))
         for mask in (None, torch.ones(tokens, dtype=torch.bool)):
-            layout.pack_(0, torch.randn(tokens, 300), mask, sums, packed)
-        layout.multiply_([Product((0, 0), layout.zeros((0, 0)), packed, packed)])
+            packing.pack_(0, torch.randn(tokens, 300), mask, sums, packed)
+        packing.multiply_([Product((0, 0), packing.zeros((0, 0)), packed, packed)])
         variants.append(len(compiled))
     assert variants == variants[:1] * 4
 

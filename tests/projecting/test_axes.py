@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.projecting.axes import read_layout
+from ffmerge_fast.projecting.axes import ModelAxes
 from tests.helpers.tiny_models import FAMILIES, tiny_model
 
 # Axes as stored: d residual stream, f FFN neurons, a attention channels (of a width that follows d_model), - neither.
@@ -84,7 +84,7 @@ def test_every_projectable_family_has_a_table():
 @pytest.mark.parametrize("family", TABLES)
 def test_axes_of_every_parameter(family):
     model = tiny_model(family, layers=2)
-    layout = read_layout(model)
+    layout = ModelAxes.of(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         assert [code_of(a) for a in layout.axes[name]] == codes(family, name, parameter.ndim), name
 
@@ -96,7 +96,7 @@ def test_axes_that_happen_to_have_the_same_length(family, monkeypatch):
         if name in values:  # everything is as wide as the residual stream
             monkeypatch.setitem(values, name, 16)
     model = tiny_model(family, layers=1)
-    layout = read_layout(model)
+    layout = ModelAxes.of(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         assert [code_of(a) for a in layout.axes[name]] == codes(family, name, parameter.ndim), name
 
@@ -105,7 +105,7 @@ def test_reading_the_layout_changes_nothing():
     model = tiny_model("vit", layers=1)
     config, before = model.config.to_dict(), {n: p.clone() for n, p in model.named_parameters()}
     state = torch.get_rng_state()
-    read_layout(model)
+    ModelAxes.of(model)
     assert model.config.to_dict() == config and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -115,14 +115,14 @@ def test_unknown_attention_is_refused():
     ff.register_family("mpt", ff.FFNSpec("transformer.blocks", "ffn.up_proj", "ffn.down_proj", activation="ffn.act"))
     config = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=64)
     with pytest.raises(ff.FFMergeError, match="no attention of a known form in transformer.blocks.0 of this 'mpt'"):
-        read_layout(transformers.MptForCausalLM(config))
+        ModelAxes.of(transformers.MptForCausalLM(config))
 
 
 def test_fewer_keys_than_queries_in_one_matrix_are_refused():
     model = tiny_model("gpt_neox", layers=1)
     model.gpt_neox.layers[0].attention.query_key_value = torch.nn.Linear(16, 32)
     with pytest.raises(ff.FFMergeError, match="attention.query_key_value has not one query, key and value per head"):
-        read_layout(model)
+        ModelAxes.of(model)
 
 
 def test_plain_modules_are_refused():

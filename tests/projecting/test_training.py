@@ -7,6 +7,7 @@ import torch
 
 import ffmerge_fast as ff
 from ffmerge_fast.driver.project_run import project_and_train
+from ffmerge_fast.driver.training.settings import TrainingSettings
 from tests.helpers.projecting import batches, equal, projector, train, weights
 from tests.helpers.tiny_models import logits, tiny_inputs, tiny_model
 
@@ -115,8 +116,9 @@ def test_an_offloaded_base_is_let_go_of(tmp_path, taught):
     students = []
     for number, place in enumerate((None, "disk")):
         proj, result = project_and_train(
-            model, data, tmp_path / str(number), 3, 1e-2, options=dict(d_model=8, d_ff=12), calibration=2,
-            optimizer=dict(offload_base=place), teacher=model if taught else None, save_every=1, batch_size=2,
+            model, data, tmp_path / str(number), 3, TrainingSettings(lr=1e-2, save_every=1, batch_size=2),
+            options=dict(d_model=8, d_ff=12), calibration=2, optimizer=dict(offload_base=place),
+            teacher=model if taught else None,
         )  # fmt: skip
         students.append(weights(proj.student))
         assert result.steps == 3

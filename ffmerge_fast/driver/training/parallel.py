@@ -8,15 +8,6 @@ import torch
 from torch import nn
 
 from ...support.distributed import is_distributed
-from ...support.errors import FFMergeError
-
-PARALLEL = (None, "ddp", "fsdp2")
-
-
-def check_parallel(parallel: str | None) -> None:
-    """Raise FFMergeError for a way of running in parallel that does not exist."""
-    if parallel not in PARALLEL:
-        raise FFMergeError(f"parallel: got {parallel!r}, wanted 'ddp', 'fsdp2' or None")
 
 
 def parallelize(model: nn.Module, parallel: str | None) -> nn.Module:

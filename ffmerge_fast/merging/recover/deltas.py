@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,10 @@ from ...models.projections import delta_parameters, is_conv1d
 from ...models.sublayers import FFNSublayer, set_module
 from ...models.ties import CONFIG_VERSION, config_groups
 from ...ops import assign
-from ...ops.common.activations import FORWARD
+from ...ops.shared_ffn.weights import FFNWeights, activate
 from ...support.distributed import broadcast_, sum_over_ranks
 from ...support.env import require
 from ...support.errors import FFMergeError
-
-Weights = Mapping[str, Any]  # of one FFN, as `ops.shared_ffn` takes them
 
 
 class Delta(NamedTuple):
@@ -37,32 +35,33 @@ Deltas = dict[str, Delta]  # of one layer, by the projection that has them: "up"
 
 
 @torch.no_grad()
-def nearest_deltas(theirs: Weights, ours: Weights, x: Tensor, rank: int, fused: bool) -> Deltas:
+def nearest_deltas(ffn: FFNSublayer, theirs: FFNWeights, ours: FFNWeights, x: Tensor, rank: int) -> Deltas:
     """The deltas with which each projection of the shared FFN comes closest to that of the original one.
 
     The original's neurons are put in the order in which its weights are closest to the shared ones.
 
     Args:
+        ffn: the layer's.
         theirs, ours: the original and the shared weights, these of the device and dtype to work in.
         x: [tokens, d_model], the original layer's inputs, this process's.
-        fused: gate and up are one projection.
     """
-    x = x.to(ours["up"])
-    theirs = _aligned({name: v.to(x) if isinstance(v, Tensor) else v for name, v in theirs.items()}, ours, x)
-    parts = [name for name in ("gate", "up") if ours[name] is not None]
-    projections = {"up": parts} if fused else {name: [name] for name in parts}
+    x = x.to(ours.up)
+    theirs = _aligned(FFNWeights(*(w if w is None else w.to(x) for w in theirs)), ours, x, ffn.activation)
+    parts = ["up"] if ours.gate is None else ["gate", "up"]
+    projections = {"up": parts} if ffn.fused else {name: [name] for name in parts}
     found = {name: _nearest(x, _residuals(theirs, ours, p), rank) for name, p in projections.items()}
-    return found | {"down": _nearest(hidden(x, theirs), _residuals(theirs, ours, ["down"]), rank)}
+    return found | {"down": _nearest(theirs.hidden(x, ffn.activation), _residuals(theirs, ours, ["down"]), rank)}
 
 
-def _residuals(theirs: Weights, ours: Weights, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+def _residuals(theirs: FFNWeights, ours: FFNWeights, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     """W_i − W [out, in] and b_i − b [out] or None, in float64; of several projections one below the other."""
 
-    def residual(key: str) -> Tensor | None:
-        return None if ours[key] is None else theirs[key].double() - ours[key].double()
+    def residual(name: str) -> tuple[Tensor | None, ...]:
+        pairs = zip(theirs.projection(name), ours.projection(name), strict=True)
+        return tuple(None if own is None else their.double() - own.double() for their, own in pairs)
 
-    biases = [residual(f"{name}_bias") for name in names]
-    return torch.cat([residual(name) for name in names]), None if biases[0] is None else torch.cat(biases)
+    weights, biases = zip(*map(residual, names), strict=True)
+    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
 
 def _nearest(x: Tensor, residuals: tuple[Tensor, Tensor | None], rank: int) -> Delta:
@@ -98,22 +97,23 @@ def _mean(x: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def _aligned(theirs: Weights, ours: Weights, x: Tensor) -> Weights:
+def _aligned(theirs: FFNWeights, ours: FFNWeights, x: Tensor, activation: str) -> FFNWeights:
     """The original FFN with its neurons in the order of the shared one's.
 
     Weights are compared by what they do to the inputs: ‖w − w'‖² is weighted by the inputs' second moments.
     """
-    second, tiny = _moments(x, centred=ours["up_bias"] is not None)[0], torch.finfo(torch.float64).tiny
-    scores = torch.zeros(len(ours["up"]), len(ours["up"]), dtype=torch.float64, device=x.device)
-    for name in ("up", "gate"):
-        if ours[name] is not None:
-            seen = theirs[name].double() @ second
-            scores += ours[name].double() @ seen.T / (seen * theirs[name]).sum().clamp(min=tiny)
-    down = theirs["down"] * _mean(hidden(x, theirs).square())
-    scores += ours["down"].double().T @ down / (down * theirs["down"]).sum().clamp(min=tiny)
+    second, tiny = _moments(x, centred=ours.up_bias is not None)[0], torch.finfo(torch.float64).tiny
+    scores = torch.zeros(len(ours.up), len(ours.up), dtype=torch.float64, device=x.device)
+    for their, own in ((theirs.up, ours.up), (theirs.gate, ours.gate)):
+        if own is not None:
+            seen = their.double() @ second
+            scores += own.double() @ seen.T / (seen * their).sum().clamp(min=tiny)
+    down = theirs.down * _mean(theirs.hidden(x, activation).square())
+    scores += ours.down.double().T @ down / (down * theirs.down).sum().clamp(min=tiny)
     order = torch.as_tensor(assign(scores.float()).permutation, device=x.device)
-    neurons = [name for name in ("up", "gate", "up_bias", "gate_bias") if theirs[name] is not None]
-    return {**theirs, **{name: theirs[name][order] for name in neurons}, "down": theirs["down"][:, order]}
+    neurons = {name: getattr(theirs, name) for name in ("up", "gate", "up_bias", "gate_bias")}
+    rows = {name: value[order] for name, value in neurons.items() if value is not None}
+    return theirs._replace(**rows, down=theirs.down[:, order])
 
 
 def same_on_all_ranks(deltas: Deltas) -> Deltas:
@@ -126,27 +126,19 @@ def same_on_all_ranks(deltas: Deltas) -> Deltas:
 # --------------------------------------------------------------------------------------------------------- computing
 
 
-def hidden(x: Tensor, weights: Weights, deltas: Deltas | None = None) -> Tensor:
-    """What an FFN, or a layer's with its deltas, hands to W_down."""
-    activation, up = FORWARD[weights["activation"]], _project(x, "up", weights, deltas)
-    return activation(up) if weights["gate"] is None else activation(_project(x, "gate", weights, deltas)) * up
-
-
-def compute(x: Tensor, weights: Weights, deltas: Deltas) -> Tensor:
+def compute(x: Tensor, weights: FFNWeights, deltas: Deltas, activation: str) -> Tensor:
     """[T, d_model] -> [T, d_model] by the FFN of a layer with deltas; W + A B is never formed.
 
     This is plain PyTorch: the deltas work on the pre-activations and on the hidden features, which `ops.shared_ffn`
     does not hand out, and in weights widened by A and B it would need a copy of W for each layer.
     """
-    return _project(hidden(x, weights, deltas), "down", weights, deltas)
 
+    def project(x: Tensor, name: str) -> Tensor:
+        (weight, bias), (a, b, c) = weights.projection(name), deltas[name]
+        return F.linear(x, weight, bias if c is None else bias + c).addmm(F.linear(x, b), a.T)
 
-def _project(x: Tensor, name: str, weights: Weights, deltas: Deltas | None) -> Tensor:
-    bias = weights[f"{name}_bias"]
-    if not deltas:
-        return F.linear(x, weights[name], bias)
-    a, b, c = deltas[name]
-    return F.linear(x, weights[name], bias if c is None else bias + c).addmm(F.linear(x, b), a.T)
+    pre = [project(x, name) for name in ("up", "gate")[: weights.halves]]
+    return project(activate(pre, activation), "down")
 
 
 def unfused(deltas: Deltas) -> Deltas:

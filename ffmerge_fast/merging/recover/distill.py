@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.blocks import at_least_float32
-from ...models.ffn_weights import ffn_parameters, op_arguments
+from ...models.ffn_weights import ffn_parameters, ffn_weights
 from ...models.sublayers import FFNSublayer
 from ...ops import shared_ffn
+from ...ops.shared_ffn.weights import FFNWeights
 from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
 from ...support.errors import FFMergeError
 from ...support.progress import progress
-from ..groups import format_layers
+from ..groups import format_indices
 from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
 from .recording import LayerData, groups_to_recover, record, stream_weights
 from .reports import DistillGroup, DistillReport
@@ -117,7 +118,7 @@ class _Training:
         self._replaced = {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=True)}
         self._split(batch_tokens, seed)
         variances = torch.stack([layer.variance.cpu() for layer in self._layers])
-        self._weights = stream_weights(variances).tolist()
+        self._scales = stream_weights(variances).tolist()  # w of each layer
         self._deltas: list[Deltas] = []  # of each layer
         self._trained = list(self._copies)
         self._kept: list[Tensor] = []  # their values at the best step
@@ -145,9 +146,9 @@ class _Training:
     def start_deltas(self, teacher: nn.Module, rank: int) -> None:
         """Give every layer the deltas that bring it closest to its original; they are trained, too."""
         self._before = self._share(0)
-        ours, fused = self._arguments(), self._ffns[0].fused
+        ours = self._weights()
         for member, layer in zip(self._ffns, self._layers, strict=True):
-            first = nearest_deltas(op_arguments(teacher, member), ours, layer.x[: self._train], rank, fused)
+            first = nearest_deltas(member, ffn_weights(teacher, member), ours, layer.x[: self._train], rank)
             like = self._copies[0]
             self._deltas.append({n: Delta(*(_leaf(t, like) for t in d)) for n, d in same_on_all_ranks(first).items()})
         self._trained += [t for deltas in self._deltas for delta in deltas.values() for t in delta if t is not None]
@@ -213,19 +214,20 @@ class _Training:
         outputs = self._outputs(inputs)
         errors = [
             w * (output - layer.y[tokens].to(like)).square().sum()
-            for w, output, layer in zip(self._weights, outputs, self._layers, strict=True)
+            for w, output, layer in zip(self._scales, outputs, self._layers, strict=True)
         ]
         return torch.stack(errors).sum()
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
-        arguments = self._arguments()
-        if not self._deltas:
-            return shared_ffn(inputs, **arguments, recompute="none")  # there is no other layer's memory to save
+        weights, activation = self._weights(), self._ffns[0].activation
+        if not self._deltas:  # and no other layer's memory to save
+            return shared_ffn(inputs, **weights._asdict(), activation=activation, recompute="none")
         deltas = map(unfused, self._deltas) if self._ffns[0].fused else self._deltas
-        return [compute(x, arguments, mine) for x, mine in zip(inputs, deltas, strict=True)]
+        return [compute(x, weights, mine, activation) for x, mine in zip(inputs, deltas, strict=True)]
 
-    def _arguments(self) -> dict[str, Any]:
-        return op_arguments(self._model, self._ffns[0], self._replaced)
+    def _weights(self) -> FFNWeights:
+        """The shared FFN's, as they are trained."""
+        return ffn_weights(self._model, self._ffns[0], self._replaced)
 
     def _judge(self, step: int) -> None:
         """Note the error on the held-out tokens, and keep the weights if it is the smallest."""
@@ -251,7 +253,7 @@ class _Training:
     def _variance(self) -> float:
         """Σ w ‖y − mean y‖² over the layers and the held-out tokens of all ranks."""
         total = 0.0
-        for w, layer in zip(self._weights, self._layers, strict=True):
+        for w, layer in zip(self._scales, self._layers, strict=True):
             y = layer.y[self._held_out].double()
             moments = torch.stack([torch.ones_like(y).sum(0), y.sum(0), y.square().sum(0)])
             count, first, second = sum_over_ranks([moments])[0]
@@ -260,8 +262,7 @@ class _Training:
 
     @property
     def _name(self) -> str:
-        stack = self._ffns[0].stack
-        return f"{stack} {format_layers([(stack, tuple(f.index for f in self._ffns))], [stack])}"
+        return f"{self._ffns[0].stack} {format_indices([f.index for f in self._ffns])}"
 
 
 def _leaf(value: Tensor | None, like: Tensor) -> Tensor | None:

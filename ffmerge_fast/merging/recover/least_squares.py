@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.blocks import at_least_float32
-from ...models.projections import is_conv1d
+from ...models.ffn_weights import ffn_weights
 from ...models.sublayers import FFNSublayer
 from ...ops import CorrelationState
-from ...ops.common.activations import FORWARD
 from ...support.errors import FFMergeError
-from ..groups import format_layers
+from ..groups import format_indices
 
 
 class LeastSquares:
@@ -22,14 +21,13 @@ class LeastSquares:
 
     def __init__(self, model: nn.Module, ffns: Sequence[FFNSublayer]):
         self.ffns, self.first = ffns, ffns[0]
-        self.up, self.down = (model.get_submodule(path) for path in (self.first.up_path, self.first.down_path))
-        self.gate = model.get_submodule(self.first.gate_path) if self.first.gate_path else None
+        with torch.no_grad():
+            self.weights = ffn_weights(model, self.first)  # which `move_` changes, and with them the model
         self.scales: dict[int, float] = {}  # {layer: sqrt(w)}
 
     @property
     def name(self) -> str:
-        stack = self.first.stack
-        return f"{stack} {format_layers([(stack, self.layers)], [stack])}"
+        return f"{self.first.stack} {format_indices(self.layers)}"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -37,33 +35,27 @@ class LeastSquares:
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [p for p in (self.down.weight, self.down.bias) if p is not None]
+        return [p for p in self.weights.projection("down") if p is not None]
 
     @property
     def weight(self) -> Tensor:
         """W_down as [d_ff, d_model], a view."""
-        weight = self.down.weight.detach()
-        return weight if is_conv1d(self.down) else weight.T
+        return self.weights.down.detach().T
 
     def hidden(self, x: Tensor) -> Tensor:
         """What the shared FFN hands to W_down for its input x."""
-        x = x.to(self.up.weight)
-        up, activation = self.up(x), FORWARD[self.first.activation]
-        if self.first.fused:
-            gate, up = up.chunk(2, dim=-1)
-            return activation(gate) * up
-        return activation(self.gate(x)) * up if self.gate is not None else activation(up)
+        return self.weights.hidden(x.to(self.weights.up), self.first.activation)
 
     def clear(self) -> None:
         """New sums. The rows of all layers are pooled, scaled by sqrt(w); "1" is the column of the intercept."""
         widths = {"h": self.first.d_ff, "y": self.first.d_model}
         pairs = [("h", "h"), ("h", "y")]
-        if self.down.bias is not None:
+        if self.weights.down_bias is not None:
             widths["1"] = 1
             pairs += [("h", "1"), ("y", "1"), ("1", "1")]
-        weight = self.down.weight
-        compute = "fp64" if weight.dtype == torch.float64 else "auto"
-        self.state = CorrelationState(widths, pairs, weight.device, compute)
+        down = self.weights.down
+        compute = "fp64" if down.dtype == torch.float64 else "auto"
+        self.state = CorrelationState(widths, pairs, down.device, compute)
 
     def add(self, ffn: FFNSublayer, h: Tensor, y: Tensor, mask: Tensor) -> None:
         """Add one layer's tokens: h [.., d_ff], y [.., d_model]."""
@@ -88,7 +80,7 @@ class LeastSquares:
             gram -= h_mean[:, None] * h_sum
             cross -= h_mean[:, None] * y_sum
             total -= y_mean @ y_sum
-            intercept = y_mean - h_mean @ weight - self.down.bias.detach().double()
+            intercept = y_mean - h_mean @ weight - self.weights.down_bias.detach().double()
         descent = cross - gram @ weight
         before = total - (weight * (cross + descent)).sum()
         shift = ridge * gram.diagonal().mean()
@@ -123,7 +115,8 @@ class LeastSquares:
         """Go `size` of the way; rounded once."""
         self.weight.copy_(self.weight.double() + size * solution.step)
         if solution.intercept is not None:
-            self.down.bias.copy_(self.down.bias.double() + size * solution.intercept)
+            bias = self.weights.down_bias
+            bias.copy_(bias.double() + size * solution.intercept)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What the FFNs of the original model take and give, kept in memory; and a shared FFN on the inputs of its layers."""
+"""What recoveries start from: the groups, what their layers' FFNs take and give in the original model, the weights of
+their errors."""
 
 from __future__ import annotations
 
@@ -107,7 +108,7 @@ def groups_to_recover(model: nn.Module, teacher: nn.Module, name: str) -> list[l
         differ = next(((a, b) for a, b in itertools.zip_longest(of_model, of_teacher) if a != b))
         mine, other = (" ".join(map(str, x)) if x else "nothing" for x in differ)
         raise FFMergeError(f"{name}: the teacher is another model: its FFN is {other}, where this one's is {mine}")
-    groups = [[f for f in ffns if f.stack == stack and f.index in layers] for stack, layers in found]
+    groups = [ffns.of(stack, layers) for stack, layers in found]
     for members in groups:
         check_activation(members[0])
     return groups

@@ -13,13 +13,12 @@ from ...models.sublayers import FFNSublayer
 from ...ops import CorrelationState
 from ...support.distributed import on_all_ranks, share_of_rank, world_size
 from ...support.errors import FFMergeError
+from ..settings import INPUTS, WEIGHTS
 from .least_squares import LeastSquares, Solution
 from .recording import groups_to_recover, stream_weights
 from .reports import RefitGroup, RefitReport
 from .rounds import Best, Replay
 
-INPUTS = ("original", "merged")
-WEIGHTS = ("stream", "output", "equal")
 _SCALE_TOKENS = 1024  # that the variances behind the weights are taken over
 _STEP = 0.5  # of a round towards its solution: each layer's new output changes the inputs of the later ones
 
@@ -111,7 +110,7 @@ class _Fit:
     def set_weights(self, weights: str) -> None:
         """Set each layer's weight by the first tokens."""
         states = {
-            id(group): CorrelationState(dict.fromkeys(group.layers, group.first.d_model), [], group.down.weight.device)
+            id(group): CorrelationState(dict.fromkeys(group.layers, group.first.d_model), [], group.weights.down.device)
             for group in self.groups
         }
 

@@ -1,16 +1,27 @@
-"""What `refit_` says that it did."""
+"""What `refit_` and `local_distill_` say that they did."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...support.tables import format_table
-from ..groups import format_layers
+from ..groups import format_indices
 
 
 @dataclass(frozen=True)
-class RefitGroup:
+class RecoveredGroup:
+    """A group of layers, and how far its shared FFN was and is from their own outputs."""
+
+    stack: str
+    layers: tuple[int, ...]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class RefitGroup(RecoveredGroup):
     """What the first fit did for one group.
 
     Attributes:
@@ -19,14 +30,48 @@ class RefitGroup:
             misses, before and after the fit; without b_down, of their second moment.
     """
 
-    stack: str
-    layers: tuple[int, ...]
-    before: float
-    after: float
+
+@dataclass(frozen=True)
+class DistillGroup(RecoveredGroup):
+    """What `local_distill_` did for one group.
+
+    Attributes:
+        stack, layers: of the group.
+        before, after: share of the FFN outputs' (weighted) variance on the held-out tokens that the shared FFN misses.
+        best: the step whose weights the model has; 0: those it had, with the first deltas if there are any.
+        history: [(step, the share missed on held-out tokens), ...].
+        delta_rank: of the layers' deltas, 0 without.
+        delta_parameters: how many parameters they added.
+    """
+
+    best: int
+    history: list[tuple[int, float]] = field(repr=False)
+    delta_rank: int = 0
+    delta_parameters: int = 0
 
 
 @dataclass
-class RefitReport:
+class RecoveryReport:
+    """What was done, group by group."""
+
+    groups: list[RecoveredGroup]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def _table(self, recovery: str, columns: Mapping[str, str]) -> str:
+        """A row for each group; columns: {header: attribute} besides those that every recovery has."""
+        headers = ["stack", "layers", "output missed before", f"after {recovery}", *columns]
+        rows = [
+            [g.stack, format_indices(g.layers), g.before, g.after, *(getattr(g, name) for name in columns.values())]
+            for g in self.groups
+        ]
+        return format_table(headers, rows)
+
+
+@dataclass
+class RefitReport(RecoveryReport):
     """What `refit_` did. Prints as a table.
 
     Attributes:
@@ -39,13 +84,8 @@ class RefitReport:
     scores: list[float] = field(default_factory=list)
     best: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = [[g.stack, format_layers([(g.stack, g.layers)], [g.stack]), g.before, g.after] for g in self.groups]
-        text = format_table(["stack", "layers", "output missed before", "after refit"], rows)
+        text = self._table("refit", {})
         if not self.scores:
             return text
         names = ["merged", "refit", *(f"round {i}" for i in range(1, len(self.scores) - 1))]
@@ -53,45 +93,14 @@ class RefitReport:
         return f"{text}\n\n{format_table(['', 'score'], list(zip(names, self.scores, strict=True)))}"
 
 
-@dataclass(frozen=True)
-class DistillGroup:
-    """What `local_distill_` did for one group.
-
-    Attributes:
-        stack, layers: of the group.
-        before, after: share of the FFN outputs' (weighted) variance on the held-out tokens that the shared FFN misses.
-        best: the step whose weights the model has; 0: those it had, with the first deltas if there are any.
-        history: [(step, the share missed on held-out tokens), ...].
-        delta_rank: of the layers' deltas, 0 without.
-        delta_parameters: how many parameters they added.
-    """
-
-    stack: str
-    layers: tuple[int, ...]
-    before: float
-    after: float
-    best: int
-    history: list[tuple[int, float]] = field(repr=False)
-    delta_rank: int = 0
-    delta_parameters: int = 0
-
-
 @dataclass
-class DistillReport:
+class DistillReport(RecoveryReport):
     """What `local_distill_` did, group by group. Prints as a table."""
 
     groups: list[DistillGroup]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = [
-            [g.stack, format_layers([(g.stack, g.layers)], [g.stack]), g.before, g.after, g.best] for g in self.groups
-        ]
-        columns = ["stack", "layers", "output missed before", "after distillation", "best step"]
+        columns = {"best step": "best"}
         if any(g.delta_rank for g in self.groups):
-            columns += ["delta rank", "delta parameters"]
-            rows = [[*row, g.delta_rank, g.delta_parameters] for row, g in zip(rows, self.groups, strict=True)]
-        return format_table(columns, rows)
+            columns |= {"delta rank": "delta_rank", "delta parameters": "delta_parameters"}
+        return self._table("distillation", columns)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...calibration.blocks import at_least_float32
-from ...models.ffn_weights import check_activation, op_arguments
-from ...models.sublayers import FFNs, find_ffns
+from ...models.ffn_weights import check_activation, ffn_weights
+from ...models.sublayers import FFNs
 from ...ops import shared_ffn
 from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
 from ...support.errors import FFMergeError
 from ...support.progress import progress
-from ..apply import merged
 from ..groups import Group
-from ..plan import MergePlan
 from ..recover.recording import LayerData, record
 
 
 def proxy_scores(
     model: nn.Module,
+    ffns: FFNs,
     windows: Mapping[str, Sequence[Group]],
-    planned: Callable[[Sequence[Group]], MergePlan],
+    merged_at: Callable[[Sequence[Group]], AbstractContextManager],
     batches: Iterable[Any],
     max_tokens: int,
 ) -> dict[str, float]:
@@ -32,17 +32,21 @@ def proxy_scores(
 
     x_i and y_i are layer i's own input and output in the original model, from one forward pass. In a distributed job
     each rank records its share of the tokens, scores all windows on it, and all get the same sums.
+
+    Args:
+        ffns: of the model.
+        merged_at: the model with a window's groups merged, inside of a context.
     """
     with on_all_ranks("search"):
-        ffns = find_ffns(model)
         for ffn in ffns:
             check_activation(ffn)
         data = record(model, ffns, batches, share_of_rank(max_tokens), "search")
         keys = [ffn.key for ffn in ffns]
         errors = torch.zeros(len(windows), len(keys), dtype=torch.float64)
         for row, groups in enumerate(progress(windows.values(), len(windows), "search by proxy", "window")):
-            for key, error in _errors(model, planned(groups), ffns, data).items():
-                errors[row, keys.index(key)] = error
+            with merged_at(groups):
+                for key, error in _errors(model, groups, ffns, data).items():
+                    errors[row, keys.index(key)] = error
     moments = [data[key].moments for key in keys]
     errors = errors.to(moments[0].device)
     sum_over_ranks([errors, *moments])
@@ -55,16 +59,15 @@ def proxy_scores(
 
 
 @torch.no_grad()
-def _errors(model: nn.Module, plan: MergePlan, ffns: FFNs, data: Mapping[str, LayerData]) -> dict[str, float]:
+def _errors(model: nn.Module, groups: Sequence[Group], ffns: FFNs, data: Mapping[str, LayerData]) -> dict[str, float]:
     """Sum of squares of what each merged layer's output is off by, over tokens and features."""
     found = {}
-    with merged(model, plan):
-        for group in plan.groups:
-            members = ffns.of(group.stack, group.layers)
-            arguments = op_arguments(model, members[0])
-            xs = [data[f.key].x.to(arguments["up"]) for f in members]
-            for ffn, y in zip(members, shared_ffn(xs, **arguments), strict=True):
-                found[ffn.key] = (
-                    (at_least_float32(y) - at_least_float32(data[ffn.key].y)).square().sum(dtype=torch.float64).item()
-                )
+    for group in groups:
+        members = ffns.of(*group)
+        weights = ffn_weights(model, members[0])
+        xs = [data[f.key].x.to(weights.up) for f in members]
+        ys = shared_ffn(xs, **weights._asdict(), activation=members[0].activation)
+        for ffn, y in zip(members, ys, strict=True):
+            off = at_least_float32(y) - at_least_float32(data[ffn.key].y)
+            found[ffn.key] = off.square().sum(dtype=torch.float64).item()
     return found

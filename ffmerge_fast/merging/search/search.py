@@ -6,19 +6,21 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ...models.forward import evaluating
+from ...models.summary import ModelSummary
 from ...support.distributed import gather, is_distributed, on_all_ranks, rank, turns_of_rank
 from ...support.errors import FFMergeError
 from ...support.progress import progress
 from ...support.sizes import parse_bytes
-from ..apply import merged
+from ..apply import merged, summary_of_unmerged
 from ..groups import Group, format_layers, windows
-from ..plan import MergePlan, plan, rank_windows
+from ..plan import MergePlan, check_given, plan, plan_groups, rank_windows
 from ..statistics import CorrelationStats
 from .prefix import PrefixOutputs
 from .proxy import proxy_scores
@@ -71,23 +73,26 @@ def search(
     """
     with on_all_ranks("search"):
         _check_arguments(evaluate, higher_is_better, resume, batches, max_tokens)
-        stats.model.check(model, "stats")
+        check_given(stats, model, method)
+        found = _checked(model, stats)
         keep = parse_bytes(prefix_memory, "prefix_memory") if prefix_memory else 0
         wanted = {format_layers(g, stats.model.stacks): g for g in windows(stats.model.ffns, window)}
         settings = {"window": window, "anchor": anchor, "method": method, "seed": seed}
         scores = _Scores(resume, {"model": stats.model.fingerprint, **settings})
 
     def planned(groups: Sequence[Group]) -> MergePlan:
-        layers: dict[str, list] = {}
-        for stack, indices in groups:
-            layers.setdefault(stack, []).append(list(indices))
-        return plan(stats, layers=layers, anchor=anchor, method=method, model=model, seed=seed)
+        return plan_groups(stats, stats.model, groups, anchor, method, model, seed)
+
+    def merged_at(groups: Sequence[Group]) -> AbstractContextManager:
+        return merged(model, planned(groups), found)
 
     if evaluate == "proxy":
-        values = proxy_scores(model, wanted, planned, batches, max_tokens)
+        values = proxy_scores(model, found.ffns, wanted, merged_at, batches, max_tokens)
     else:
-        prefix = PrefixOutputs(model, stats.model.ffns, keep)
-        values = _evaluated(model, wanted, planned, evaluate, scores, prefix)
+        prefix = PrefixOutputs(model, found.ffns, keep)
+        values = _evaluated(model, wanted, merged_at, evaluate, scores, prefix)
+    with on_all_ranks("search"):
+        _checked(model, stats)  # after the last window: `evaluate` left the model as it was
     ranked = [(name, values[name]) for name in wanted]
     usable = [(name, value) for name, value in ranked if not math.isnan(value)]
     if not usable:
@@ -98,10 +103,16 @@ def search(
     return chosen
 
 
+def _checked(model: nn.Module, stats: CorrelationStats) -> ModelSummary:
+    found = summary_of_unmerged(model)
+    stats.model.check(found, "stats")
+    return found
+
+
 def _evaluated(
     model: nn.Module,
     wanted: Mapping[str, Sequence[Group]],
-    planned: Callable[[Sequence[Group]], MergePlan],
+    merged_at: Callable[[Sequence[Group]], AbstractContextManager],
     evaluate: Callable[[nn.Module], float],
     scores: _Scores,
     prefix: PrefixOutputs,
@@ -112,7 +123,7 @@ def _evaluated(
         with on_all_ranks("search"):
             if name is not None and name not in scores.values:
                 first = next(layers[0] for stack, layers in wanted[name] if stack == prefix.stack)
-                with evaluating(model), merged(model, planned(wanted[name])), prefix.before(first):
+                with evaluating(model), merged_at(wanted[name]), prefix.before(first):
                     scores.add(name, float(evaluate(model)))
     return {name: score for part in gather(scores.values) for name, score in part.items()}
 

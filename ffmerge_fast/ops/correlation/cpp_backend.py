@@ -11,8 +11,8 @@ from ...support import env, machine
 from ..common.activations import FORWARD
 from ..common.cpu import ACTIVATIONS, DTYPES
 from . import reference
-from .packing import Packed, Pair, Product, RowPacking
-from .sums import LayerSums
+from .moments import LayerSums, Pair
+from .packing import Packed, Product, RowPacking
 
 _PIVOT_ROWS = 64  # of the first batch: a pivot need only be near the mean
 _LEAF = 128  # width at which a self product is not split further
@@ -25,7 +25,7 @@ def can_run(tensor: Tensor | None = None) -> str | None:
     return machine.why_no_extension()
 
 
-def layout(widths, pairs, device, compute, activation) -> RowPacking:
+def packing(widths, pairs, device, compute, activation) -> RowPacking:
     """Tiles where the CPU multiplies bfloat16 tiles and `compute` allows it, else rows."""
     amx = machine.cpu_isa() in ("amx", env.AMX_EMULATED)
     tiled = amx and compute in ("auto", "bf16", "bf16x3")
@@ -118,7 +118,7 @@ class _RowPacking(RowPacking):
 
 
 class _TilePacking(RowPacking):
-    """Chunks of 256 tokens as operands of AMX, accumulators in tiles (csrc/correlation_tiles.h).
+    """Chunks of 256 tokens as operands of AMX, accumulators in tiles (csrc/correlation/tiles.h).
 
     A value is high + low, two bfloat16, unless compute is "bf16". Where all of a step's low parts are 0, as they are
     for bfloat16 features that need no pivot, they cost nothing: "auto" and "bf16x3" are then as fast as "bf16".

@@ -1,4 +1,4 @@
-"""The `correlation` op: registration, and the one call that takes a batch of all layers."""
+"""The `correlation` op: the one call that takes a batch of all layers."""
 
 from __future__ import annotations
 

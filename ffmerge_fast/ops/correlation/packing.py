@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from . import registered
-from .sums import LayerSums
-
-Pair = tuple[Hashable, Hashable]
+from .moments import Key, LayerSums, Pair
 
 
 @dataclass
 class Packed:
-    """Features of one layer as a layout packs them: some tokens, in blocks that only the layout understands."""
+    """Features of one layer as a packing keeps them: some tokens, in blocks that only the packing understands."""
 
     tokens: int = 0
     blocks: list[Tensor] = field(default_factory=list)
@@ -45,7 +43,7 @@ class RowPacking:
 
     def __init__(
         self,
-        widths: Mapping[Hashable, int],
+        widths: Mapping[Key, int],
         pairs: Iterable[Pair],
         device: torch.device,
         compute: str,
@@ -55,7 +53,7 @@ class RowPacking:
         self.compute, self.activation = compute, activation
         self.dtype = torch.float64 if compute == "fp64" else torch.float32
 
-    def pack_(self, key: Hashable, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
+    def pack_(self, key: Key, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
         """Add the tokens of one layer to its sums and to `packed`."""
         x = registered.accumulate_layer_(x, mask, *sums.tensors(), self.activation, self.compute, not sums.tokens)
         packed.blocks.append(x)
@@ -64,7 +62,7 @@ class RowPacking:
     def release(self, packed: Packed) -> None:
         """`packed` was multiplied and will not be used again: its memory may serve the next tokens."""
 
-    def better_pivot(self, key: Hashable, sums: LayerSums) -> Tensor:
+    def better_pivot(self, key: Key, sums: LayerSums) -> Tensor:
         """The pivot [d] to go on with after a first batch of few tokens."""
         return sums.mean()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..common.activations import FORWARD
 from .packing import RowPacking
 
-layout = RowPacking  # how this backend keeps features and products
+packing = RowPacking  # how this backend keeps features and products
 _ROWS = 256  # rows per float64 block: bounds the temporaries of the column sums
 
 

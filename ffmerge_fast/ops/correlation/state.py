@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ...support.errors import FFMergeError
-from ...support.machine import free_memory
-from ...support.sizes import format_bytes, parse_bytes
+from ...support.sizes import parse_bytes
 from ..common import backends
 from ..common.activations import check_activation
-from . import merging
 from .batch import Batch, flat_features
-from .products import Accumulators, SpooledAccumulators, StreamingAccumulators
-from .sums import NAMES, LayerSums, comoments
+from .moments import Key, LayerSums, Moments, Pair
+from .products import make_accumulators, partners
 
-Key = Hashable
 _COMPUTE = ("auto", "bf16", "bf16x3", "fp32", "fp64")
-_SETTLED = 64  # tokens that make a good pivot; one from fewer is refined at the end of the next batches
 
 
 class CorrelationState:
@@ -47,7 +43,7 @@ class CorrelationState:
     def __init__(
         self,
         widths: Mapping[Key, int],
-        pairs: Iterable[tuple[Key, Key]],
+        pairs: Iterable[Pair],
         device: torch.device | str = "cpu",
         compute: str = "auto",
         activation: str | None = None,
@@ -56,15 +52,14 @@ class CorrelationState:
         self.widths, self.compute, self.activation = dict(widths), compute, activation
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
         self.max_memory = None if max_memory is None else parse_bytes(max_memory, "max_memory")
-        self.pairs: list[tuple[Key, Key]] = []
         self._check_arguments()
-        self._partners: dict[Key, set[Key]] = {key: set() for key in self.widths}
-        for a, b in pairs:
-            self._add_pair(a, b)
-        self._stored_pairs = set(self.pairs)
+        self.pairs = self._distinct(pairs)
+        self._partners = partners(self.widths, self.pairs)
         self.dtype = torch.float64 if compute == "fp64" else torch.float32
-        self._layers = {key: LayerSums.empty(width, self.dtype, self.device) for key, width in self.widths.items()}
-        self._accumulators = self._make_accumulators()
+        backend = backends.select("correlation", torch.empty(0, device=self.device))
+        packing = backend.packing(self.widths, self.pairs, self.device, compute, activation)
+        layers = {key: LayerSums.empty(width, self.dtype, self.device) for key, width in self.widths.items()}
+        self._moments = Moments(layers, self.pairs, make_accumulators(packing, self.max_memory))
         self._batch = Batch()
 
     def __repr__(self) -> str:
@@ -88,7 +83,7 @@ class CorrelationState:
                 that does not fit. Nothing was added then.
         """
         batch = self._batch
-        layer = self._layer(key)
+        self._layer(key)
         x = flat_features(key, x, self.widths[key], self.device)
         if key in batch.tokens:
             raise FFMergeError(f"layer {key!r} was pushed twice in one batch: call end_batch() between batches")
@@ -96,7 +91,7 @@ class CorrelationState:
         batch.check_partners(key, len(x), mask, (p for p in self._partners[key] if p in batch.tokens))
         batch.add(key, len(x), mask)
         with torch.no_grad():
-            self._accumulators.push(key, x, flat, layer, batch.tokens)
+            self._moments.push(key, x, flat, batch.tokens)
 
     def end_batch(self) -> None:
         """Close the batch: every layer must have been pushed, and all sums must be finite (one device sync).
@@ -107,22 +102,9 @@ class CorrelationState:
         seen, self._batch = self._batch.tokens, Batch()
         missing = [key for key in self.widths if key not in seen]
         if missing:
-            self._accumulators.discard_open_batch()
+            self._moments.accumulators.discard_open_batch()
             raise FFMergeError(f"end_batch: layers {missing} were not pushed in this batch; push every layer once")
-        largest = torch.finfo(self.dtype).max
-        worst = [layer.sumsq.max() for layer in self._layers.values()]  # NaN and Inf of any token are in the squares
-        counts = [layer.count.double() for layer in self._layers.values()]
-        worst, counts = torch.stack([*worst, *counts]).view(2, -1).tolist()
-        bad = [key for key, squares in zip(self.widths, worst, strict=True) if not squares <= largest]
-        if bad:
-            raise FFMergeError(f"features of layers {bad} hold NaN, Inf or values beyond float32; start a new state")
-        better = {}
-        for (key, layer), count in zip(self._layers.items(), map(int, counts), strict=True):
-            if 0 < layer.tokens < min(_SETTLED, count):
-                better[key] = self._accumulators.better_pivot(key, layer)
-            layer.tokens = count
-        if better:
-            merging.move_pivots_(self, better)
+        self._moments.end_batch()
 
     def check_batch(self, features: Mapping[Key, Tensor], mask: Tensor | None = None) -> None:
         """Raise FFMergeError unless `features` are one whole batch of this state; changes nothing."""
@@ -156,7 +138,7 @@ class CorrelationState:
     def covariance(self, a: Key, b: Key) -> Tensor:
         """Covariance (1/n) of the features of two layers, float32 [d_a, d_b]; rows are those of `a`."""
         pair = self._stored(a, b)
-        matrix = self._comoments(pair).div_(self._layers[pair[0]].count).float()
+        matrix = self._moments.comoments(pair).div_(self._layer(pair[0]).count).float()
         return matrix if pair == (a, b) else matrix.T
 
     def correlation(self, a: Key, b: Key) -> Tensor:
@@ -165,10 +147,10 @@ class CorrelationState:
         A feature without variance (a dead neuron) has correlation 0 with everything.
         """
         pair = self._stored(a, b)
-        matrix = self._comoments(pair)
-        a_layer, b_layer = (self._layers[key] for key in pair)
-        scale_a, scale_b = a_layer.inverse_std() / a_layer.count, b_layer.inverse_std()
-        matrix = matrix.mul_(scale_a.to(self.dtype)[:, None]).mul_(scale_b.to(self.dtype)).clamp_(-1, 1).float()
+        first, second = (self._layer(key) for key in pair)
+        rows, columns = first.inverse_std() / first.count, second.inverse_std()
+        matrix = self._moments.comoments(pair).mul_(rows.to(self.dtype)[:, None]).mul_(columns.to(self.dtype))
+        matrix = matrix.clamp_(-1, 1).float()
         return matrix if pair == (a, b) else matrix.T
 
     # Merge, save, load
@@ -179,7 +161,13 @@ class CorrelationState:
         Raises:
             FFMergeError: the states differ in layers, widths, pairs or activation, or a batch is open.
         """
-        merging.merge_(self, other)
+        for name in ("widths", "pairs", "activation"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise FFMergeError(f"merge_: the states differ in {name}: {mine} and {theirs}")
+        for each in (self, other):
+            each._no_open_batch()
+        self._moments.merge_(other._moments)
         return self
 
     def all_reduce_(self, group=None) -> CorrelationState:
@@ -187,7 +175,8 @@ class CorrelationState:
 
         Collective: all ranks of the `torch.distributed` group call it once, with the same layers and pairs.
         """
-        merging.all_reduce_(self, group)
+        self._no_open_batch()
+        self._moments.all_reduce_(group)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -196,9 +185,7 @@ class CorrelationState:
         The products are the state's own where the backend keeps plain matrices, else copies.
         """
         self._no_open_batch()
-        self._accumulators.settle()
-        tensors = {f"layer/{key}/{name}": getattr(la, name) for key, la in self._layers.items() for name in NAMES}
-        return tensors | {f"pair/{a}|{b}": self._accumulators.product((a, b)) for a, b in self.pairs}
+        return self._moments.state_dict()
 
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> CorrelationState:
         """Replace the sums by those of `state_dict()` of a state with the same layers and pairs.
@@ -207,23 +194,7 @@ class CorrelationState:
             FFMergeError: a tensor is missing, unknown or of another shape or dtype. Nothing was changed then.
         """
         self._no_open_batch()
-        sums = {f"layer/{key}/{name}": getattr(la, name) for key, la in self._layers.items() for name in NAMES}
-        products = {f"pair/{a}|{b}": (a, b) for a, b in self.pairs}
-        want = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in sums.items()}
-        want |= {name: (self.dtype, [self.widths[a], self.widths[b]]) for name, (a, b) in products.items()}
-        if want.keys() != tensors.keys():
-            missing, unknown = sorted(want.keys() - tensors.keys())[:3], sorted(tensors.keys() - want.keys())[:3]
-            raise FFMergeError(f"state_dict: {missing=}, {unknown=}; make the state with the same layers and pairs")
-        for name, tensor in tensors.items():
-            if (got := (tensor.dtype, list(tensor.shape))) != want[name]:
-                raise FFMergeError(f"state_dict: {name} is {got[0]} {got[1]}, want {want[name][0]} {want[name][1]}")
-        self._accumulators.settle()
-        for name, tensor in sums.items():
-            tensor.copy_(tensors[name])
-        for name, pair in products.items():
-            self._accumulators.replace_(pair, tensors[name].to(self.device))
-        for layer in self._layers.values():
-            layer.tokens = int(layer.count)
+        self._moments.load_state_dict_(tensors)
         return self
 
     # Private
@@ -242,47 +213,21 @@ class CorrelationState:
         if self.max_memory is not None and self.device.type != "cpu":
             raise FFMergeError(f"max_memory: the state is on {self.device}, wanted device='cpu' to spool features")
 
-    def _add_pair(self, a: Key, b: Key) -> None:
-        unknown = [key for key in (a, b) if key not in self.widths]
-        if unknown:
-            raise FFMergeError(f"pairs: ({a!r}, {b!r}) names layer {unknown[0]!r}, which is not in widths")
-        if b not in self._partners[a]:
-            self.pairs.append((a, b))
-            self._partners[a].add(b)
-            self._partners[b].add(a)
-
-    def _make_accumulators(self) -> Accumulators:
-        backend = backends.select("correlation", torch.empty(0, device=self.device))
-        layout = backend.layout(self.widths, self.pairs, self.device, self.compute, self.activation)
-        sizes = [layout.accumulator_bytes(pair) for pair in self.pairs]
-        needed, largest = sum(sizes), max(sizes, default=0)
-        if self.max_memory is not None and needed > self.max_memory:
-            if largest > self.max_memory:
-                raise FFMergeError(
-                    f"max_memory: {format_bytes(self.max_memory)}, but the products of one pair take "
-                    f"{format_bytes(largest)}: give at least that much"
-                )
-            return SpooledAccumulators(layout)
-        free = free_memory(self.device)
-        budget = max(largest, (free or 0) // 2) // 2**20 + 1
-        message = (
-            f"the products of {len(self.pairs)} pairs need {format_bytes(needed)} ({needed} bytes) on {self.device}, "
-            f"{format_bytes(free or 0)} are free: give max_memory='{budget}MiB' (--max-memory {budget}MiB) to spool "
-            "features to disk (CPU only), or fewer pairs (a smaller window)"
-        )
-        if free is not None and needed > free:
-            raise FFMergeError(message)
-        try:
-            return StreamingAccumulators(layout)
-        except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises RuntimeError, CUDA's a subclass
-            if "memory" not in str(error).lower():
-                raise
-            raise FFMergeError(message) from error
+    def _distinct(self, pairs: Iterable[Pair]) -> list[Pair]:
+        """The pairs in their order, each of two layers once."""
+        found: dict[Pair, None] = {}
+        for a, b in pairs:
+            unknown = [key for key in (a, b) if key not in self.widths]
+            if unknown:
+                raise FFMergeError(f"pairs: ({a!r}, {b!r}) names layer {unknown[0]!r}, which is not in widths")
+            if (b, a) not in found:
+                found[a, b] = None
+        return list(found)
 
     def _layer(self, key: Key) -> LayerSums:
-        if key not in self._layers:
+        if key not in self.widths:
             raise FFMergeError(f"key: got {key!r}, want one of the layers {list(self.widths)}")
-        return self._layers[key]
+        return self._moments.layers[key]
 
     def _closed(self, key: Key) -> LayerSums:
         self._no_open_batch()
@@ -295,12 +240,11 @@ class CorrelationState:
         if self._batch.tokens:
             raise FFMergeError(f"a batch is open (pushed: layers {list(self._batch.tokens)}): call end_batch() first")
 
-    def _stored(self, a: Key, b: Key) -> tuple[Key, Key]:
+    def _stored(self, a: Key, b: Key) -> Pair:
+        """The pair of two layers that have seen tokens, as it is stored."""
         if b not in self._partners.get(a, ()):
             raise FFMergeError(f"pair ({a!r}, {b!r}) was not accumulated: name it in pairs")
-        return (a, b) if (a, b) in self._stored_pairs else (b, a)
-
-    def _comoments(self, pair: tuple[Key, Key]) -> Tensor:
-        """Σ (x_a - mean_a)ᵀ(x_b - mean_b), a new matrix [d_a, d_b], for a pair as it is stored."""
-        layers = [self._closed(key) for key in pair]
-        return comoments(self._accumulators.product(pair), *layers)
+        pair = self._partners[a][b]
+        for key in pair:
+            self._closed(key)
+        return pair

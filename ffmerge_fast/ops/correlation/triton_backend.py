@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 import torch
@@ -12,10 +12,10 @@ from ...support import env
 from ..common import tuning
 from ..common.triton_launch import can_run, launch, multiprocessors, no_tf32
 from . import reference
-from .packing import Packed, Pair, Product, RowPacking
-from .sums import LayerSums
+from .moments import Key, LayerSums, Pair
+from .packing import Packed, Product, RowPacking
 
-__all__ = ["accumulate_layer_", "accumulate_pair_", "can_run", "layout"]
+__all__ = ["accumulate_layer_", "accumulate_pair_", "can_run", "packing"]
 
 _CHUNK, _COLUMNS = 256, 128  # tokens and features of one program of the layer kernel
 _FAR = 1.0  # |mean| / std from which a bfloat16 feature gets a pivot; below, x itself is exact and needs no low half
@@ -52,8 +52,8 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
         reference.accumulate_pair_(a, b, products)
 
 
-def layout(
-    widths: Mapping[Hashable, int], pairs: Iterable[Pair], device: torch.device, compute: str, activation: str | None
+def packing(
+    widths: Mapping[Key, int], pairs: Iterable[Pair], device: torch.device, compute: str, activation: str | None
 ) -> RowPacking:
     """Tensor cores for "bf16", "bf16x3" and "auto"; "fp32" and "fp64" are plain rows, multiplied by cuBLAS."""
     kind = RowPacking if compute in ("fp32", "fp64") else TensorCorePacking
@@ -73,7 +73,7 @@ class TensorCorePacking(RowPacking):
         self._split = self.compute != "bf16"
         self._schedules: dict[tuple, _Schedule] = {}
 
-    def pack_(self, key: Hashable, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
+    def pack_(self, key: Key, x: Tensor, mask: Tensor | None, sums: LayerSums, packed: Packed) -> None:
         if not len(x):
             return
         if not sums.tokens:
@@ -99,10 +99,10 @@ class TensorCorePacking(RowPacking):
             return accumulator
         return accumulator.triu().add_(accumulator.triu(1).T)
 
-    def _pitch(self, key: Hashable) -> int:
+    def _pitch(self, key: Key) -> int:
         return _padded(self.widths[key]) * (2 if self._split else 1)
 
-    def _reserve(self, key: Hashable, packed: Packed, tokens: int) -> Tensor:
+    def _reserve(self, key: Key, packed: Packed, tokens: int) -> Tensor:
         """The layer's buffer with room for `tokens` more: at first for all that are gathered, later as many as come."""
         needed = packed.tokens + tokens
         old = packed.blocks[0] if packed.blocks else None

@@ -38,7 +38,10 @@ def _correlation_accumulate_layer_kernel(
     BLOCK_D: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Activation, minus pivot, rounding, and column sums, in one pass over the features."""
+    """Activation, minus pivot, rounding, and column sums, in one pass over the features.
+
+    Naive loop: `reference.accumulate_layer_`.
+    """
     part = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < width
@@ -88,7 +91,10 @@ def _correlation_accumulate_layer_kernel(
 
 @triton.jit(do_not_specialize=["chunks"])
 def _correlation_layer_sums_kernel(sums, counts, count, total, squares, chunks, width, BLOCK_D: tl.constexpr):
-    """Add the chunks' sums in their order to a layer's count, Σ and Σ²: the same bits every time."""
+    """Add the chunks' sums in their order to a layer's count, Σ and Σ²: the same bits every time.
+
+    Naive loop: `reference.accumulate_layer_`, its sums.
+    """
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < width
     new_total = tl.load(total + columns, mask=inside, other=0.0)
@@ -151,6 +157,7 @@ def _correlation_accumulate_pairs_kernel(
 
     A tile belongs to one program, so every sum has one fixed order. With SPLIT, low·high and high·low come before
     high·high (small terms first), each only where the flags of the tile's features ask for it.
+    Naive loop: `reference.accumulate_pair_`.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)

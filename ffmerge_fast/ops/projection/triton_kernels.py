@@ -47,6 +47,7 @@ def _project_rows_kernel(
     """out = a · b + kept[index] + residual for problems of one shape, summed in float32 and rounded once.
 
     One program, one tile of one block of one problem: every sum has one fixed order.
+    Naive loops: `reference.project_rows_`, `project_rows_adjoint_`, `project_rows_gradient_`.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)

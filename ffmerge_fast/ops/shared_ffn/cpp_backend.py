@@ -11,7 +11,7 @@ from torch import Tensor
 from ...support import env, machine
 from ..common.cpu import ACTIVATIONS, DTYPES
 from .pieces import backward_in_pieces, like, pieces, stacked
-from .weights import GradientSums, Weights
+from .weights import FFNWeights, GradientSums
 
 _NO_WEIGHT = (0, 0, 0, 0, 0, False)
 _PIECE = 512  # tokens whose hidden features exist at a time, where none are kept
@@ -27,20 +27,19 @@ def can_run(tensor: Tensor | None = None) -> str | None:
 
 
 def forward(
-    xs: list[Tensor], up, gate, down, up_bias, gate_bias, down_bias, activation: str, recompute: str
+    xs: list[Tensor], weights: FFNWeights, activation: str, recompute: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference."""
-    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
     if recompute == "full":
         ys = [_forward(x, weights, activation) for x in stacked(xs)]
         return like(xs, ys), []
     outputs, saved = [], []
-    wide = weights.to(_gemm_dtype(up.dtype))
+    wide = weights.to(_gemm_dtype(weights.up.dtype))
     for x in xs:
         pre = wide.pre_activations(x.to(wide.up.dtype))
         hidden = _activate(pre, torch.empty_like(pre[0]), activation)
-        outputs.append(F.linear(hidden, wide.down, wide.down_bias).to(up.dtype))
-        saved += [kept.to(up.dtype) for kept in ([*pre, hidden] if recompute == "none" else pre)]
+        outputs.append(F.linear(hidden, wide.down, wide.down_bias).to(x.dtype))
+        saved += [kept.to(x.dtype) for kept in ([*pre, hidden] if recompute == "none" else pre)]
     return outputs, saved
 
 
@@ -48,27 +47,21 @@ def backward(
     grads: list[Tensor],
     xs: list[Tensor],
     saved: list[Tensor],
-    up,
-    gate,
-    down,
-    up_bias,
-    gate_bias,
-    down_bias,
+    weights: FFNWeights,
     activation: str,
     recompute: str,
     needs: list[bool],
     into: list[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference. Only the hidden features of 512 tokens exist at a time, unless they were kept."""
-    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
-    wide = weights.to(_gemm_dtype(up.dtype))
+    wide = weights.to(_gemm_dtype(weights.up.dtype))
     sums = GradientSums(wide, needs[1:], into, rounded=True)
     hidden_gradients = partial(_hidden_gradients, wide, activation, recompute)
     dxs = backward_in_pieces(hidden_gradients, wide, sums, xs, grads, saved, _PIECE, needs[0])
     return dxs, sums.needed()
 
 
-def _hidden_gradients(weights: Weights, activation: str, recompute: str, x: Tensor, dy: Tensor, *saved: Tensor):
+def _hidden_gradients(weights: FFNWeights, activation: str, recompute: str, x: Tensor, dy: Tensor, *saved: Tensor):
     """What `GradientSums.add_` takes of one piece, in as little memory as the policy allows."""
     pre = saved[: weights.halves] or weights.pre_activations(x)
     hidden = saved[weights.halves] if recompute == "none" else None
@@ -87,7 +80,7 @@ def _hidden_gradients(weights: Weights, activation: str, recompute: str, x: Tens
     return d_up, d_gate, hidden if written is None else written
 
 
-def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
+def _forward(x: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     """[T, d] -> [T, d_out], keeping nothing."""
     if x.shape[0] <= most_decoded_tokens(x.dtype):
         return _decode(x, weights, activation)
@@ -105,7 +98,7 @@ def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
     return y
 
 
-def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
+def _decode(x: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     up, gate, down, up_bias, gate_bias, down_bias = map(_readable, weights)
     tokens, outputs = x.shape[0], down.shape[0]

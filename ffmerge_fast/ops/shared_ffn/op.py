@@ -12,6 +12,7 @@ from ...support.errors import FFMergeError
 from ..common.activations import check_activation
 from .gradient_buffers import GradientBuffer, gradient_buffer
 from .registered import backward, backward_op, forward, forward_op
+from .weights import FFNWeights
 
 _POLICIES = ("none", "activation", "full")
 
@@ -21,9 +22,9 @@ class SharedFFNFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, activation, recompute, dtype, up, gate, down, up_bias, gate_bias, down_bias, *xs):
-        weights = (up, gate, down, up_bias, gate_bias, down_bias)
+        weights = FFNWeights(up, gate, down, up_bias, gate_bias, down_bias)
         inputs = [x.to(dtype) for x in xs]
-        outputs, saved = forward_op(inputs, *_cast(weights, dtype), activation, recompute)
+        outputs, saved = forward_op(inputs, *weights.to(dtype), activation, recompute)
         ctx.save_for_backward(*weights, *inputs, *saved)
         ctx.options = (activation, recompute)
         ctx.dtypes = (dtype, [x.dtype for x in xs])
@@ -43,14 +44,14 @@ def _gradients(ctx, tensors: tuple, buffers: list[GradientBuffer | None], *grads
     """The gradients of `SharedFFNFunction`'s inputs; what their buffers say for those that were added to these."""
     dtype, x_dtypes = ctx.dtypes
     n = len(x_dtypes)
-    weights, xs, saved = tensors[:6], list(tensors[6 : 6 + n]), list(tensors[6 + n :])
+    weights, xs, saved = FFNWeights(*tensors[:6]), list(tensors[6 : 6 + n]), list(tensors[6 + n :])
     needs_weight, needs_x = ctx.needs_input_grad[3:9], ctx.needs_input_grad[9:]
-    arguments = [g.to(dtype) for g in grads], xs, saved, *_cast(weights, dtype), *ctx.options
+    given, cast = ([g.to(dtype) for g in grads], xs, saved), weights.to(dtype)
     needs = [any(needs_x), *needs_weight]
     if any(buffer is not None for buffer in buffers):
-        dxs, sums = backward(*arguments, needs, [buffer and buffer.sum for buffer in buffers])
+        dxs, sums = backward(*given, cast, *ctx.options, needs, [buffer and buffer.sum for buffer in buffers])
     else:
-        dxs, sums = backward_op(*arguments, needs)
+        dxs, sums = backward_op(*given, *cast, *ctx.options, needs)
     sums = iter(sums)
     totals = [next(sums) if need else None for need in needs_weight]
     d_weights = [
@@ -96,8 +97,8 @@ def shared_ffn(
     check_activation(activation)
     check_recompute(recompute)
     xs = [x] if isinstance(x, Tensor) else list(x)
-    weights = (up, gate, down, up_bias, gate_bias, down_bias)
-    _check_weights(*weights)
+    weights = FFNWeights(up, gate, down, up_bias, gate_bias, down_bias)
+    _check_weights(weights)
     dtype = _compute_dtype(xs, weights)
     for i, one in enumerate(xs):
         if one.ndim == 0 or one.shape[-1] != up.shape[1]:
@@ -109,8 +110,11 @@ def shared_ffn(
     if torch.is_grad_enabled():
         outputs = SharedFFNFunction.apply(activation, recompute, dtype, *weights, *flat)
     else:  # nothing will be needed again
-        run = forward if _is_eager() else forward_op  # the dispatcher takes 13 µs, a small FFN in cache 100
-        outputs, _ = run(_cast(flat, dtype), *_cast(weights, dtype), activation, "full")
+        inputs, cast = [one.to(dtype) for one in flat], weights.to(dtype)
+        if _is_eager():  # the dispatcher takes 13 µs, a small FFN in cache 100
+            outputs, _ = forward(inputs, cast, activation, "full")
+        else:
+            outputs, _ = forward_op(inputs, *cast, activation, "full")
     outputs = [_in_shape_of(one, y) for y, one in zip(outputs, xs, strict=True)]
     return outputs[0] if isinstance(x, Tensor) else outputs
 
@@ -129,7 +133,8 @@ def check_recompute(policy: str) -> None:
         raise FFMergeError(f"recompute: got {policy!r}, want one of {', '.join(_POLICIES)}")
 
 
-def _check_weights(up, gate, down, up_bias, gate_bias, down_bias) -> None:
+def _check_weights(weights: FFNWeights) -> None:
+    up, gate, down, up_bias, gate_bias, down_bias = weights
     if up.ndim != 2 or down.ndim != 2:
         raise FFMergeError(f"up, down: got shapes {list(up.shape)}, {list(down.shape)}, want [d_ff, d] and [d, d_ff]")
     d_ff, d = up.shape
@@ -147,10 +152,9 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], up: T
         raise FFMergeError(f"{name}: got shape {list(tensor.shape)}, want {list(shape)} beside up {list(up.shape)}")
 
 
-def _compute_dtype(xs, weights) -> torch.dtype:
+def _compute_dtype(xs: Sequence[Tensor], weights: FFNWeights) -> torch.dtype:
     """The dtype to run in: autocast's, or the one that all tensors share."""
-    up = weights[0]
-    device, dtype, other = up.device, up.dtype, None
+    device, dtype, other = weights.up.device, weights.up.dtype, None
     for tensor in (*xs, *weights):
         if tensor is None:
             continue
@@ -174,7 +178,3 @@ def _is_eager() -> bool:
         or torch._C._get_tracing_state()
         or torch._C._functorch.peek_interpreter_stack()
     )
-
-
-def _cast(weights, dtype) -> list[Tensor | None]:
-    return [w if w is None or w.dtype == dtype else w.to(dtype) for w in weights]

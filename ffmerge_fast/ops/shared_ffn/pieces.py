@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .weights import GradientSums, Weights
+from .weights import FFNWeights, GradientSums
 
 _STACKED = 512  # tokens that are stacked at most
 
@@ -38,7 +38,7 @@ def like(xs: list[Tensor], results: list[Tensor]) -> list[Tensor]:
 
 def backward_in_pieces(
     hidden_gradients: Callable[..., tuple[Tensor, ...]],
-    weights: Weights,
+    weights: FFNWeights,
     sums: GradientSums,
     xs: list[Tensor],
     grads: list[Tensor],

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.activations import BACKWARD, FORWARD
-from .weights import GradientSums, Weights
+from .weights import FFNWeights, GradientSums, activate
 
 
 def can_run(tensor: Tensor | None = None) -> str | None:
@@ -16,23 +16,17 @@ def can_run(tensor: Tensor | None = None) -> str | None:
 
 def forward(
     xs: list[Tensor],  # [T_i, d]
-    up: Tensor,  # [f, d]
-    gate: Tensor | None,
-    down: Tensor,  # [d_out, f]
-    up_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    down_bias: Tensor | None,
+    weights: FFNWeights,
     activation: str,
     recompute: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs [T_i, d_out] and what the policy keeps of each input: nothing ("full"), the pre-activations of up (and
     gate) ("activation"), or these and the hidden features ("none")."""
-    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
     outputs, saved = [], []
     for x in xs:
         pre = weights.pre_activations(x)
-        hidden = _hidden(pre, activation)
-        outputs.append(F.linear(hidden, down, down_bias))
+        hidden = activate(pre, activation)
+        outputs.append(F.linear(hidden, weights.down, weights.down_bias))
         saved += {"none": [*pre, hidden], "activation": pre, "full": []}[recompute]
     return outputs, saved
 
@@ -41,38 +35,26 @@ def backward(
     grads: list[Tensor],  # [T_i, d_out]
     xs: list[Tensor],
     saved: list[Tensor],
-    up: Tensor,
-    gate: Tensor | None,
-    down: Tensor,
-    up_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    down_bias: Tensor | None,
+    weights: FFNWeights,
     activation: str,
     recompute: str,
-    needs: list[bool],  # a gradient for: any x, up, gate, down, up_bias, gate_bias, down_bias
+    needs: list[bool],  # a gradient for: any x, and each of the weights
     into: list[Tensor | None] | None = None,  # buffers, one for each weight, that its gradient is added to
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the inputs, and of each weight that needs one: the sum over all inputs in one buffer, which is
     float32 (float64 for float64 weights)."""
-    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
     sums = GradientSums(weights, needs[1:], into)
     kept = len(saved) // max(len(xs), 1)
     dxs = []
     for i, (dy, x) in enumerate(zip(grads, xs, strict=True)):
         mine = saved[i * kept : (i + 1) * kept] or weights.pre_activations(x)
         pre = mine[: weights.halves]
-        hidden = mine[len(pre)] if recompute == "none" else _hidden(pre, activation)
-        d_up, d_gate = _pre_activation_grads(dy @ down, pre, activation)
+        hidden = mine[len(pre)] if recompute == "none" else activate(pre, activation)
+        d_up, d_gate = _pre_activation_grads(dy @ weights.down, pre, activation)
         sums.add_(x, dy, d_up, d_gate, hidden)
         if needs[0]:
             dxs.append(weights.input_gradient(d_up, d_gate))
     return dxs, sums.needed()
-
-
-def _hidden(pre: list[Tensor], activation: str) -> Tensor:
-    """act(up) of a plain FFN, act(gate) · up of a gated one."""
-    act = FORWARD[activation]
-    return act(pre[0]) if len(pre) == 1 else act(pre[1]) * pre[0]
 
 
 def _pre_activation_grads(d_hidden: Tensor, pre: list[Tensor], activation: str) -> tuple[Tensor, Tensor | None]:

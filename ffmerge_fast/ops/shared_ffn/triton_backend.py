@@ -15,7 +15,7 @@ from ..common.triton_launch import can_run, launch, multiprocessors, no_tf32
 from . import reference
 from .counters import counters
 from .pieces import backward_in_pieces, like, stacked
-from .weights import GradientSums, Weights
+from .weights import FFNWeights, GradientSums
 
 __all__ = ["backward", "can_run", "forward"]
 
@@ -29,20 +29,19 @@ _PREFETCHED_BYTES = 16 * 2**20  # of down: what the L2 cache can hold beside the
 
 
 def forward(
-    xs: list[Tensor], up, gate, down, up_bias, gate_bias, down_bias, activation: str, recompute: str
+    xs: list[Tensor], weights: FFNWeights, activation: str, recompute: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference."""
-    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
-    if up.dtype == torch.float64:
-        return reference.forward(xs, *weights, activation, recompute)
-    with _exact(up.dtype):
+    if weights.up.dtype == torch.float64:
+        return reference.forward(xs, weights, activation, recompute)
+    with _exact(weights.up.dtype):
         if recompute == "full":
             ys = [_forward(x, weights, activation) for x in stacked(xs)]
             return like(xs, ys), []
         outputs, saved = [], []
         for x in xs:
             *pre, hidden = _hidden(x, weights, activation, keep=True)
-            outputs.append(F.linear(hidden, down, down_bias))
+            outputs.append(F.linear(hidden, weights.down, weights.down_bias))
             saved += [*pre, hidden] if recompute == "none" else pre
     return outputs, saved
 
@@ -51,24 +50,18 @@ def backward(
     grads: list[Tensor],
     xs: list[Tensor],
     saved: list[Tensor],
-    up,
-    gate,
-    down,
-    up_bias,
-    gate_bias,
-    down_bias,
+    weights: FFNWeights,
     activation: str,
     recompute: str,
     needs: list[bool],
     into: list[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the reference. Only the hidden features of 8192 tokens exist at a time, unless they were kept."""
-    weights = Weights(up, gate, down, up_bias, gate_bias, down_bias)
-    if up.dtype == torch.float64:
-        return reference.backward(grads, xs, saved, *weights, activation, recompute, needs, into)
+    if weights.up.dtype == torch.float64:
+        return reference.backward(grads, xs, saved, weights, activation, recompute, needs, into)
     sums = GradientSums(weights, needs[1:], into)
     hidden_gradients = partial(_hidden_gradients, weights, activation, recompute, needs[4:6])
-    with _exact(up.dtype):
+    with _exact(weights.up.dtype):
         dxs = backward_in_pieces(hidden_gradients, weights, sums, xs, grads, saved, _PIECE, needs[0])
     return dxs, sums.needed()
 
@@ -103,7 +96,7 @@ def _exact(dtype: torch.dtype):
     return no_tf32() if dtype == torch.float32 else nullcontext()
 
 
-def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
+def _forward(x: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     """[T, d] -> [T, d_out], keeping nothing."""
     if _decodes(x, weights):
         return _decode(x, weights, activation)
@@ -111,7 +104,7 @@ def _forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
     return F.linear(hidden, weights.down, weights.down_bias)
 
 
-def _hidden(x: Tensor, weights: Weights, activation: str, keep: bool) -> list[Tensor]:
+def _hidden(x: Tensor, weights: FFNWeights, activation: str, keep: bool) -> list[Tensor]:
     """[T, d] -> the hidden features [T, f], after the pre-activations of up (and gate) if they are to be kept."""
     if x.dtype not in _HALF or x.shape[1] > _WIDEST // (2 if keep else 1):
         pre = weights.pre_activations(x)
@@ -123,7 +116,7 @@ def _hidden(x: Tensor, weights: Weights, activation: str, keep: bool) -> list[Te
     return tensors
 
 
-def _fused_hidden(x: Tensor, weights: Weights, activation: str, outs: list[Tensor]) -> None:
+def _fused_hidden(x: Tensor, weights: FFNWeights, activation: str, outs: list[Tensor]) -> None:
     from . import triton_kernels as kernels
 
     up, gate, halves = weights.up, weights.gate, weights.halves
@@ -179,14 +172,14 @@ def _has_tma(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _decodes(x: Tensor, weights: Weights) -> bool:
+def _decodes(x: Tensor, weights: FFNWeights) -> bool:
     """Whether one launch does it all. Its programs wait for others, which AMD's scheduler does not promise to start."""
     count = sum(w.numel() for w in (weights.up, weights.gate, weights.down) if w is not None)
     few = 0 < len(x) <= _DECODED and len(weights.down) > 0 and count * x.element_size() <= _DECODED_BYTES
     return few and x.dtype in _HALF and not (x.is_cuda and torch.version.hip)
 
 
-def _decode(x: Tensor, weights: Weights, activation: str) -> Tensor:
+def _decode(x: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     from .triton_decode_kernel import _shared_ffn_decode_kernel
 
     up, gate, down = weights.up, weights.gate, weights.down
@@ -219,7 +212,7 @@ def _prefetch(down: Tensor) -> str:
 
 
 def _hidden_gradients(
-    weights: Weights, activation: str, recompute: str, needs_bias: list[bool], x: Tensor, dy: Tensor, *saved: Tensor
+    weights: FFNWeights, activation: str, recompute: str, needs_bias: list[bool], x: Tensor, dy: Tensor, *saved: Tensor
 ) -> tuple[Tensor | None, ...]:
     """What `GradientSums.add_` takes of one piece; the products' memory is used again where nobody keeps it."""
     pre = list(saved[: weights.halves]) or weights.pre_activations(x)

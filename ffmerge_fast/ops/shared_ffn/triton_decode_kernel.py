@@ -105,7 +105,7 @@ def _shared_ffn_decode_kernel(
     """A whole FFN for a few tokens: y = hidden · downᵀ, hidden = act(x · upᵀ) or act(x · gateᵀ) · (x · upᵀ).
 
     The first programs write hidden, a slice of d_ff each; the last ones wait for all of them and write y, a slice of
-    its columns each. Every weight is read once, every sum has one fixed order.
+    its columns each. Every weight is read once, every sum has one fixed order. Naive loop: `reference.forward`.
     """
     program = tl.program_id(0)
     writers = tl.cdiv(F, BLOCK_F)

@@ -119,6 +119,7 @@ def _shared_ffn_hidden_kernel(
     """hidden = act(x · upᵀ), or act(x · gateᵀ) · (x · upᵀ) from one pass over x.
 
     Program p of P takes tiles p, p + P, ...: what it costs to describe matrices to TMA is paid once.
+    Naive loop: `reference.forward`, up to hidden.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -174,7 +175,10 @@ def _shared_ffn_activate_kernel(
     BLOCK_N: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Activation and its derivative, the gradients' column sums with them, in one pass."""
+    """Activation and its derivative, the gradients' column sums with them, in one pass.
+
+    Naive loop: `reference.backward`, without its matrix products.
+    """
     part = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = up.dtype.element_ty

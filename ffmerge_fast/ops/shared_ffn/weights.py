@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.activations import FORWARD
 
-class Weights(NamedTuple):
-    """In nn.Linear's layout: up and gate [f, d], down [d_out, f]."""
 
-    up: Tensor
-    gate: Tensor | None
-    down: Tensor
-    up_bias: Tensor | None
-    gate_bias: Tensor | None
-    down_bias: Tensor | None
+class FFNWeights(NamedTuple):
+    """One FFN: down(act(up x)), or with a gate down(act(gate x) · up x). The layout is nn.Linear's."""
+
+    up: Tensor  # [f, d]
+    gate: Tensor | None  # [f, d]
+    down: Tensor  # [d_out, f]
+    up_bias: Tensor | None  # [f]
+    gate_bias: Tensor | None  # [f]
+    down_bias: Tensor | None  # [d_out]
 
     @property
     def halves(self) -> int:
         """How many pre-activations there are: of up, and of gate."""
         return 1 if self.gate is None else 2
 
-    def to(self, dtype: torch.dtype) -> Weights:
-        return self if self.up.dtype == dtype else Weights(*(None if w is None else w.to(dtype) for w in self))
+    def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of "up", "gate" or "down"."""
+        return getattr(self, name), getattr(self, f"{name}_bias")
+
+    def to(self, dtype: torch.dtype) -> FFNWeights:
+        """The same in a dtype; what has it already is no copy."""
+        return FFNWeights(*[w if w is None or w.dtype == dtype else w.to(dtype) for w in self])
 
     def pre_activations(self, x: Tensor) -> list[Tensor]:
-        """[T, d] -> [T, f] of up, and of gate if there is one."""
+        """[..., d] -> [..., f] of up, and of gate if there is one."""
         pre = [F.linear(x, self.up, self.up_bias)]
         return pre if self.gate is None else [*pre, F.linear(x, self.gate, self.gate_bias)]
+
+    def hidden(self, x: Tensor, activation: str) -> Tensor:
+        """[..., d] -> [..., f]: what W_down gets."""
+        return activate(self.pre_activations(x), activation)
 
     def input_gradient(self, d_up: Tensor, d_gate: Tensor | None) -> Tensor:
         """[T, f] -> [T, d]."""
         return d_up @ self.up if d_gate is None else (d_up @ self.up).addmm_(d_gate, self.gate)
+
+
+def activate(pre: Sequence[Tensor], activation: str) -> Tensor:
+    """act(up), or with a gate act(gate) · up, of the pre-activations of up and gate."""
+    act = FORWARD[activation]
+    return act(pre[0]) if len(pre) == 1 else act(pre[1]) * pre[0]
 
 
 class GradientSums:
@@ -49,7 +67,7 @@ class GradientSums:
     """
 
     def __init__(
-        self, weights: Weights, needs: list[bool], into: list[Tensor | None] | None = None, rounded: bool = False
+        self, weights: FFNWeights, needs: list[bool], into: list[Tensor | None] | None = None, rounded: bool = False
     ):
         self._rounded = rounded
         self._dtype = torch.float64 if weights.up.dtype == torch.float64 else torch.float32

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ...support.errors import FFMergeError
+from ..settings import STATES
 from .blockwise import dequantize, quantize, scale_count
 
-STATES = ("fp32", "8bit")
 MIN_8BIT = 4096  # smaller tensors, and vectors, keep float32 moments
 _PIECE = {"cpu": 2**18, "cuda": 2**24}  # values: what stays in a CPU's cache, what fills a GPU
 _FUSED = ("cpu", "cuda")

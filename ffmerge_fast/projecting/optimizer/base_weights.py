@@ -15,7 +15,6 @@ from ...support.errors import FFMergeError
 from ...support.tensor_files import Reader, WeightEntry, entries_of, matching, memory, write
 from ..matrices import Unit
 
-PLACES = (None, "cpu", "disk")
 _ALIGNMENT = 64  # of what torch allocates on a CPU, in bytes
 _READER = Reader("offload_base", "weights of the base", "put it back and resume the run", "offload_dir")
 
@@ -25,7 +24,7 @@ class BaseWeights:
 
     Args:
         units: of this process. Those in memory are kept; those read from disk are let go of (`weight` on "meta").
-        place: None: they stay where they are. "cpu": in host memory, pinned if the student is on CUDA; what lies there
+        place: None: they stay where they are. "host": in host memory, pinned if the student is on CUDA; what lies there
             already is not copied. "disk": in safetensors files; read in place from a folder that holds the same
             values, the rest is written.
         folders: where to look for such files; the last one is also where they are written.
@@ -35,12 +34,10 @@ class BaseWeights:
         offloaded: whether there is a place, so that memory is short.
 
     Raises:
-        FFMergeError: an unknown place; a file cannot be written; weights that were let go of by another optimiser.
+        FFMergeError: a file cannot be written; weights that were let go of by another optimiser.
     """
 
     def __init__(self, units: Sequence[Unit], place: str | None, folders: Sequence[str | os.PathLike | None] = (None,)):
-        if place not in PLACES:
-            raise FFMergeError(f"offload_base: got {place!r}, wanted None, 'cpu' or 'disk'")
         matrices = [m for unit in units for m in unit.matrices]
         if any(m.weight.is_meta for m in matrices):
             raise FFMergeError(
@@ -55,7 +52,7 @@ class BaseWeights:
         if place == "disk":
             self._entries = self._on_disk(weights, folders)
         else:
-            self._host = _in_host_memory(weights, pin=self._side is not None) if place == "cpu" else weights
+            self._host = _in_host_memory(weights, pin=self._side is not None) if place == "host" else weights
         self.offloaded = place is not None
         self._fetches = place == "disk" or any(not self._usable(w) for w in self._host.values())
 

@@ -11,7 +11,7 @@ from ...models.streamed import refuse_streamed
 from ...models.sublayers import find_ffns
 from ...ops.shared_ffn.op import check_recompute
 from ...support.errors import FFMergeError
-from .trial import host_path, layout_of
+from .trial import form_of, host_path
 
 
 def accelerate_(model: nn.Module, recompute: str = "activation", *, least: int | None = None) -> nn.Module:
@@ -50,11 +50,11 @@ def accelerate_(model: nn.Module, recompute: str = "activation", *, least: int |
             module._ffmerge.recompute = recompute
             ready[module] = module._ffmerge
             continue
-        layout = layout_of(module, ffn, recompute)
-        if isinstance(layout, str):
-            reasons[ffn.key] = layout
+        form = form_of(module, ffn, recompute)
+        if isinstance(form, str):
+            reasons[ffn.key] = form
         else:
-            ready[module] = layout
+            ready[module] = form
     if not ready:
         key, reason = next(iter(reasons.items()))
         raise FFMergeError(
@@ -63,10 +63,10 @@ def accelerate_(model: nn.Module, recompute: str = "activation", *, least: int |
     if reasons:
         kept = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
         warnings.warn(f"accelerate_: FFNs that stay as they are: {kept}", stacklevel=2)
-    for module, layout in ready.items():
-        layout.least = least
+    for module, form in ready.items():
+        form.least = least
         if not isinstance(module, AcceleratedFFN):
-            module._ffmerge = layout
+            module._ffmerge = form
             module.__class__ = _accelerated(type(module))
     return model
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...models.projections import is_conv1d
+from ...models.ffn_weights import weights_of
 from ...ops import shared_ffn
 
 LEAST, LEAST_FOR_ONE_TOKEN = 2**17, 2**21  # numbers of `up`, float32 on a CPU: below, torch's own calls take less time
@@ -86,14 +86,8 @@ class OpForm:
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model] by the op, without dropout."""
-        (up, up_bias), (down, down_bias) = (_projection(at(module, path)) for path in (self.up, self.down))
-        gate = gate_bias = None
-        if self.fused:
-            gate, up = up.chunk(2)
-            gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
-        elif self.gate:
-            gate, gate_bias = _projection(at(module, self.gate))
-        biases = (up_bias, gate_bias, down_bias)
+        gate = at(module, self.gate) if self.gate else None
+        up, gate, down, *biases = weights_of(at(module, self.up), gate, at(module, self.down), self.fused)
         return shared_ffn(x, up, down, gate, *biases, activation=self.activation, recompute=self.recompute)
 
 
@@ -189,11 +183,6 @@ def clear_hooks(module: nn.Module) -> None:
     for part in module.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()
-
-
-def _projection(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias."""
-    return linear.weight.T if is_conv1d(linear) else linear.weight, linear.bias
 
 
 def _pass_on(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ...models.projections import delta_parameters, is_conv1d
+from ...models.projections import delta_parameters, in_features
 from ...models.sublayers import FFNSublayer
 from ...ops.common.activations import FORWARD
 from .forms import FFNInside, OpForm, WholeFFN, at, clear_hooks
@@ -30,7 +30,7 @@ def host_path(ffn: FFNSublayer) -> str:
     return ".".join(common)
 
 
-def layout_of(module: nn.Module, ffn: FFNSublayer, recompute: str) -> OpForm | str:
+def form_of(module: nn.Module, ffn: FFNSublayer, recompute: str) -> OpForm | str:
     """How the op can stand for the FFN in `module`, the module at `host_path(ffn)`; or why it cannot."""
     prefix = f"{host_path(ffn)}."
     up, gate, down = (path and path.removeprefix(prefix) for path in (ffn.up_path, ffn.gate_path, ffn.down_path))
@@ -70,35 +70,34 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     return clone
 
 
-def _input(clone: nn.Module, layout: OpForm) -> Tensor:
-    up = at(clone, layout.up)
-    width = up.weight.shape[0 if is_conv1d(up) else 1]
+def _input(clone: nn.Module, form: OpForm) -> Tensor:
+    width = in_features(at(clone, form.up))
     return torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def _try_whole(clone: nn.Module, layout: WholeFFN) -> str | None:
-    """None if the module is an FFN: the layout then knows its dropouts."""
-    if any("." in path for path in layout.projections):
+def _try_whole(clone: nn.Module, form: WholeFFN) -> str | None:
+    """None if the module is an FFN: the form then knows its dropouts."""
+    if any("." in path for path in form.projections):
         return "its projections are not its direct children"
-    layout.parts = {name: type(child) for name, child in clone._modules.items()}
-    x = _input(clone, layout)
+    form.parts = {name: type(child) for name, child in clone._modules.items()}
+    x = _input(clone, form)
     try:
         expected = clone.eval()(x)
     except Exception as error:  # whatever the forward of another library raises for a lone input
         return f"its forward does not take x alone ({type(error).__name__})"
-    if not _equal(layout.run(clone, x), expected):
+    if not _equal(form.run(clone, x), expected):
         return "its forward does more than an FFN"
-    _find_dropouts(clone.train(), layout, lambda: not _equal(layout.run(clone, x), clone(x)))
-    for path, name in layout.dropouts:
-        if _is_last(path, clone, layout, x):
-            layout.last_dropout = path
-            layout.dropouts = tuple(other for other in layout.dropouts if other != (path, name))
+    _find_dropouts(clone.train(), form, lambda: not _equal(form.run(clone, x), clone(x)))
+    for path, name in form.dropouts:
+        if _is_last(path, clone, form, x):
+            form.last_dropout = path
+            form.dropouts = tuple(other for other in form.dropouts if other != (path, name))
             break
     return None
 
 
-def _is_last(path: str, clone: nn.Module, layout: WholeFFN, x: Tensor) -> bool:
+def _is_last(path: str, clone: nn.Module, form: WholeFFN, x: Tensor) -> bool:
     """Whether the child at `path` is dropout of the output: it has the same random numbers there."""
     dropout = clone._modules.get(path)
     if not isinstance(dropout, nn.Dropout):
@@ -107,16 +106,16 @@ def _is_last(path: str, clone: nn.Module, layout: WholeFFN, x: Tensor) -> bool:
     torch.manual_seed(0)
     expected = clone(x)
     torch.manual_seed(0)
-    ours = dropout(layout.run(clone, x))
+    ours = dropout(form.run(clone, x))
     dropout.p = 0.0
     return _equal(ours, expected)
 
 
 @torch.no_grad()
-def _try_inside(clone: nn.Module, layout: FFNInside) -> str | None:
-    """None if the module's forward runs up, activation, dropout at most, and down: the layout then knows where."""
-    x, reached = _input(clone, layout), []
-    record = _Recorder(clone.eval(), layout)
+def _try_inside(clone: nn.Module, form: FFNInside) -> str | None:
+    """None if the module's forward runs up, activation, dropout at most, and down: the form then knows where."""
+    x, reached = _input(clone, form), []
+    record = _Recorder(clone.eval(), form)
     try:
         arguments = _arguments(clone, x)
         expected = _first(clone(*arguments))
@@ -125,23 +124,23 @@ def _try_inside(clone: nn.Module, layout: FFNInside) -> str | None:
     reason = record.what_is_wrong()
     if reason:
         return reason
-    layout.act = record.act
-    paths = (layout.up, layout.act, layout.down)
+    form.act = record.act
+    paths = (form.up, form.act, form.down)
     holders = (path.rpartition(".")[0] for path in paths)
-    layout.parts = {path: type(at(clone, path)) for path in (*paths, *holders) if path}
+    form.parts = {path: type(at(clone, path)) for path in (*paths, *holders) if path}
 
     def ffn(x: Tensor) -> Tensor:
         reached.append(x)
-        return layout.run(clone, x)
+        return form.run(clone, x)
 
     try:
-        ours = _first(layout.twin(clone, ffn)(*arguments))
+        ours = _first(form.twin(clone, ffn)(*arguments))
     except Exception as error:
         return f"its layer's forward needs more of the projections than their outputs ({type(error).__name__})"
     if len(reached) != 1 or not _equal(ours, expected):
         return "its layer's forward does more than an FFN with the projections"
     clone.train()
-    _find_dropouts(clone, layout, lambda: clone(*arguments) is None or not record.down_gets_the_activation())
+    _find_dropouts(clone, form, lambda: clone(*arguments) is None or not record.down_gets_the_activation())
     return None
 
 
@@ -167,8 +166,8 @@ def _first(output: object) -> object:
 class _Recorder:
     """What passes between `up` and `down` in a forward."""
 
-    def __init__(self, module: nn.Module, layout: FFNInside):
-        self.layout = layout
+    def __init__(self, module: nn.Module, form: FFNInside):
+        self.form = form
         self.calls: list[tuple[str, Tensor, Tensor]] = []  # path, input, output of modules that hold no others
         module.register_forward_pre_hook(lambda *_: self.calls.clear())
         for path, part in module.named_modules():
@@ -182,9 +181,9 @@ class _Recorder:
     def what_is_wrong(self) -> str | None:
         """None after a forward in which only the activation ran between up and down; `act` is then its path."""
         paths = [path for path, _, _ in self.calls]
-        if paths.count(self.layout.up) != 1 or paths.count(self.layout.down) != 1:
+        if paths.count(self.form.up) != 1 or paths.count(self.form.down) != 1:
             return "its layer's forward does not call each projection once"
-        start, end = paths.index(self.layout.up), paths.index(self.layout.down)
+        start, end = paths.index(self.form.up), paths.index(self.form.down)
         between, hidden = self.calls[start + 1 : end], self.calls[start][2]
         self.act = next((path for path, given, _ in between if given is hidden), None)
         if self.act is None:
@@ -195,24 +194,24 @@ class _Recorder:
 
     def down_gets_the_activation(self) -> bool:
         tensors = {path: (given, output) for path, given, output in self.calls}
-        _, hidden = tensors[self.layout.up]
-        given, _ = tensors[self.layout.down]
-        return _equal(FORWARD[self.layout.activation](hidden), given)
+        _, hidden = tensors[self.form.up]
+        given, _ = tensors[self.form.down]
+        return _equal(FORWARD[self.form.activation](hidden), given)
 
 
-def _find_dropouts(clone: nn.Module, layout: OpForm, differs: Callable[[], bool]) -> None:
+def _find_dropouts(clone: nn.Module, form: OpForm, differs: Callable[[], bool]) -> None:
     """Try every probability of a module in training on its own: does the FFN then compute something else?"""
     probabilities = list(_probabilities(clone))
     for path, name in probabilities:
         setattr(at(clone, path), name, 0.0)
-    layout.only_eval = differs()
+    form.only_eval = differs()
     found = []
     for path, name in probabilities:
         setattr(at(clone, path), name, 0.5)
         if differs():
             found.append((path, name))
         setattr(at(clone, path), name, 0.0)
-    layout.dropouts = tuple(found)
+    form.dropouts = tuple(found)
 
 
 def _probabilities(module: nn.Module) -> Iterator[tuple[str, str]]:

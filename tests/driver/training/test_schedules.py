@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from ffmerge_fast import FFMergeError
-from ffmerge_fast.driver.training.schedules import check_schedule, learning_rate
+from ffmerge_fast.driver.training.schedules import learning_rate
+from ffmerge_fast.driver.training.settings import TrainingSettings
 
 
 def _rates(steps, **options):
-    return [learning_rate(step, **options) for step in range(steps)]
+    return [learning_rate(step, TrainingSettings(**options)) for step in range(steps)]
 
 
 @pytest.mark.parametrize("warmup, timescale", [(0, None), (5, None), (5, 50), (0, 20)])
@@ -60,4 +61,4 @@ def test_constant():
 )
 def test_bad_schedules(values, words):
     with pytest.raises(FFMergeError, match=words):
-        check_schedule(**values)
+        TrainingSettings(**values).of_run(steps=1, world_size=1)

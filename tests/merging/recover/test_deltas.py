@@ -8,8 +8,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast.merging.recover.deltas import _nearest, compute, hidden, nearest_deltas, unfused
-from ffmerge_fast.models.ffn_weights import op_arguments
+from ffmerge_fast.merging.recover.deltas import _nearest, compute, nearest_deltas, unfused
+from ffmerge_fast.models.ffn_weights import ffn_weights
+from ffmerge_fast.ops.shared_ffn.weights import FFNWeights
 from tests.helpers.tiny_models import D_FF, D_MODEL, logits, tiny_model
 from tests.merging.recover.test_distill import FAMILIES, members, pair
 from tests.merging.search.test_proxy import apply, flows
@@ -71,7 +72,7 @@ def test_neurons_are_aligned_before_weights_are_compared(name):
     model = tiny_model(name, layers=2).double()
     ours, other = ff.find_ffns(model)
     g = torch.Generator().manual_seed(0)
-    shared, theirs = op_arguments(model, ours), op_arguments(model, other)
+    shared, theirs = ffn_weights(model, ours), ffn_weights(model, other)
     order = torch.randperm(D_FF, generator=g)
 
     def normal(*shape):
@@ -79,12 +80,12 @@ def test_neurons_are_aligned_before_weights_are_compared(name):
 
     x, right = normal(400, D_MODEL), normal(2, D_MODEL)  # of a fused projection both halves have one B
     with torch.no_grad():
-        for key in ("up", "gate"):
-            if shared[key] is not None:
-                theirs[key].copy_((shared[key] + 0.1 * normal(D_FF, 2) @ right)[order])
-        theirs["down"].copy_((shared["down"] + 0.1 * normal(D_MODEL, 2) @ normal(2, D_FF))[:, order])
-        deltas = nearest_deltas(theirs, shared, x, 2, ours.fused)
-        found = compute(x, shared, unfused(deltas) if ours.fused else deltas)
+        for own, their in ((shared.up, theirs.up), (shared.gate, theirs.gate)):
+            if own is not None:
+                their.copy_((own + 0.1 * normal(D_FF, 2) @ right)[order])
+        theirs.down.copy_((shared.down + 0.1 * normal(D_MODEL, 2) @ normal(2, D_FF))[:, order])
+        deltas = nearest_deltas(ours, theirs, shared, x, 2)
+        found = compute(x, shared, unfused(deltas) if ours.fused else deltas, ours.activation)
     assert set(deltas) == ({"up", "down"} if ours.fused or not ours.gated else {"up", "gate", "down"})
     torch.testing.assert_close(found, apply(model, other, x), atol=1e-9, rtol=0)
 
@@ -109,17 +110,19 @@ def reference_start_(model, teacher, stack, layers, of_ranks, rank):
     for ffn in members(teacher, stack, layers):
         parts = [flows(teacher, batches, ffn)[0] for batches in of_ranks]
         x = torch.cat([part[: len(part) - -(-len(part) // 10)] for part in parts])
-        ours, theirs = (op_arguments(m, f) for m, f in ((model, members(model, stack, layers)[0]), (teacher, ffn)))
+        ours, theirs = (ffn_weights(m, f) for m, f in ((model, members(model, stack, layers)[0]), (teacher, ffn)))
+        features = theirs.hidden(x, ffn.activation).detach()
+        ours, theirs = ours._asdict(), theirs._asdict()
         ones = x - x.mean(0) if ffn.bias else x
         keys = [key for key in ("gate", "up") if ours[key] is not None]
         scores = torch.zeros(D_FF, D_FF, dtype=torch.float64)
         with torch.no_grad():
             for key in keys:
                 scores += (ones @ ours[key].T).T @ (ones @ theirs[key].T) / (ones @ theirs[key].T).square().sum()
-            weights = theirs["down"] * hidden(x, theirs).square().mean(0)
+            weights = theirs["down"] * features.square().mean(0)
             scores += ours["down"].T @ weights / (weights * theirs["down"]).sum()
             order = torch.as_tensor(linear_sum_assignment(scores.numpy(), maximize=True)[1])
-            h = hidden(x, theirs)[:, order]
+            h = features[:, order]
             rows = {"up": keys} if ffn.fused else {key: [key] for key in keys}
             deltas = {}
             for name, parts in (rows | {"down": ["down"]}).items():
@@ -141,7 +144,7 @@ def reference_start_(model, teacher, stack, layers, of_ranks, rank):
 
 def outputs(model, ffn, x, deltas):
     """A layer's FFN with deltas given as full matrices."""
-    w = dict(op_arguments(model, ffn))
+    w = ffn_weights(model, ffn)._asdict()
     if ffn.fused:
         (gate, up), (gate_bias, up_bias) = deltas["up"][0].chunk(2), (None, None)
         deltas = {"gate": (gate, gate_bias), "up": (up, up_bias), "down": deltas["down"]}
@@ -149,7 +152,7 @@ def outputs(model, ffn, x, deltas):
         w[name] = w[name] + change
         if shift is not None:
             w[f"{name}_bias"] = w[f"{name}_bias"] + shift
-    return nn.functional.linear(hidden(x, w), w["down"], w["down_bias"])
+    return nn.functional.linear(FFNWeights(**w).hidden(x, ffn.activation), w["down"], w["down_bias"])
 
 
 def shares_at_start(model, teacher, of_ranks, rank):

@@ -423,7 +423,7 @@ def test_tie_without_average_uses_the_anchors_ffn():
 
 
 def real_task(shared, name):
-    from ffmerge_fast.driver.tasks.task import load_task
+    from ffmerge_fast.driver.tasks.load import load_task
 
     folder = str(shared / "models" / name)
     model = ff.from_pretrained(folder)

@@ -7,7 +7,8 @@ import torch
 
 from ffmerge_fast import FFMergeError
 from ffmerge_fast.driver import evaluate
-from ffmerge_fast.driver.tasks.task import TextTask, load_task, task_kind
+from ffmerge_fast.driver.tasks.kinds import TextTask
+from ffmerge_fast.driver.tasks.load import load_task, task_kind
 from ffmerge_fast.driver.training.finetune import finetune
 from tests.driver.tasks.test_images import folder as image_folder  # noqa: F401 a fixture
 from tests.driver.tasks.test_images import picture, write_npz

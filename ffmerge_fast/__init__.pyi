@@ -1,0 +1,50 @@
+"""Where the public names live: read by type checkers, and by `lazy_loader`, which imports a name when it is used."""
+
+from . import nn as nn
+from . import ops as ops
+from .baselines import from_scratch as from_scratch
+from .baselines import hard_prune as hard_prune
+from .baselines import tie_without_average as tie_without_average
+from .checkpoint.folder import from_pretrained as from_pretrained
+from .checkpoint.folder import save_pretrained as save_pretrained
+from .checkpoint.folder import verify as verify
+from .driver.training.finetune import finetune as finetune
+from .merging.apply import expand_ as expand_
+from .merging.apply import merge as merge
+from .merging.apply import merge_ as merge_
+from .merging.apply import print_parameters as print_parameters
+from .merging.collect import collect as collect
+from .merging.plan import MergeGroup as MergeGroup
+from .merging.plan import MergePlan as MergePlan
+from .merging.plan import plan as plan
+from .merging.recover.distill import local_distill_ as local_distill_
+from .merging.recover.refit import refit_ as refit_
+from .merging.recover.reports import DistillGroup as DistillGroup
+from .merging.recover.reports import DistillReport as DistillReport
+from .merging.recover.reports import RefitGroup as RefitGroup
+from .merging.recover.reports import RefitReport as RefitReport
+from .merging.search.search import search as search
+from .merging.search.search import sweep as sweep
+from .merging.statistics import CorrelationStats as CorrelationStats
+from .models.families import FFNSpec as FFNSpec
+from .models.families import register_family as register_family
+from .models.families import supported_families as supported_families
+from .models.sublayers import FFNSublayer as FFNSublayer
+from .models.sublayers import find_ffns as find_ffns
+from .models.ties import is_merged as is_merged
+from .models.ties import shared_groups as shared_groups
+from .ops.common.backends import backends as backends
+from .ops.common.backends import use_backend as use_backend
+from .ops.correlation import CorrelationState as CorrelationState
+from .projecting.importance import Importance as Importance
+from .projecting.importance import importance as importance
+from .projecting.projector import Projector as Projector
+from .projecting.projector import project as project
+from .runtime.accelerate.accelerate import accelerate_ as accelerate_
+from .runtime.accelerate.accelerate import restore_ as restore_
+from .runtime.streaming.stream import WeightStream as WeightStream
+from .runtime.streaming.stream import stream_ as stream_
+from .runtime.streaming.stream import unstream_ as unstream_
+from .support.errors import FFMergeError as FFMergeError
+
+__version__: str

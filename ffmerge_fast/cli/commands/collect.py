@@ -1,0 +1,28 @@
+"""`ffmerge collect`"""
+
+from __future__ import annotations
+
+from ..options import argument, choice_options, collect_options, data_options, model_options, validation_option
+from ..results import Result, is_first_rank
+
+HELP = "correlate the FFN features of a model on data"
+OPTIONS = (
+    model_options,
+    argument("out", help="statistics file to write"),
+    choice_options,
+    data_options,
+    validation_option,
+    collect_options,
+)
+
+
+def run(args, inputs) -> Result:
+    stats = inputs.statistics
+    if is_first_rank():
+        stats.save(args.out)
+    counted = ", ".join(f"{stack} {n:,} tokens" for stack, n in stats.tokens.items())
+    pairs = sum(map(len, stats.settings["pairs"].values()))
+    return Result(
+        {"statistics": str(args.out), "tokens": stats.tokens, "seconds": inputs.seconds},
+        f"{args.out}: {counted}, {pairs} pairs, {inputs.seconds['collect']:.1f} s",
+    )

@@ -1,0 +1,30 @@
+"""`ffmerge eval`"""
+
+from __future__ import annotations
+
+import contextlib
+
+from ...support.errors import FFMergeError
+from ..options import data_options, model_options, stream_options
+from ..results import Result
+
+HELP = "perplexity, accuracy or BLEU of a model"
+OPTIONS = (model_options, data_options, stream_options)
+
+
+def run(args, inputs) -> Result:
+    if args.stream_budget and not args.stream:
+        raise FFMergeError("--stream-budget: is of streamed weights; give --stream disk or --stream host too")
+    model = inputs.model
+    with _streaming(args, model):
+        values = inputs.test_task.evaluate(model, "test", args.batch_size, limit=args.eval_limit)
+    return Result(values, "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+
+
+def _streaming(args, model):
+    """With --stream the blocks' weights are outside of the device meanwhile."""
+    from ...runtime.streaming.stream import stream_
+
+    if not args.stream:
+        return contextlib.nullcontext()
+    return stream_(model, args.device, args.stream, args.stream_budget or "20GiB")

@@ -1,0 +1,35 @@
+"""`ffmerge finetune`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..options import data_options, finetune_options, model_options, out_options, validation_option
+from ..results import Result, save_model, trained
+
+HELP = "fine-tune a (merged) model"
+OPTIONS = (model_options, out_options, data_options, validation_option, finetune_options)
+
+
+def run(args, inputs) -> Result:
+    from ...driver.training.finetune import finetune
+    from ...integrations.fsdp2 import copy_whole_
+    from ...support.distributed import is_distributed
+    from ...support.files import check_new_folder
+
+    check_new_folder(args.out, args.overwrite)
+    model, task = inputs.model, inputs.task
+    work = Path(args.work_dir or f"{args.out}.finetune")
+    result = finetune(
+        model,
+        task,
+        args.steps,
+        settings=inputs.training,
+        teacher=inputs.teacher,
+        evaluate=inputs.score,
+        output_dir=work,
+    )
+    if args.parallel == "fsdp2" and is_distributed():
+        model = copy_whole_(model, inputs.load_model())
+    save_model(args, inputs, model)
+    return trained(args.out, work, task.metric, result)

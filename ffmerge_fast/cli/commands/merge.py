@@ -1,0 +1,64 @@
+"""`ffmerge merge`"""
+
+from __future__ import annotations
+
+from ...support.errors import FFMergeError
+from ..options import (
+    argument,
+    choice_options,
+    collect_options,
+    data_options,
+    method_option,
+    model_options,
+    out_options,
+    recover_options,
+    statistics_option,
+    validation_option,
+)
+from ..results import Result, plan_values, save_model
+
+HELP = "merge FFNs and write the smaller model"
+OPTIONS = (
+    model_options,
+    out_options,
+    choice_options,
+    method_option,
+    statistics_option,
+    argument("--plan", help="file written by `ffmerge plan` or `search`"),
+    data_options,
+    validation_option,
+    collect_options,
+    recover_options,
+)
+
+
+def run(args, inputs) -> Result:
+    from ...checkpoint.folder import EXTRAS
+    from ...driver.merge_run import merge_and_recover_
+    from ...support.files import check_new_folder
+
+    recoveries = () if args.recover == "none" else args.recover.split("+")
+    if args.delta_rank and "distill" not in recoveries:
+        raise FFMergeError(f"--delta-rank: got --recover {args.recover}, wanted --recover distill or refit+distill")
+    check_new_folder(args.out, args.overwrite)
+    model, plan = inputs.model, inputs.plan
+    merged = merge_and_recover_(
+        model, plan, recoveries, batches=inputs.calibration_batches, options=_recovery_options(args)
+    )
+    save_model(args, inputs, model, merged.files())
+    values = plan_values(plan) | {"folder": str(args.out), "seconds": inputs.seconds | merged.seconds}
+    values |= {name: report.to_dict() for name, report in merged.reports.items()}
+    return Result(values, f"{merged}\nwritten to {args.out} (plan kept in {EXTRAS}/)")
+
+
+def _recovery_options(args) -> dict[str, dict]:
+    return {
+        "refit": {"ridge": args.ridge, "rounds": args.recover_rounds, "max_tokens": args.tokens},
+        "distill": {
+            "steps": args.recover_steps,
+            "lr": args.recover_lr,
+            "max_tokens": args.tokens,
+            "seed": args.seed,
+            "delta_rank": args.delta_rank,
+        },
+    }

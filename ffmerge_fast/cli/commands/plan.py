@@ -1,0 +1,41 @@
+"""`ffmerge plan`"""
+
+from __future__ import annotations
+
+import csv
+
+from ...support.tables import format_table
+from ..options import argument, choice_options, layout_options, memory_option, method_option, sizes
+from ..results import Result, plan_values, write_plan
+
+HELP = "choose and align layers from statistics"
+OPTIONS = (
+    argument("statistics", help="file written by `ffmerge collect`"),
+    argument("--model", help="the model's folder, for --method weights"),
+    layout_options,
+    choice_options,
+    method_option,
+    memory_option,
+    argument("--out", help="plan file to write"),
+    argument("--sweep", type=sizes, metavar="2,3,4", help="rank all windows of these sizes"),
+    argument("--csv", help="write the sweep here"),
+)
+
+
+def run(args, inputs) -> Result:
+    if args.sweep:
+        return _sweep(args, inputs)
+    write_plan(args.out, inputs.plan)
+    return Result(plan_values(inputs.plan), str(inputs.plan))
+
+
+def _sweep(args, inputs) -> Result:
+    from ...merging.search.search import sweep
+
+    rows = sweep(inputs.statistics, args.sweep, args.anchor)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return Result({"sweep": rows}, format_table(list(rows[0]), [list(row.values()) for row in rows]))

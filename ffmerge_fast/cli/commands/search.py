@@ -1,0 +1,51 @@
+"""`ffmerge search`"""
+
+from __future__ import annotations
+
+from ...support.tables import format_table
+from ...support.timing import timed
+from ..options import (
+    anchor_option,
+    argument,
+    collect_options,
+    data_options,
+    method_option,
+    model_options,
+    search_options,
+    statistics_option,
+    validation_option,
+)
+from ..results import Result, plan_values, write_plan
+
+HELP = "try every window on validation data and plan the best"
+OPTIONS = (
+    model_options,
+    argument("--window", type=int, required=True, help="number of adjacent layers"),
+    anchor_option,
+    method_option,
+    statistics_option,
+    data_options,
+    validation_option,
+    collect_options,
+    argument("--out", help="plan file to write"),
+    search_options,
+)
+
+
+def run(args, inputs) -> Result:
+    from ...merging.search.search import search
+
+    model, stats, task = inputs.model, inputs.statistics, inputs.task
+    options = {"anchor": args.anchor, "method": args.method, "seed": args.seed, "resume": args.resume}
+    if args.evaluate == "proxy":
+        metric, evaluate = "relative error", "proxy"
+        options |= {"batches": inputs.calibration_batches(), "max_tokens": args.proxy_tokens}
+    else:
+        metric, evaluate = task.metric, inputs.score
+        options["higher_is_better"] = task.higher_is_better
+
+    with timed(inputs.seconds, "search"):
+        plan = search(model, stats, args.window, evaluate, **options)
+    write_plan(args.out, plan)
+    values = plan_values(plan) | {"metric": metric, "seconds": inputs.seconds}
+    return Result(values, f"{format_table(['window', metric], plan.search)}\n\n{plan}")

@@ -1,0 +1,22 @@
+"""`ffmerge verify`"""
+
+from __future__ import annotations
+
+from ...support.sizes import format_bytes
+from ..options import argument
+from ..results import Result
+
+HELP = "check hashes, ties and reference logits of a folder"
+OPTIONS = (argument("folder", help="folder written by ffmerge"),)
+
+
+def run(args, inputs) -> Result:
+    from ...checkpoint.folder import verify
+
+    values = verify(args.folder)
+    groups = "; ".join(f"{g['stack']} {g['layers']}" for g in values["groups"]) or "none"
+    text = (
+        f"{args.folder} is what was saved: shared FFNs {groups}; {values['parameters']:,} parameters, "
+        f"{format_bytes(values['bytes'])}; logits differ by {values['logit_difference']:.2g}"
+    )
+    return Result(values, text)

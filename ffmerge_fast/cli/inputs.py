@@ -1,0 +1,171 @@
+"""What the arguments of a command stand for: model, data, statistics, plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..support.errors import FFMergeError
+from ..support.timing import timed
+from .results import one_line
+
+
+class Inputs:
+    """Each input is made when it is first asked for, and then kept.
+
+    Attributes:
+        seconds: {stage: how long it took} of what was computed.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        self.seconds: dict[str, float] = {}
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, on --device, or where its weights will be streamed from."""
+        return self.load_model("cpu" if getattr(self._args, "stream", None) else None)
+
+    def load_model(self, device: str | None = None) -> Any:
+        """The model as it is in its folder, another one each time."""
+        import torch
+
+        from ..checkpoint.folder import from_pretrained
+
+        self._register_layout()
+        args = self._args
+        options = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
+        return from_pretrained(args.model, **options).to(device or args.device)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's tokenizer or image processor, None without one."""
+        from ..checkpoint.folder import load_processor
+
+        return load_processor(self._args.model)
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The model of --teacher, or None."""
+        from ..checkpoint.folder import from_pretrained
+
+        return from_pretrained(self._args.teacher).to(self._args.device) if self._args.teacher else None
+
+    @cached_property
+    def task(self) -> Any:
+        """--data to train or calibrate on, --eval-data to validate on."""
+        return self._load_task(train=self._args.data, validation=self._args.eval_data)
+
+    @cached_property
+    def test_task(self) -> Any:
+        """--data to evaluate on."""
+        return self._load_task(test=self._args.data)
+
+    @cached_property
+    def training(self) -> Any:
+        """TrainingSettings, evaluating on the task's validation data and keeping the best."""
+        from ..driver.training.settings import TrainingSettings
+        from ..support.settings import options
+
+        args = vars(self._args)
+        given = {option.name: args[option.name] for option in options(TrainingSettings) if option.name in args}
+        given |= {"eval_every": args["eval_every"] or args["steps"], "restore_best": True}
+        return TrainingSettings(**given, higher_is_better=self.task.higher_is_better)
+
+    def score(self, model: Any) -> float:
+        """The task's metric on at most --eval-limit examples."""
+        return self.task.score(model, limit=self._args.eval_limit)
+
+    def calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """This rank's batches of the task, in an order of their own."""
+        from ..support.distributed import rank, world_size
+
+        args = self._args
+        return self.task.batches(
+            "train", args.batch_size, shuffle=True, seed=args.seed, rank=rank(), world=world_size()
+        )
+
+    @cached_property
+    def statistics(self) -> Any:
+        """Those of --statistics, else collected on the data."""
+        from ..merging.statistics import CorrelationStats
+
+        path = getattr(self._args, "statistics", None)
+        return CorrelationStats.load(path, max_memory=self._args.max_memory) if path else self._collect()
+
+    @cached_property
+    def plan(self) -> Any:
+        """That of --plan, else made of --layers or --window."""
+        from ..merging.plan import MergePlan, plan
+
+        args, path = self._args, getattr(self._args, "plan", None)
+        if path:
+            return MergePlan.from_dict(_read_json(path, "plan"))
+        model = self.model if args.model else None
+        needed = args.statistics or args.window or args.method == "permute"
+        statistics = self.statistics if needed else None
+        with timed(self.seconds, "align"):
+            return plan(statistics, args.layers, args.window, args.anchor, args.method, model, args.seed)
+
+    def _collect(self) -> Any:
+        from ..merging.collect import collect
+
+        args, model, batches = self._args, self.model, self.calibration_batches()
+        layers = getattr(args, "layers", None)
+        with timed(self.seconds, "collect"):
+            return collect(
+                model,
+                batches,
+                window=None if layers else args.window,
+                layers=layers,
+                anchor=args.anchor,
+                features=args.features,
+                max_tokens=args.tokens,
+                cache_dir=args.cache_dir,
+                max_memory=args.max_memory,
+            )
+
+    def _load_task(self, **splits: list[str] | None) -> Any:
+        """Data of each split (lists of paths, as given) made ready for the model."""
+        from ..driver.tasks.load import load_task, task_kind
+
+        args, model = self._args, self.model
+        if not args.data:
+            raise FFMergeError("data: give --data (a text file or folder, SOURCE TARGET files, images or .npz)")
+        kind = args.task or task_kind(model)
+        lengths = {"block": args.max_length} if kind == "lm" else {"max_length": args.max_length or 128}
+        return load_task(
+            model,
+            args.model,
+            **{split: paths[0] if len(paths) == 1 else tuple(paths) for split, paths in splits.items() if paths},
+            kind=kind,
+            stride=args.stride,
+            num_beams=args.num_beams,
+            prefix=args.prefix,
+            metric=args.metric,
+            **lengths,
+        )
+
+    def _register_layout(self) -> None:
+        """Four dotted paths on the command line describe a family that is not in the table."""
+        args = self._args
+        if not args.ffn_up:
+            return
+        from ..models.families import FFNSpec, register_family
+        from ..models.sublayers import base_model_type_of_folder
+
+        if not args.ffn_down or args.ffn_layers is None:
+            raise FFMergeError("--ffn-up needs --ffn-layers and --ffn-down too (and --ffn-gate if the FFN is gated)")
+        spec = FFNSpec(args.ffn_layers, args.ffn_up, args.ffn_down, args.ffn_gate, stack=args.ffn_stack)
+        register_family(base_model_type_of_folder(args.model), spec)
+
+
+def _read_json(path: str, what: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FFMergeError(f"{what}: {path} cannot be read ({one_line(error)})") from error

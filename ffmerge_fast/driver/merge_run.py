@@ -1,0 +1,78 @@
+"""A merge and the recoveries after it, with the reports that are kept beside the model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..merging.apply import merge_
+from ..merging.plan import MergePlan
+from ..merging.recover.distill import local_distill_
+from ..merging.recover.refit import refit_
+from ..merging.recover.reports import DistillReport, RefitReport
+from ..support.errors import FFMergeError
+from ..support.timing import timed
+
+# function(model, teacher, batches, **options) -> report, with to_dict() and a text
+RECOVERIES: dict[str, Callable[..., RefitReport | DistillReport]] = {"refit": refit_, "distill": local_distill_}
+
+
+@dataclass(frozen=True)
+class MergeRun:
+    """What was done to a model. Prints as the plan's and the reports' tables.
+
+    Attributes:
+        reports: of the recoveries, in the order in which they ran.
+        seconds: {"merge" or recovery: how long it took}.
+    """
+
+    plan: MergePlan
+    reports: dict[str, RefitReport | DistillReport]
+    seconds: dict[str, float]
+
+    def files(self) -> dict[str, str]:
+        """{name: text} of plan and reports, as `save_pretrained(extras=...)` takes them."""
+        found = {"plan.json": json.dumps(self.plan.to_dict()), "plan.txt": f"{self.plan}\n"}
+        for name, report in self.reports.items():
+            found |= {f"{name}.json": json.dumps(report.to_dict()), f"{name}.txt": f"{report}\n"}
+        return found
+
+    def __str__(self) -> str:
+        return "".join([str(self.plan), *(f"\n\n{report}\n" for report in self.reports.values())])
+
+
+def merge_and_recover_(
+    model: nn.Module,
+    plan: MergePlan,
+    recoveries: Sequence[str] = (),
+    *,
+    batches: Callable[[], Iterable[Any]] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> MergeRun:
+    """Merge in place; then run each recovery, with the model as it was before as the teacher.
+
+    Args:
+        recoveries: names of RECOVERIES, in their order.
+        batches: gives calibration data, anew for each recovery.
+        options: {recovery: keyword arguments of its function}.
+
+    Raises:
+        FFMergeError: an unknown recovery, or one without data; and as `merge_` and the recoveries.
+    """
+    if unknown := [name for name in recoveries if name not in RECOVERIES]:
+        raise FFMergeError(f"recoveries: got {unknown[0]!r}, wanted {' or '.join(RECOVERIES)}")
+    if recoveries and batches is None:
+        raise FFMergeError("batches: a recovery needs calibration data; give a function that returns batches")
+    run = MergeRun(plan, {}, {})
+    teacher = copy.deepcopy(model) if recoveries else None
+    with timed(run.seconds, "merge"):
+        merge_(model, plan)
+    for name in recoveries:
+        with timed(run.seconds, name):
+            run.reports[name] = RECOVERIES[name](model, teacher, batches(), **(options or {}).get(name, {}))
+    return run
