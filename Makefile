@@ -19,7 +19,7 @@ bench:  ## small sizes, one thread, table and CSV
 
 gpu:  ## CUDA tests and benchmarks; says why not where there is no GPU
 	@if reason=$$($(PY) -m benchmarks.harness.measure --why-no-gpu); then \
-		$(PY) -m pytest -m gpu && $(PY) -m benchmarks.run --device cuda --size full && \
+		$(PY) -m pytest -n 0 -m gpu && $(PY) -m benchmarks.run --device cuda --size full && \
 		$(PY) -m benchmarks.run --device cuda --size large; \
 	else echo "make gpu: nothing run: $$reason"; fi
 

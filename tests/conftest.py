@@ -31,6 +31,16 @@ def pytest_unconfigure():
     _HF_HOME.cleanup()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items):
+    """Jobs of several processes run one after another; slow tests begin first, so that none is alone at the end."""
+    for item in items:
+        if item.get_closest_marker("dist"):
+            item.add_marker(pytest.mark.xdist_group("dist"))
+    yield
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models beside the repository; tests that want it are skipped without it."""

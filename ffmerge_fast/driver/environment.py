@@ -14,7 +14,7 @@ from ..support import machine
 _EXTRAS = {
     "hf": ("transformers", "tokenizers", "sentencepiece", "accelerate"),
     "driver": ("tqdm", "pyyaml", "matplotlib", "sacrebleu", "datasets", "pillow", "scikit-learn", "rich"),
-    "test": ("pytest", "pytest-benchmark", "hypothesis", "ruff"),
+    "test": ("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff"),
     "gpu": ("triton",),
 }
 _BASE = ("torch", "numpy", "scipy", "safetensors", "lazy_loader")

@@ -23,9 +23,9 @@ def run_in_the_interpreter(name: str) -> None:
     installed = tuple(int(n) for n in version("triton").split(".")[:2])
     if installed < (3, 9):  # 3.6 fails at range loops with NumPy 2.4 and newer
         pytest.skip(f"triton {version('triton')}: the interpreter is known to work from 3.9 on")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    options = "-q -x -n 0 -p no:cacheprovider -p no:hypothesispytest".split()
     run = subprocess.run(
-        [*command, str(REPOSITORY / "tests" / "ops" / name)],
+        [sys.executable, "-m", "pytest", *options, str(REPOSITORY / "tests" / "ops" / name)],
         cwd=REPOSITORY,
         env=os.environ | {"TRITON_INTERPRET": "1", "FFMERGE_BACKEND": "triton"},
         capture_output=True,

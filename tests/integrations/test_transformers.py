@@ -16,6 +16,7 @@ import ffmerge_fast as ff
 from tests.helpers.tiny_models import FAMILIES, logits, tiny_inputs, tiny_model
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.xdist_group("folders")  # the fixtures of the fresh processes are dear
 
 AUTO = {
     **dict.fromkeys(FAMILIES, "AutoModelForCausalLM"),
