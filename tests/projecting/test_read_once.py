@@ -13,7 +13,6 @@ from tests.helpers.calls import count_calls
 from tests.helpers.projecting import batches, scores
 from tests.helpers.tiny_models import tiny_model
 
-
 CALLS = {  # how often weights are read for the fingerprint, and tied tables looked for
     "project": (lambda m, imp: ff.project(m, keep=0.5), 1, 1),
     "project by given importances": (lambda m, imp: ff.project(m, keep=0.5, importance=imp), 1, 1),
