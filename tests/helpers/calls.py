@@ -2,10 +2,14 @@
 
 import sys
 
+import ffmerge_fast as ff
+
 
 def count_calls(monkeypatch, function):
     """A list that grows by one entry with every call, whichever module of the package imported the function."""
     calls = []
+    for name in ff.__all__:  # which are loaded when they are used
+        getattr(ff, name)
 
     def counted(*args, **kwargs):
         calls.append(args)
