@@ -17,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..merging.apply import find_ffns
 from ..models.families import MERGED_TYPE_PREFIX, supported_families
-from ..models.sublayers import FFNSublayer, set_module
+from ..models.sublayers import FFNSublayer, find_ffns, set_module
 from ..models.ties import is_merged
 from ..support.env import online, require
 from ..support.errors import FFMergeError

@@ -34,9 +34,10 @@ def test_a_file_is_written_whole_and_alone(kind, tmp_path):
         assert path.read_text(encoding="utf-8") == {"text": "é", "json": '{\n "a": [\n  1,\n  2\n ]\n}\n'}[kind]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("odd"), KeyboardInterrupt()]
-)
+FAILURES = [OSError(errno.ENOSPC, "No space left on device"), ValueError("odd"), KeyboardInterrupt("now")]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 def test_a_file_that_fails_leaves_the_old_one(error, tmp_path):
     path = tmp_path / "file"
     files.write_text(path, "old")
