@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FFMergeError
+from .files import WriteError, write_tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -131,23 +132,14 @@ def write(weights: dict[str, Tensor], folder: Path, stem: str, reader: Reader) -
     Raises:
         FFMergeError: the folder cannot be written, or its disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     once = {memory(weight): name for name, weight in reversed(weights.items())}
     path = folder / f"{stem}-{uuid.uuid4().hex[:8]}.safetensors"
-    beside = path.with_name(f".{path.name}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weights[name].detach().cpu().contiguous() for name in once.values()}, beside)
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
+        write_tensors(path, {name: weights[name].detach().cpu().contiguous() for name in once.values()})
+    except WriteError as error:
         raise FFMergeError(
-            f"{reader.argument}: {path} cannot be written ({error}); give another {reader.folder}"
+            f"{reader.argument}: {path} cannot be written ({error.__cause__}); give another {reader.folder}"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
     return entries_of(folder, reader)
 
 
