@@ -94,8 +94,13 @@ def read_into(pairs: Iterable[tuple[WeightEntry, Tensor]]) -> None:
 
 def entries_of(folder: Path, reader: Reader) -> dict[str, WeightEntry]:
     """{name: entry} of all tensors in the safetensors files of a folder."""
+    return entries_in(sorted(folder.glob("*.safetensors")), reader)
+
+
+def entries_in(paths: Iterable[Path], reader: Reader) -> dict[str, WeightEntry]:
+    """{name: entry} of all tensors in these safetensors files; those that cannot be read are passed over."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or none of ours
             with open(path, "rb") as raw:
                 file = WeightFile(path, _identity(os.fstat(raw.fileno())), reader)
