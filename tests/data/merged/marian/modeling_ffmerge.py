@@ -1,0 +1,259 @@
+"""Loads a Transformer whose feed-forward sublayers are shared between layers. Needs transformers only.
+
+This file travels inside every merged checkpoint (written by ffmerge_fast), so that it loads anywhere with
+`AutoModel....from_pretrained(folder, trust_remote_code=True)`. For any transformers class X it offers `FFMergedX`:
+the same class, whose blocks share the modules listed in `config.ffmerge["groups"]`. Classes are made on first use.
+"""
+
+import inspect
+import json
+
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+PREFIX, TYPE_PREFIX = "FFMerged", "ffmerge_"
+# Stands in config.json where a class of transformers looks for the name of the weight file: a stock class would
+# otherwise load this checkpoint and fill the FFNs it does not find with random numbers. It stops, quoting this.
+REFUSAL = "layers share FFNs here: load with trust_remote_code=True, or import ffmerge_fast first"
+
+
+class DeltaLinear(nn.Module):
+    """The first of some layers' projections that have W and b in common: (W + A B) x + b + c, with its own A, B and c.
+
+    W and b have the names that they had in `linear`, an nn.Linear or Conv1D.
+    """
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.transposed, self.training = type(linear).__name__ == "Conv1D", linear.training
+        self.register_parameter("weight", linear.weight)
+        self.register_parameter("bias", linear.bias)
+        _register_delta(self, rank)
+
+    def forward(self, x, delta=None):
+        a, b, c = delta or _delta(self)
+        weight = self.weight.T if self.transposed else self.weight
+        return F.linear(x, weight, self.bias if c is None else self.bias + c) + F.linear(F.linear(x, b), a)
+
+
+class TiedDeltaLinear(nn.Module):
+    """The same projection in another layer: W and b are those of `shared`, a DeltaLinear; A, B and c its own."""
+
+    def __init__(self, shared, rank):
+        super().__init__()
+        self.shared, self.transposed, self.training = shared, shared.transposed, shared.training
+        _register_delta(self, rank)
+
+    weight = property(lambda self: self.shared.weight)
+    bias = property(lambda self: self.shared.bias)
+
+    def forward(self, x):
+        return self.shared(x, _delta(self))
+
+
+def _register_delta(module, rank):
+    """A [out, rank], B [rank, in] and, beside a bias, c [out]: zeros."""
+    weight, bias = module.weight.T if module.transposed else module.weight, module.bias
+    zeros = {"a": weight.new_zeros(weight.shape[0], rank), "b": weight.new_zeros(rank, weight.shape[1])}
+    for name, value in {**zeros, "bias": None if bias is None else bias.new_zeros(bias.shape)}.items():
+        parameter = None if value is None else nn.Parameter(value, requires_grad=weight.requires_grad)
+        module.register_parameter(f"delta_{name}", parameter)
+
+
+def _delta(module):
+    return module.delta_a, module.delta_b, module.delta_bias
+
+
+def share_(model, groups):
+    """Make all layers of each group hold the modules of its first layer; or its weights, and a delta each.
+
+    `groups` is a list of {"layers": [1, 2, 4], "modules": ["h.{i}.mlp"]}, paths relative to the base model; with
+    deltas it has "delta_rank": 8 and "projections": ["h.{i}.mlp.c_fc", "h.{i}.mlp.c_proj"] as well.
+    """
+    base = _base_model(model)
+    for group in groups:
+        if "delta_rank" in group:
+            for pattern in group["projections"]:
+                add_deltas_(base, [pattern.format(i=i) for i in group["layers"]], group["delta_rank"])
+            continue
+        first, *others = group["layers"]
+        for pattern in group["modules"]:
+            shared = base.get_submodule(pattern.format(i=first))
+            for i in others:
+                _set(base, pattern.format(i=i), shared)
+    aliases = _alias_names(model, groups)
+    model._keys_to_ignore_on_save = sorted({*(model._keys_to_ignore_on_save or ()), *aliases})
+
+
+def add_deltas_(base, paths, rank):
+    """Give the projections at these paths the weights of the first one, and deltas of zero."""
+    shared = DeltaLinear(base.get_submodule(paths[0]), rank)
+    _set(base, paths[0], shared)
+    for path in paths[1:]:
+        _set(base, path, TiedDeltaLinear(shared, rank))
+
+
+def _set(base, path, module):
+    parent, _, name = path.rpartition(".")
+    setattr(base.get_submodule(parent), name, module)
+
+
+def can_adopt(model):
+    """Whether the model's class and config are transformers' own, so that any other process has them too."""
+    return all(getattr(transformers, c.__name__, None) is c for c in (type(model), type(model.config)))
+
+
+def adopt_(model, ffmerge):
+    """Turn a model of a stock class into its FFMerged class in place; `ffmerge` is the config section."""
+    config, model_class = model.config, _ours(type(model))
+    config.__class__ = _ours(type(config))
+    config.ffmerge = ffmerge
+    config.auto_map = auto_map(type(config))
+    share_(model, ffmerge["groups"])
+    model.__class__ = model_class
+
+
+def release_(model):
+    """Undo `adopt_`: the stock class and config again. The modules stay as they are."""
+    config = model.config
+    aliases = _alias_names(model, config.ffmerge["groups"])
+    model.__class__ = type(model).__bases__[0]
+    model._keys_to_ignore_on_save = [k for k in model._keys_to_ignore_on_save if k not in aliases] or None
+    model.__dict__.pop("_weight_conversions", None)  # a merged folder's names; the stock class saves its own again
+    del config.ffmerge, config.auto_map
+    config.__class__ = type(config).__bases__[0]
+
+
+def auto_map(config_class):
+    """config.json's auto_map: every Auto class of the family, pointing into this file."""
+    classes = {name: f"{_file()}.{model.__name__}" for name, model in _auto_models(config_class).items()}
+    return {"AutoConfig": f"{_file()}.{config_class.__name__}", **classes}
+
+
+def register(config_class):
+    """Make the Auto classes of this process know the family, so that no trust_remote_code is needed."""
+    for name, model in _auto_models(config_class).items():
+        getattr(transformers, name).register(config_class, model, exist_ok=True)
+
+
+def _file():
+    return __name__.rpartition(".")[2]
+
+
+def _base_model(model):
+    return getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+
+
+def _alias_names(model, groups):
+    """Names in the state dict under which shared parameters appear again."""
+    base = _base_model(model)
+    prefix = "" if base is model else model.base_model_prefix + "."
+    names = set()
+    for group in groups:
+        first, *others = group["layers"]
+        inside = "shared." if "delta_rank" in group else ""
+        for pattern in group["projections" if inside else "modules"]:
+            parameters = [n for n, _ in base.get_submodule(pattern.format(i=first)).named_parameters()]
+            names |= {f"{prefix}{pattern.format(i=i)}.{inside}{n}" for i in others for n in parameters}
+    return names
+
+
+def _auto_models(config_class):
+    """{name of an Auto class: FFMerged class} for the family of `config_class`."""
+    stock, found = config_class.__bases__[0], {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is None or not hasattr(transformers, name) or stock not in mapping:
+            continue
+        model = mapping[stock]
+        model = model[0] if isinstance(model, (tuple, list)) else model
+        if getattr(model, "config_class", None) is stock and hasattr(transformers, model.__name__):
+            found[name] = _ours(model)
+    return found
+
+
+def _auto_class(model_class):
+    """The Auto class that a saved model of this class is loaded with."""
+    names = [n for n, m in _auto_models(model_class.config_class).items() if m is model_class]
+    return next((n for n in names if n not in ("AutoModelForPreTraining", "AutoModelWithLMHead")), "AutoModel")
+
+
+def _ours(stock):
+    if stock.__name__.startswith(PREFIX):
+        return stock
+    if getattr(transformers, stock.__name__, None) is not stock:
+        raise ValueError(
+            f"{stock.__name__} is not a class of transformers itself: its code cannot travel in a checkpoint"
+        )
+    return __getattr__(PREFIX + stock.__name__)
+
+
+def __getattr__(name):
+    stock = getattr(transformers, name[len(PREFIX) :], None) if name.startswith(PREFIX) else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in globals():
+        return globals()[name]
+    is_config = issubclass(stock, transformers.PretrainedConfig)
+    made = globals()[name] = (_make_config if is_config else _make_model)(name, stock)
+    if not is_config:
+        made._auto_class = _auto_class(made)
+    return made
+
+
+def _make_config(name, stock):
+    def from_dict(cls, config_dict, **kwargs):
+        config_dict = {key: value for key, value in config_dict.items() if key != "transformers_weights"}
+        return super(made, cls).from_dict(config_dict, **kwargs)
+
+    def to_json_string(self, use_diff=True, **kwargs):
+        values = json.loads(super(made, self).to_json_string(use_diff, **kwargs)) | {"transformers_weights": REFUSAL}
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    made = type(
+        name,
+        (stock,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{stock.__name__} of a model with shared FFNs.",
+            "model_type": TYPE_PREFIX + stock.model_type,
+            "_auto_class": "AutoConfig",
+            "from_dict": classmethod(from_dict),
+            "to_json_string": to_json_string,
+        },
+    )
+    return made
+
+
+def _make_model(name, stock):
+    def __init__(self, config, *args, **kwargs):
+        if type(config) not in transformers.AutoModel._model_mapping:
+            register(type(config))  # some heads build their base by AutoModel.from_config
+        super(made, self).__init__(config, *args, **kwargs)
+        try:
+            share_(self, config.ffmerge["groups"])
+        except AttributeError as error:
+            raise ValueError(
+                f"{error}: these shared FFNs were saved with transformers {config.transformers_version}, and "
+                f"{transformers.__version__} builds {stock.__name__} otherwise or the config was edited"
+            ) from error
+
+    def save_pretrained(self, save_directory, **kwargs):
+        if "save_original_format" in inspect.signature(super(made, self).save_pretrained).parameters:
+            kwargs.setdefault("save_original_format", False)  # that format is keyed by the stock model_type
+        super(made, self).save_pretrained(save_directory, **kwargs)
+
+    made = type(
+        name,
+        (stock,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{stock.__name__} whose blocks share FFNs.",
+            "config_class": _ours(stock.config_class),
+            "__init__": __init__,
+            "save_pretrained": save_pretrained,
+        },
+    )
+    return made
