@@ -61,7 +61,8 @@ class ModelSummary:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-ready; `from_dict` reads it."""
+        return vars(self) | {"ffns": [asdict(ffn) for ffn in self.ffns]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSummary:
