@@ -44,6 +44,7 @@ def _entries_of_layers(
 ) -> dict[Tensor, WeightEntry] | None:
     """Where the weights of the layers around the FFNs lie; None unless all have their shape, and one of their names
     with or without the base model's prefix."""
+    entries = _by_loaded_names(model, entries)
     prefix = base_model_path(model) or getattr(model, "base_model_prefix", "")
     found = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -52,6 +53,24 @@ def _entries_of_layers(
                 found.setdefault(weight, entries[form])
     wanted = (weight for ffn in ffns for weight in model.get_submodule(ffn.path).parameters())
     return found if all(weight in found for weight in wanted) else None
+
+
+def _by_loaded_names(model: nn.Module, entries: Mapping[str, WeightEntry]) -> dict[str, WeightEntry]:
+    """The entries by the names that transformers 5 loads them under; none where it changes values, too."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4 takes the names as they are
+        return dict(entries)
+    transforms = get_model_conversion_mapping(model)
+    if not all(isinstance(transform, WeightRenaming) for transform in transforms):
+        return {}
+    renamed = {}
+    for name, entry in entries.items():
+        for transform in transforms:
+            name, _ = transform.rename_source_key(name)
+        renamed[name] = entry
+    return renamed
 
 
 def _weight_files(folder: str | os.PathLike) -> list[Path]:

@@ -42,8 +42,7 @@ def test_the_same_as_in_memory(tmp_path, name, merged, dtype):
         ff.merge_(model, ff.plan(None, LAYERS.get(name, "encoder:1-2" if name == "t5" else "1-2"), method="average",
                                  model=model))  # fmt: skip
     ff.save_pretrained(model, tmp_path / "model")
-    renamed = name == "vit" and not merged  # its files have the names of transformers 4
-    check(tmp_path / "model", on_meta=not renamed, dtype=dtype)
+    check(tmp_path / "model", dtype=dtype)  # transformers 5 writes a stock ViT under the names of transformers 4
 
 
 def test_deltas(tmp_path):
