@@ -49,7 +49,7 @@ def assignment_f64(
     `transposed`: the contiguous dimension is that of the rows, and `row_stride` the stride between columns.
     """
 
-# Correlation (csrc/correlation.h). Tensors are passed as addresses; the extension keeps none of them. A form is
+# Correlation (csrc/correlation/). Tensors are passed as addresses; the extension keeps none of them. A form is
 # (width, left, right, split): what the packed chunks of a layer hold.
 
 def correlation_pack_rows(
@@ -142,7 +142,7 @@ def projection_scatter_f32(
 ) -> None:
     """out[rows[i], columns[j]] += y[i, j] for float32 matrices. `shape` is that of y; rows of out are contiguous."""
 
-# Shared FFN (csrc/shared_ffn.h). A weight is (data, bias, outputs, inputs, stride, transposed): rows of inputs `stride`
+# Shared FFN (csrc/shared_ffn/). A weight is (data, bias, outputs, inputs, stride, transposed): rows of inputs `stride`
 # elements apart, or transposed, rows of outputs; bias 0 if there is none, data 0 for the gate of a plain FFN.
 
 _Weight = tuple[int, int, int, int, int, bool]

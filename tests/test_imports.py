@@ -78,7 +78,7 @@ def test_packages_do_not_hide_functions():
         ("from ffmerge_fast._errors import FFMergeError", "_errors", "support.errors"),
         ("from ffmerge_fast import _errors", "_errors", "support.errors"),
         ("from ffmerge_fast.models import find_ffns", "models.find_ffns", "models.sublayers.find_ffns"),
-        ("from ffmerge_fast.driver.data import load_task", "driver.data", "driver.tasks.task"),
+        ("from ffmerge_fast.driver.data import load_task", "driver.data", "driver.tasks"),
     ],
 )
 def test_old_paths_name_the_new_ones(statement, old, new):

@@ -32,7 +32,7 @@ def test_a_third_of_the_ffns_goes(shared, tmp_path, case):
 @pytest.mark.real
 @pytest.mark.parametrize("name", projection_quality.CASES)
 def test_half_of_the_parameters_goes(shared, name):
-    """Equal tokens for all. What a few steps show for certain; benchmarks/projection_quality.py has the whole table."""
+    """Equal tokens for all. What a few steps show for certain; `projection_quality` has the whole table."""
     case = projection_quality.CASES[name]
     model = ff.from_pretrained(str(shared / "models" / name)).eval()
     task = quality.CASES[name].build(shared, model)

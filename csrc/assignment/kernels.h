@@ -17,7 +17,7 @@ struct AssignmentKernels {
   bool (*range)(const float* row, int d, float* low, float* high);
 
   // The columns of largest worth, ascending, with sign * score: at least `wanted` (<= 32), normally less than half as
-  // many again. Every column left out is worth less than *bound, in exact arithmetic too. Needs d >= 64; room for d.
+  // many again. Every column left out is worth less than *bound, in exact arithmetic too. Needs d >= 64; room for d + 16.
   int (*select)(const float* row, float sign, const float* price, int d, int wanted, int* columns, float* values,
                 float* bound);
 

@@ -1,4 +1,4 @@
-#include "cpu.h"
+#include "common/cpu.h"
 
 #if FFMERGE_X86 && defined(__linux__)
 #include <sys/syscall.h>

@@ -1,4 +1,4 @@
-#include "team.h"
+#include "common/team.h"
 
 #include <thread>
 #include <vector>

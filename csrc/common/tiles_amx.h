@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "inline.h"
+#include "common/inline.h"
 
 namespace ffmerge {
 namespace {

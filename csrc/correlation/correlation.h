@@ -1,7 +1,7 @@
 // Streaming second moments of features: packing with statistics, and products of packed features in tiles.
 //
 // Two forms of packed features. Rows: [tokens, width] float32, multiplied elsewhere by a GEMM of torch.
-// Tiles: bfloat16 in the operand forms of AMX, in chunks of 256 tokens (correlation_tiles.h).
+// Tiles: bfloat16 in the operand forms of AMX, in chunks of 256 tokens (tiles.h).
 #pragma once
 
 #include <cstdint>

@@ -23,31 +23,17 @@ namespace portable {
 
 #if FFMERGE_X86
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "common/target_avx2.inc"
 namespace avx2 {
 #include "correlation/pack.inc"
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
-#endif
+#include "common/target_end.inc"
+
+#include "common/target_avx512.inc"
 namespace avx512 {
 #include "correlation/pack.inc"
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/target_end.inc"
 
 #endif  // FFMERGE_X86
 

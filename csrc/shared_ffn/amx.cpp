@@ -5,12 +5,7 @@
 
 #if FFMERGE_X86
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
+#include "common/target_avx512.inc"
 
 #include "common/tiles_amx.h"
 #include "shared_ffn/schedule.h"  // inside the region: its loops are compiled for this processor
@@ -23,11 +18,7 @@ void multiply_tiles_amx(const FFNWeight& weight, const uint16_t* packed, int64_t
 
 }  // namespace ffmerge
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/target_end.inc"
 
 #else
 

@@ -53,12 +53,7 @@ inline float sum_of(Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
 
 #if FFMERGE_X86
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "common/target_avx2.inc"
 namespace avx2 {
 #include "common/float_math.inc"
 
@@ -85,14 +80,9 @@ inline float sum_of(Vec x) {
 
 #include "shared_ffn/kernels.inc"
 }  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
-#endif
+#include "common/target_end.inc"
+
+#include "common/target_avx512.inc"
 namespace avx512 {
 #include "common/float_math.inc"
 
@@ -115,11 +105,7 @@ inline float sum_of(Vec x) { return _mm512_reduce_add_ps(x); }
 
 #include "shared_ffn/kernels.inc"
 }  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "common/target_end.inc"
 
 #endif  // FFMERGE_X86
 

@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..merging.apply import find_ffns
 from ..models.families import MERGED_TYPE_PREFIX, supported_families
-from ..models.sublayers import FFNSublayer, set_module
+from ..models.sublayers import FFNSublayer, find_ffns, set_module
 from ..models.ties import is_merged
 from ..support.env import online, require
 from ..support.errors import FFMergeError
-from ..support.files import new_folder, one_line
+from ..support.files import new_folder, one_line, write_json, write_tensors, write_text
 from .manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
 
 EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
@@ -69,13 +68,12 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         for name, text in (extras or {}).items():
-            (beside / EXTRAS).mkdir(exist_ok=True)
-            (beside / EXTRAS / name).write_text(text)
-        (beside / MANIFEST).write_text(json.dumps(describe(model, beside), indent=1))
+            write_text(beside / EXTRAS / name, text)
+        write_json(beside / MANIFEST, describe(model, beside))
 
 
 def _save_plain(model: nn.Module, folder: Path) -> None:
-    save_file({n: t.detach().contiguous() for n, t in _unique_state(model).items()}, folder / _WEIGHTS)
+    write_tensors(folder / _WEIGHTS, {n: t.detach().contiguous() for n, t in _unique_state(model).items()})
 
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:
@@ -263,11 +261,6 @@ def verify(folder: str | os.PathLike, model: nn.Module | None = None) -> dict[st
         "bytes": sum(p.stat().st_size for p in path.glob("*.safetensors")),
         "logit_difference": compare_logits(path, model, manifest) if "logits" in manifest else None,
     }
-
-
-def is_merged_folder(folder: str | os.PathLike) -> bool:
-    """Whether a local folder's config says that it holds a merged model."""
-    return _model_type(Path(folder)).startswith(MERGED_TYPE_PREFIX)
 
 
 def _model_type(folder: Path) -> str:

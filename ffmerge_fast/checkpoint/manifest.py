@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..merging.apply import find_ffns
 from ..models.forward import evaluating, run, to_device
 from ..models.projections import delta_rank
-from ..models.sublayers import FFNs
+from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
 from ..support.files import one_line

@@ -32,14 +32,15 @@ class Inputs:
 
     def load_model(self, device: str | None = None) -> Any:
         """The model as it is in its folder, another one each time."""
-        import torch
-
         from ..checkpoint.folder import from_pretrained
 
-        self._register_layout()
-        args = self._args
-        options = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-        return from_pretrained(args.model, **options).to(device or args.device)
+        return from_pretrained(self._args.model, **self._loading()).to(device or self._args.device)
+
+    def summary(self) -> tuple[Any, Any]:
+        """Summary and structure of the model, of which no more is in memory than has to be."""
+        from ..checkpoint.on_disk import summarize
+
+        return summarize(self._args.model, **self._loading())
 
     @cached_property
     def processor(self) -> Any:
@@ -149,6 +150,13 @@ class Inputs:
             metric=args.metric,
             **lengths,
         )
+
+    def _loading(self) -> dict[str, Any]:
+        """Options of `from_pretrained`, once the family is known."""
+        import torch
+
+        self._register_layout()
+        return {} if self._args.dtype == "auto" else {"dtype": getattr(torch, self._args.dtype)}
 
     def _register_layout(self) -> None:
         """Four dotted paths on the command line describe a family that is not in the table."""

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 
 from ..driver.training.settings import TrainingSettings
-from ..merging.settings import ANCHORS, METHODS
-from ..projecting.settings import ATTENTION_MODES, INITS, OFFLOADS, STATES
+from ..merging.settings import ANCHORS, METHODS, RECOVERIES
+from ..projecting.settings import INITS, OFFLOADS, SHARES, STATES, Widths
 from ..projecting.settings import METHODS as METHODS_OF_IMPORTANCE
 from ..support.settings import options
 
@@ -115,7 +115,7 @@ def search_options(parser) -> None:
 def recover_options(parser) -> None:
     group = parser.add_argument_group("recovery without training the model")
     help_recover = "refit: W_down by least squares; distill: the shared FFNs trained on their layers' own inputs"
-    choices = ("none", "refit", "distill", "refit+distill")
+    choices = ("none", *RECOVERIES, "+".join(RECOVERIES))
     group.add_argument("--recover", default="none", choices=choices, help=help_recover)
     group.add_argument("--ridge", type=float, default=1e-2, help="larger keeps W_down closer to the merged one")
     help_rounds = "refits after the first, on the merged model's own stream; the best by held-out loss is kept"
@@ -129,10 +129,8 @@ def recover_options(parser) -> None:
 def project_options(parser) -> None:
     group = parser.add_argument_group("projection")
     group.add_argument("--keep", type=float, metavar="SHARE", help="of the parameters, such as 0.5; or the widths:")
-    group.add_argument("--d-model", type=int)
-    group.add_argument("--d-ff", type=int)
-    group.add_argument("--attention", default="heads", choices=ATTENTION_MODES, help="what gets fewer with d_model")
-    group.add_argument("--share", choices=("qkv", "residual_stream"), help="projections in common (default: none)")
+    settings_options(group, Widths, d_model=None, d_ff=None, attention="what gets fewer with d_model")
+    group.add_argument("--share", choices=SHARES[1:], help="projections in common (default: none)")
     group.add_argument("--init", default="selection", choices=INITS, help="first P: coordinates, or directions")
     group.add_argument("--no-residual", action="store_true", help="W_C = P W P without R")
     group.add_argument("--tied", action="store_true", help="keep the head tied to the embeddings")

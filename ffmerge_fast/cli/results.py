@@ -67,7 +67,7 @@ def save_model(args: Any, inputs: Any, model: Any, extras: dict[str, str] | None
 
 def write_plan(path: str | None, plan: Any) -> None:
     """Write a plan file where one is asked for, by one of several processes."""
-    from ..support.files import write_text
+    from ..support.files import write_json
 
     if path and is_first_rank():
-        write_text(path, json.dumps(plan.to_dict()))
+        write_json(path, plan.to_dict(), indent=None)

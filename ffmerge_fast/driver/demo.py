@@ -6,7 +6,6 @@ of their FFNs; projecting takes half of all parameters, beside hard pruning to t
 
 from __future__ import annotations
 
-import json
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from ..merging.statistics import CorrelationStats
 from ..projecting.importance import importance
 from ..projecting.projector import project
 from ..support.env import require
-from ..support.files import new_folder
+from ..support.files import new_folder, write_json, write_text
 from ..support.sizes import format_bytes
 from ..support.tables import format_table
 from . import evaluate
@@ -93,8 +92,8 @@ def demo(out: Path, seed: int = 0, overwrite: bool = False) -> tuple[dict[str, A
         plot_alignment(pictures, folder / "correlation.png")
         values = {"rows": [asdict(row) for row in rows], "seconds": time.monotonic() - started}
         text = _as_text(rows, values["seconds"], out)
-        (folder / _MARK).write_text(json.dumps(values, indent=1))
-        (folder / "report.md").write_text(f"# ffmerge demo\n\n```\n{text}\n```\n")
+        write_json(folder / _MARK, values)
+        write_text(folder / "report.md", f"# ffmerge demo\n\n```\n{text}\n```\n")
     return values, text
 
 

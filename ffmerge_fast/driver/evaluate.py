@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.forward import evaluating
+from ..models.forward import evaluating, to_device_and_dtype
 from ..support.env import require
 from ..support.errors import FFMergeError
 from ..support.progress import progress
 from .tasks.text import PairEncoder
-from .training.losses import LossFunction, label_count, loss_of, on_device, without_cache
+from .training.losses import LossFunction, label_count, loss_of, without_cache
 
 
 def loss(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> float:
@@ -32,7 +32,7 @@ def loss(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None 
     total, count = 0.0, 0
     with _scoring(model):
         for batch in batches:
-            batch = on_device(batch, model)
+            batch = to_device_and_dtype(batch, model)
             output = loss_fn(model, batch) if loss_fn else model(**batch)
             labels = label_count(model, batch)
             if labels:
@@ -73,7 +73,7 @@ def nll(
     with _scoring(model):
         groups = list(_window_groups(len(ids), window, stride, batch_size))
         for starts, length, fresh in progress(groups, desc="perplexity", unit="batch"):
-            batch = on_device(torch.stack([ids[start : start + length] for start in starts]), model)
+            batch = to_device_and_dtype(torch.stack([ids[start : start + length] for start in starts]), model)
             scores = model(input_ids=batch).logits[:, length - fresh - 1 : -1].float()  # [windows, fresh, vocabulary]
             targets = batch[:, length - fresh :]
             total += F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum").double().cpu()
@@ -90,7 +90,7 @@ def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
     right = count = 0
     with _scoring(model):
         for batch in batches:
-            batch = on_device(batch, model)
+            batch = to_device_and_dtype(batch, model)
             labels = batch["labels"]
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             right += int((model(**inputs).logits.argmax(-1) == labels).sum())
@@ -147,7 +147,7 @@ def translate(
     with torch.no_grad(), evaluating(model):
         for start in progress(range(0, len(order), batch_size), desc="translate", unit="batch"):
             chosen = order[start : start + batch_size]
-            batch = on_device(encoder.pad_sources([ids[i] for i in chosen]), model)
+            batch = to_device_and_dtype(encoder.pad_sources([ids[i] for i in chosen]), model)
             output = model.generate(**batch, max_new_tokens=length, num_beams=num_beams, do_sample=False)
             texts = encoder.tokenizer.batch_decode(output, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):

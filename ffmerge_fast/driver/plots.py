@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..merging.plan import MergePlan
 from ..merging.statistics import CorrelationStats
 from ..support.env import require
+from ..support.files import new_file
 
 _MOST_NEURONS = 64  # shown per side: of more, the diagonal would be a hair
 
@@ -42,4 +44,5 @@ def plot_alignment(
             axis.set_xlabel(f"neuron of layer {layer}")
             axis.set_ylabel(f"neuron of layer {group.anchor} (anchor)")
         figure.colorbar(image, ax=[left, right], label="correlation", shrink=0.8)
-    figure.savefig(path, dpi=dpi)
+    with new_file(path) as beside:
+        figure.savefig(beside, dpi=dpi, format=Path(path).suffix.removeprefix("."))

@@ -17,6 +17,7 @@ from ..projecting.settings import Widths
 from ..projecting.student import fold
 from ..support import distributed
 from ..support.errors import FFMergeError
+from ..support.files import write_json
 from .tasks.task import Task
 from .training import state
 from .training.finetune import FinetuneResult, finetune
@@ -132,7 +133,7 @@ def _remember(path: Path, proj: Projector) -> None:
     found = json.loads(path.read_text()) if distributed.rank() == 0 and path.exists() else None
     before = distributed.from_rank_zero(found)
     if before is None:
-        distributed.on_rank_zero(lambda: path.write_text(json.dumps(settings, indent=1) + "\n"))
+        distributed.on_rank_zero(lambda: write_json(path, settings))
         return
     for name, value in settings.items():
         if before.get(name) != value:

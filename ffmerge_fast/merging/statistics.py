@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..models.summary import ModelSummary
 from ..support.errors import FFMergeError
+from ..support.files import write_tensors
 from ..support.progress import progress
 
 FORMAT = 1
@@ -123,9 +124,7 @@ class CorrelationStats:
         return self
 
     def save(self, path: str | os.PathLike, **progress) -> None:
-        """Write one safetensors file (header: model, settings); written beside, then renamed."""
-        from safetensors.torch import save_file
-
+        """Write one safetensors file (header: model, settings); complete or absent."""
         tensors = {
             f"{stack}/{name}": tensor.contiguous()
             for stack, state in self.states.items()
@@ -133,14 +132,7 @@ class CorrelationStats:
         }
         header = {"format": FORMAT, "model": self.model.to_dict(), "settings": self.settings, "progress": progress}
         content = json.dumps(header | {"crc32": {name: _crc32(tensor) for name, tensor in tensors.items()}})
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, beside, metadata={"ffmerge": content, "crc32": str(zlib.crc32(content.encode()))})
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_tensors(path, tensors, {"ffmerge": content, "crc32": str(zlib.crc32(content.encode()))})
 
     @classmethod
     def load(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,14 +25,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def to_device(batch: Any, model: nn.Module) -> Any:
     """The batch's tensors on the device of the model's first parameter."""
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        raise FFMergeError(f"batches: got a {type(batch).__name__}, wanted dicts, tuples or tensors")
     device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        return batch.to(device)
+    return _with_tensors(batch, lambda tensor: tensor.to(device))
+
+
+def to_device_and_dtype(batch: Any, model: nn.Module) -> Any:
+    """The batch's tensors on the model's device, floating-point ones in its dtype too; other objects as they are."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    return _with_tensors(batch, lambda tensor: tensor.to(like if tensor.is_floating_point() else like.device))
+
+
+def _with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Mapping):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return {name: change(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return tuple(v.to(device) if isinstance(v, Tensor) else v for v in batch)
-    raise FFMergeError(f"batches: got a {type(batch).__name__}, wanted dicts, tuples or tensors")
+        return tuple(change(value) if isinstance(value, Tensor) else value for value in batch)
+    return change(batch) if isinstance(batch, Tensor) else batch
 
 
 def run(model: nn.Module, batch: Any) -> Any:

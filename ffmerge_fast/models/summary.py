@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,11 +26,14 @@ class ModelSummary:
     ffns: FFNs
 
     @classmethod
-    def of(cls, model: nn.Module, ffns: FFNs | None = None) -> ModelSummary:
+    def of(
+        cls, model: nn.Module, ffns: FFNs | None = None, read: Callable[[Tensor], Tensor] = Tensor.detach
+    ) -> ModelSummary:
         """Read a model once, to be handed down from there.
 
         Args:
             ffns: the model's, where they are known already.
+            read: gives a weight's values; for weights on "meta", from where they are.
 
         Raises:
             FFMergeError: as `find_ffns`; the model is streamed.
@@ -39,7 +42,7 @@ class ModelSummary:
         weights = list(model.parameters())
         return cls(
             model_type=base_model_type(model),
-            fingerprint=fingerprint(model, ffns),
+            fingerprint=fingerprint(model, ffns, read),
             parameters=sum(w.numel() for w in weights),
             nbytes=sum(w.numel() * w.element_size() for w in weights),
             ffns=ffns,
@@ -58,7 +61,8 @@ class ModelSummary:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-ready; `from_dict` reads it."""
+        return vars(self) | {"ffns": [asdict(ffn) for ffn in self.ffns]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSummary:
@@ -66,7 +70,7 @@ class ModelSummary:
         return cls(**{**values, "ffns": ffns})
 
 
-def fingerprint(model: nn.Module, ffns: FFNs) -> str:
+def fingerprint(model: nn.Module, ffns: FFNs, read: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
     """Short hash of the FFN layout and of every weight of the layers around the FFNs, equal for fp32 and bf16 copies.
 
     Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
@@ -81,7 +85,7 @@ def fingerprint(model: nn.Module, ffns: FFNs) -> str:
         digest.update(repr((ffn.key, ffn.signature)).encode())
         for name, weight in model.get_submodule(ffn.path).named_parameters():
             digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(_checksums(weight.detach()).numpy().tobytes())
+            digest.update(_checksums(read(weight)).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

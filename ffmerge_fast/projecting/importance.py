@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..models.summary import ModelSummary
 from ..support.distributed import is_distributed, sum_over_ranks
 from ..support.errors import FFMergeError
+from ..support.files import write_tensors
 from ..support.resume import RunningSums
 from .activations import ActivationPasses
 from .axes import ATTENTION, FFN, MODEL, ModelAxes
@@ -59,18 +60,9 @@ class Importance:
             )
 
     def save(self, path: str | os.PathLike, **done: int) -> None:
-        """Write one safetensors file with a JSON header; beside, then renamed."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write one safetensors file with a JSON header; complete or absent."""
         header = {k: v for k, v in vars(self).items() if k != "scores"} | {"format": _FORMAT, "progress": done}
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(self.scores, beside, metadata={"ffmerge_importance": json.dumps(header)})
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_tensors(path, self.scores, {"ffmerge_importance": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Importance:

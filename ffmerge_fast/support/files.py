@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from .errors import FFMergeError
+
+if TYPE_CHECKING:  # torch comes with the first tensor
+    from torch import Tensor
+
+
+class WriteError(FFMergeError):
+    """A file could not be written; its cause says why."""
 
 
 @contextlib.contextmanager
@@ -30,8 +39,9 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         yield beside
         _open_permissions(beside)
         _rename_over(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise FFMergeError(f"{path} could not be written ({one_line(error)}); nothing was changed there") from error
+    except (OSError, SafetensorError, WriteError) as error:
+        cause = error.__cause__ if isinstance(error, WriteError) else error
+        raise FFMergeError(f"{path} could not be written ({one_line(cause)}); nothing was changed there") from cause
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty after a success
@@ -51,21 +61,48 @@ def check_new_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise FFMergeError(f"{path} cannot be written: no permission in {existing}")
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file that is complete or, as it was before, absent; folders above it are made.
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A file to write under another name beside `path`; it is there when the block ends, or as it was before.
+
+    Folders above it are made.
 
     Raises:
-        FFMergeError: it cannot be written.
+        WriteError: it cannot be written.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text)
+        yield beside
         os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise FFMergeError(f"{path} could not be written ({error.strerror})") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise WriteError(f"{path} could not be written ({reason})") from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or its folder is none
+            beside.unlink()
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a `new_file` of text."""
+    with new_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 1) -> None:
+    """Write a `new_file` of JSON."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a `new_file` of tensors, by safetensors."""
+    from safetensors.torch import save_file
+
+    with new_file(path) as beside:
+        save_file(tensors, beside, metadata)
 
 
 def _open_permissions(folder: Path) -> None:

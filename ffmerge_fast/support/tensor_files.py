@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FFMergeError
+from .files import WriteError, write_tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -93,8 +94,13 @@ def read_into(pairs: Iterable[tuple[WeightEntry, Tensor]]) -> None:
 
 def entries_of(folder: Path, reader: Reader) -> dict[str, WeightEntry]:
     """{name: entry} of all tensors in the safetensors files of a folder."""
+    return entries_in(sorted(folder.glob("*.safetensors")), reader)
+
+
+def entries_in(paths: Iterable[Path], reader: Reader) -> dict[str, WeightEntry]:
+    """{name: entry} of all tensors in these safetensors files; those that cannot be read are passed over."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or none of ours
             with open(path, "rb") as raw:
                 file = WeightFile(path, _identity(os.fstat(raw.fileno())), reader)
@@ -131,23 +137,14 @@ def write(weights: dict[str, Tensor], folder: Path, stem: str, reader: Reader) -
     Raises:
         FFMergeError: the folder cannot be written, or its disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     once = {memory(weight): name for name, weight in reversed(weights.items())}
     path = folder / f"{stem}-{uuid.uuid4().hex[:8]}.safetensors"
-    beside = path.with_name(f".{path.name}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weights[name].detach().cpu().contiguous() for name in once.values()}, beside)
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
+        write_tensors(path, {name: weights[name].detach().cpu().contiguous() for name in once.values()})
+    except WriteError as error:
         raise FFMergeError(
-            f"{reader.argument}: {path} cannot be written ({error}); give another {reader.folder}"
+            f"{reader.argument}: {path} cannot be written ({error.__cause__}); give another {reader.folder}"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
     return entries_of(folder, reader)
 
 

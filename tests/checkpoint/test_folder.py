@@ -305,7 +305,7 @@ def test_full_disk_leaves_what_was_there(where, error, tmp_path, monkeypatch):
     if where == "transformers":
         monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail(error))
     elif where == "plain":
-        monkeypatch.setattr(folder, "save_file", fail(error))
+        monkeypatch.setattr("safetensors.torch.save_file", fail(error))
     elif where == "manifest":
         monkeypatch.setattr(folder, "describe", fail(error))
     else:

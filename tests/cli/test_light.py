@@ -10,11 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ffmerge_fast.cli import options
 from ffmerge_fast.cli.main import command_names
-from ffmerge_fast.merging import plan
-from ffmerge_fast.projecting import importance, projector, selection
-from ffmerge_fast.projecting.optimizer import adamw, base_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "numpy", "scipy", "safetensors", "transformers"}
@@ -42,12 +38,3 @@ def processor_seconds(argv) -> float:
     subprocess.run([sys.executable, "-m", "ffmerge_fast.cli", *argv], cwd=ROOT, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_choices_are_what_the_library_takes():
-    assert options.METHODS == plan.METHODS
-    assert options.METHODS_OF_IMPORTANCE == importance.METHODS
-    assert options.STATES == adamw.STATES
-    assert (None, *options.PLACES) == base_weights.PLACES
-    assert options.INITS == projector.INITS
-    assert options.ATTENTION_MODES == selection.ATTENTION_MODES

@@ -9,6 +9,7 @@ import torch
 
 import ffmerge_fast as ff
 from ffmerge_fast.driver.merge_run import RECOVERIES, merge_and_recover_
+from ffmerge_fast.merging import settings
 from tests.helpers.tiny_models import tiny_inputs, tiny_model
 
 pytest.importorskip("transformers")
@@ -35,6 +36,10 @@ def test_recoveries_follow_one_another():
     assert sorted(files) == sorted(f"{name}.{kind}" for name in ("plan", *reports) for kind in ("json", "txt"))
     assert json.loads(files["distill.json"]) == json.loads(json.dumps(reports["distill"].to_dict()))
     assert str(plan) in str(run) and str(reports["refit"]) in str(run)
+
+
+def test_the_command_line_offers_all_recoveries():
+    assert tuple(RECOVERIES) == settings.RECOVERIES
 
 
 def test_merge_alone():

@@ -149,6 +149,6 @@ def test_a_failed_save_leaves_the_old_file(good, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ff.FFMergeError, match=f"{good} could not be written .*No space left"):
         collected(seeds=[7]).save(good)
     assert good.read_bytes() == before and [f.name for f in good.parent.iterdir()] == [good.name]

@@ -1,5 +1,7 @@
 """find_ffns on every family, specs of one's own, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -188,6 +190,14 @@ def test_fingerprint_knows_the_model_and_not_its_dtype():
     assert mark == fingerprint(model.transformer)
     model.transformer.wte.weight.data += 1
     assert mark == fingerprint(model)
+
+
+def test_a_summary_is_plain_values_and_back():
+    summary = ModelSummary.of(tiny_model("marian"))
+    values = summary.to_dict()
+    assert type(values["ffns"]) is list and all(type(ffn) is dict for ffn in values["ffns"])
+    again = ModelSummary.from_dict(json.loads(json.dumps(values)))
+    assert again == summary and again.ffns.at("decoder", 1) == summary.ffns.at("decoder", 1)
 
 
 def test_fingerprint_sees_every_value_and_the_order_of_neurons():

@@ -337,7 +337,7 @@ def test_bad_scores(scores, message):
 
 def test_instruction_set_that_the_cpu_lacks(cpp, monkeypatch):
     monkeypatch.setenv("FFMERGE_CPU_ISA", "sse9")
-    with pytest.raises(ff.FFMergeError, match="FFMERGE_CPU_ISA: got 'sse9', want one this CPU has: portable"):
+    with pytest.raises(ff.FFMergeError, match="FFMERGE_CPU_ISA='sse9' is not an instruction set: use one of portable"):
         ff.ops.assign(noise(3, 3))
 
 

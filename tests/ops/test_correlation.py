@@ -205,6 +205,13 @@ def test_state_dict_round_trip_continues_the_stream():
         make().load_state_dict_(saved)
 
 
+def test_all_reduce_of_one_process_changes_nothing(backend):
+    x = {0: features(200, 12, 1, 100.0), 1: features(200, 9, 2, 100.0)}
+    alone = correlate(x).all_reduce_()
+    assert alone.count(0) == 200
+    assert (alone.correlation(0, 1) - truth(x[0], x[1])).abs().max() <= tolerance(backend, torch.float32, 200)
+
+
 def _reduce(rank, directory):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)

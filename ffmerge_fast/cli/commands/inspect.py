@@ -14,11 +14,9 @@ _COLUMNS = ("stack", "index", "path", "d_model", "d_ff", "activation", "gated", 
 
 def run(args, inputs) -> Result:
     from ...models.projections import delta_rank, deltas_of
-    from ...models.summary import ModelSummary
     from ...models.ties import shared_groups
 
-    model = inputs.model
-    summary = ModelSummary.of(model)
+    summary, model = inputs.summary()
     groups = [{"stack": s, "layers": list(layers)} for s, layers in shared_groups(model)]
     of_ffns = sum(f.parameters for f in summary.ffns) - sum(
         f.parameters for f in summary.ffns for g in groups if f.stack == g["stack"] and f.index in g["layers"][1:]

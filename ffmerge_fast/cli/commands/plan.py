@@ -31,10 +31,11 @@ def run(args, inputs) -> Result:
 
 def _sweep(args, inputs) -> Result:
     from ...merging.search.search import sweep
+    from ...support.files import new_file
 
     rows = sweep(inputs.statistics, args.sweep, args.anchor)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
+        with new_file(args.csv) as beside, open(beside, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

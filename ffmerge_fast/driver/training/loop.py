@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.forward import evaluating
+from ...models.forward import evaluating, to_device_and_dtype
 from ...support import distributed
 from ...support.distributed import whole
 from ...support.errors import FFMergeError
 from ...support.progress import progress
-from .losses import LossFunction, distillation_loss, label_count, loss_of, on_device, teacher_logits
+from .losses import LossFunction, distillation_loss, label_count, loss_of, teacher_logits
 from .parallel import device_of, no_sync, reshard_
 from .run_folder import RunFolder
 from .schedules import learning_rate
@@ -132,7 +132,7 @@ class TrainingRun:
         for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             last = i == len(batches) - 1
             with contextlib.nullcontext() if last else no_sync(self.wrapped):
-                loss += self.backward_of_one(on_device(batch, self.model), count, total)
+                loss += self.backward_of_one(to_device_and_dtype(batch, self.model), count, total)
         return self.sum_over_ranks(loss) / total, int(total)
 
     def backward_of_one(self, batch: Any, count: int, total: float) -> Tensor:

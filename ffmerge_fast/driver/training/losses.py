@@ -79,22 +79,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
         config.use_cache = True
 
 
-def on_device(batch: Any, model: nn.Module) -> Any:
-    """The batch on the model's device, its floating-point inputs in the model's dtype."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(like.device, like.dtype if value.is_floating_point() else None)
-
-    if isinstance(batch, Mapping):
-        return {name: move(value) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(move(value) for value in batch)
-    return move(batch)
-
-
 def _rows(batch: Any) -> int:
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
     return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 1)

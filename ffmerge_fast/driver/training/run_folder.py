@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...support import distributed
 from ...support.errors import FFMergeError
+from ...support.files import write_text
 from . import state as training_state
 from .state import BEST, CHECKPOINT
 
@@ -166,6 +167,4 @@ class RunFolder:
         return rows
 
     def _rewrite_log(self) -> None:
-        beside = self.root / f".{_LOG}.tmp"
-        beside.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
-        beside.replace(self.root / _LOG)
+        write_text(self.root / _LOG, "".join(json.dumps(row) + "\n" for row in self.history))

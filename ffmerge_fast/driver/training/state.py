@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...support.distributed import sharded_like, whole
 from ...support.errors import FFMergeError
-from ...support.files import new_folder
+from ...support.files import new_folder, write_json, write_tensors
 
 CHECKPOINT, BEST = "checkpoint", "best"
 _MODEL, _OPTIMIZER, _RNG, _STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer_state.json"
@@ -65,17 +65,17 @@ def save_checkpoint(
     """
     path = root / f"{CHECKPOINT}-{state['step']}"
     with new_folder(path, overwrite=True) as folder:
-        save_file(model, folder / _MODEL)
-        save_file(optimizer, folder / _OPTIMIZER)
-        save_file(rng, folder / _RNG)
-        (folder / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+        write_tensors(folder / _MODEL, model)
+        write_tensors(folder / _OPTIMIZER, optimizer)
+        write_tensors(folder / _RNG, rng)
+        write_json(folder / _STATE, state, indent=2)
     return path
 
 
 def save_best(root: Path, step: int, model: dict[str, Tensor]) -> None:
     """Write `best-<step>`, the weights only."""
     with new_folder(root / f"{BEST}-{step}", overwrite=True) as folder:
-        save_file(model, folder / _MODEL)
+        write_tensors(folder / _MODEL, model)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

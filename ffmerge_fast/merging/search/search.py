@@ -16,6 +16,7 @@ from ...models.forward import evaluating
 from ...models.summary import ModelSummary
 from ...support.distributed import gather, is_distributed, on_all_ranks, rank, turns_of_rank
 from ...support.errors import FFMergeError
+from ...support.files import write_json
 from ...support.progress import progress
 from ...support.sizes import parse_bytes
 from ..apply import merged, summary_of_unmerged
@@ -187,7 +188,4 @@ class _Scores:
     def add(self, name: str, score: float) -> None:
         self.values[name] = score
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._path.with_name(f".{self._path.name}.tmp")
-            beside.write_text(json.dumps({"settings": self._settings, "scores": self.values}, indent=1))
-            os.replace(beside, self._path)
+            write_json(self._path, {"settings": self._settings, "scores": self.values})

@@ -1,4 +1,4 @@
-"""Exact assignment in C++: an auction on candidate lists, finished and certified in float64 (csrc/assignment.cpp)."""
+"""Exact assignment in C++: an auction on candidate lists, finished and certified in float64 (csrc/assignment/)."""
 
 from __future__ import annotations
 

@@ -174,6 +174,7 @@ class CorrelationState:
         """Make every process hold the moments of all processes' tokens; ranks without tokens are legal.
 
         Collective: all ranks of the `torch.distributed` group call it once, with the same layers and pairs.
+        One process without a group is its only rank.
         """
         self._no_open_batch()
         self._moments.all_reduce_(group)

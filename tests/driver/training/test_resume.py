@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -119,15 +120,15 @@ def test_run_can_be_made_longer(tmp_path, uninterrupted):
 
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, uninterrupted):
-    real = training_state.save_file
+    real = safetensors.torch.save_file
 
-    def save_file(tensors, path):
-        if "checkpoint-8" in str(path) and path.name == "optimizer.safetensors":
+    def save_file(tensors, path, *metadata):
+        if "checkpoint-8" in str(path) and "optimizer.safetensors" in path.name:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+        real(tensors, path, *metadata)
 
-    monkeypatch.setattr(training_state, "save_file", save_file)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     with pytest.raises(FFMergeError, match="checkpoint-8 could not be written .*No space left") as caught:
         train(tmp_path, STEPS)
     assert "\n" not in str(caught.value)

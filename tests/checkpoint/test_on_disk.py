@@ -1,0 +1,128 @@
+"""What `ffmerge inspect` reads of a folder: all that loading the model would tell, without its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ffmerge_fast as ff
+from ffmerge_fast.checkpoint.on_disk import summarize
+from ffmerge_fast.models.summary import ModelSummary
+from tests.helpers.tiny_models import tiny_model
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = {"marian": "encoder:1-2,decoder:0-1"}
+
+
+def check(folder, on_meta=True, **options):
+    """The summary is that of the loaded model; returns the model that came with it."""
+    found, model = summarize(folder, **options)
+    loaded = ff.from_pretrained(folder, **options)
+    assert found == ModelSummary.of(loaded)
+    assert ff.shared_groups(model) == ff.shared_groups(loaded)
+    assert all(weight.is_meta for weight in model.parameters()) == on_meta
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "vit", "marian", "t5"])
+def test_the_same_as_in_memory(tmp_path, name, merged, dtype):
+    model = tiny_model(name)
+    if merged:
+        ff.merge_(model, ff.plan(None, LAYERS.get(name, "encoder:1-2" if name == "t5" else "1-2"), method="average",
+                                 model=model))  # fmt: skip
+    ff.save_pretrained(model, tmp_path / "model")
+    check(tmp_path / "model", dtype=dtype)  # transformers 5 writes a stock ViT under the names of transformers 4
+
+
+def test_deltas(tmp_path):
+    model, teacher = tiny_model("gpt2"), tiny_model("gpt2")
+    ff.merge_(model, ff.plan(None, "1-2", method="average", model=model))
+    ids = torch.randint(0, 60, (8, 32), generator=torch.Generator().manual_seed(0))
+    ff.local_distill_(model, teacher, [{"input_ids": ids}], steps=3, delta_rank=2)
+    ff.save_pretrained(model, tmp_path / "model")
+    check(tmp_path / "model")
+
+
+def test_shards_and_other_files_beside_them(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    strange = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    save_file(strange, tmp_path / "consolidated.safetensors")
+    check(tmp_path)
+
+
+def test_with_and_without_the_base_models_prefix(tmp_path):
+    model = tiny_model("gpt2")
+    model.transformer.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "whole")
+    for folder, architecture in (("base", "GPT2LMHeadModel"), ("whole", "GPT2Model")):
+        config = json.loads((tmp_path / folder / "config.json").read_text()) | {"architectures": [architecture]}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        check(tmp_path / folder)
+
+
+def test_weights_in_pickles_are_loaded(tmp_path):
+    model = tiny_model("gpt2")
+    model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    check(tmp_path, on_meta=False)
+
+
+def test_refuses_what_loading_refuses(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ff.FFMergeError, match="lacks weights"):
+        summarize(tmp_path)
+
+
+@pytest.mark.slow
+def test_memory_is_not_the_models(tmp_path):
+    """A model of 0.8 GB, whose file is a hole, takes less than a fifth of that more than a tiny one."""
+    tiny_model("gpt2").save_pretrained(tmp_path / "tiny")
+    nbytes = write_hollow_gpt2(tmp_path / "large", n_layer=12, n_embd=1024, n_head=16)
+    assert nbytes > 0.8e9
+    tiny, large = (peak_of_inspect(tmp_path / name) for name in ("tiny", "large"))
+    assert large - tiny < 0.2 * nbytes
+
+
+def write_hollow_gpt2(folder, **sizes) -> int:
+    """A GPT-2 of zeros that takes no space on disk; returns its bytes."""
+    config = transformers.GPT2Config(architectures=["GPT2LMHeadModel"], dtype="float32", **sizes)
+    with torch.device("meta"):
+        weights = transformers.GPT2Model(config).state_dict()
+    config.save_pretrained(folder)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, weight in weights.items():
+        begin, end = end, end + weight.nbytes
+        header[f"transformer.{name}"] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def peak_of_inspect(folder) -> int:
+    """The most bytes of memory that `ffmerge inspect` had."""
+    command = [sys.executable, "-m", "ffmerge_fast.cli", "inspect", str(folder), "-q"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * 1024
