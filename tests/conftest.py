@@ -33,12 +33,12 @@ def pytest_unconfigure():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items):
-    """Jobs of several processes run one after another; slow tests begin first, so that none is alone at the end."""
+    """Jobs of several processes run one after another; what takes long begins first, so that nothing is left alone."""
     for item in items:
         if item.get_closest_marker("dist"):
             item.add_marker(pytest.mark.xdist_group("dist"))
     yield
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.get_closest_marker("xdist_group")))
 
 
 @pytest.fixture(scope="session")

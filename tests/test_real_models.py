@@ -30,6 +30,7 @@ def test_a_third_of_the_ffns_goes(shared, tmp_path, case):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.parametrize("name", projection_quality.CASES)
 def test_half_of_the_parameters_goes(shared, name):
     """Equal tokens for all. What a few steps show for certain; `projection_quality` has the whole table."""

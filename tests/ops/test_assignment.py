@@ -194,6 +194,7 @@ def related(d):
     return scores, scores.double().numpy()[linear_sum_assignment(scores.numpy(), maximize=True)].sum()
 
 
+@pytest.mark.xdist_group("related")  # which is dear
 @pytest.mark.parametrize(
     "d", [1536, pytest.param(3072, marks=pytest.mark.slow), pytest.param(5120, marks=pytest.mark.slow)]
 )
