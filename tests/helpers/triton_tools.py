@@ -23,7 +23,7 @@ def run_in_the_interpreter(name: str) -> None:
     installed = tuple(int(n) for n in version("triton").split(".")[:2])
     if installed < (3, 9):  # 3.6 fails at range loops with NumPy 2.4 and newer
         pytest.skip(f"triton {version('triton')}: the interpreter is known to work from 3.9 on")
-    options = "-q -x -n 0 -p no:cacheprovider -p no:hypothesispytest".split()
+    options = "-q -x -n 0 -p no:cacheprovider -p no:hypothesispytest -p tests.helpers.interpreter".split()
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(REPOSITORY / "tests" / "ops" / name)],
         cwd=REPOSITORY,
