@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import project_weight, shared_ffn
+from .ops import project_weight
+from .ops.shared_ffn.op import apply_ffn
+from .ops.shared_ffn.weights import FFNWeights
 
 
 class SharedFFN(nn.Module):
@@ -42,9 +44,8 @@ class SharedFFN(nn.Module):
     def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """x [..., d_model] or a list of [T_i, d_model] -> the same shapes."""
         gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
-        weights = (self.up.weight, self.down.weight, gate)
-        biases = (self.up.bias, gate_bias, self.down.bias)
-        return shared_ffn(x, *weights, *biases, activation=self.activation, recompute=self.recompute)
+        weights = FFNWeights(self.up.weight, gate, self.down.weight, self.up.bias, gate_bias, self.down.bias)
+        return apply_ffn(x, weights, self.activation, self.recompute)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, recompute={self.recompute}"

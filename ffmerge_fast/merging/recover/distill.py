@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...calibration.blocks import at_least_float32
 from ...models.ffn_weights import ffn_parameters, ffn_weights
 from ...models.sublayers import FFNSublayer
-from ...ops import shared_ffn
+from ...ops.shared_ffn.op import apply_ffn
 from ...ops.shared_ffn.weights import FFNWeights
 from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
 from ...support.errors import FFMergeError
@@ -221,7 +221,7 @@ class _Training:
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         weights, activation = self._weights(), self._ffns[0].activation
         if not self._deltas:  # and no other layer's memory to save
-            return shared_ffn(inputs, **weights._asdict(), activation=activation, recompute="none")
+            return apply_ffn(inputs, weights, activation, recompute="none")
         deltas = map(unfused, self._deltas) if self._ffns[0].fused else self._deltas
         return [compute(x, weights, mine, activation) for x, mine in zip(inputs, deltas, strict=True)]
 

@@ -1,5 +1,4 @@
-"""What recoveries start from: the groups, what their layers' FFNs take and give in the original model, the weights of
-their errors."""
+"""What recoveries start from: the merged groups, and what their layers' FFNs take and give in the original model."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import nn
 from ...calibration.blocks import at_least_float32
 from ...models.ffn_weights import check_activation, ffn_weights
 from ...models.sublayers import FFNs
-from ...ops import shared_ffn
+from ...ops.shared_ffn.op import apply_ffn
 from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
 from ...support.errors import FFMergeError
 from ...support.progress import progress
@@ -66,7 +66,7 @@ def _errors(model: nn.Module, groups: Sequence[Group], ffns: FFNs, data: Mapping
         members = ffns.of(*group)
         weights = ffn_weights(model, members[0])
         xs = [data[f.key].x.to(weights.up) for f in members]
-        ys = shared_ffn(xs, **weights._asdict(), activation=members[0].activation)
+        ys = apply_ffn(xs, weights, members[0].activation)
         for ffn, y in zip(members, ys, strict=True):
             off = at_least_float32(y) - at_least_float32(data[ffn.key].y)
             found[ffn.key] = off.square().sum(dtype=torch.float64).item()

@@ -94,19 +94,26 @@ def shared_ffn(
     Raises:
         FFMergeError: unknown activation or policy; a shape, dtype or device does not fit.
     """
+    return apply_ffn(x, FFNWeights(up, gate, down, up_bias, gate_bias, down_bias), activation, recompute)
+
+
+def apply_ffn(
+    x: Tensor | Sequence[Tensor], weights: FFNWeights, activation: str, recompute: str = "activation"
+) -> Tensor | list[Tensor]:
+    """`shared_ffn` with its weights in one."""
     check_activation(activation)
     check_recompute(recompute)
     xs = [x] if isinstance(x, Tensor) else list(x)
-    weights = FFNWeights(up, gate, down, up_bias, gate_bias, down_bias)
     _check_weights(weights)
+    width = weights.up.shape[1]
     dtype = _compute_dtype(xs, weights)
     for i, one in enumerate(xs):
-        if one.ndim == 0 or one.shape[-1] != up.shape[1]:
+        if one.ndim == 0 or one.shape[-1] != width:
             name = "x" if isinstance(x, Tensor) else f"x[{i}]"
-            raise FFMergeError(f"{name}: got shape {list(one.shape)}, want [..., {up.shape[1]}], the input width of up")
+            raise FFMergeError(f"{name}: got shape {list(one.shape)}, want [..., {width}], the input width of up")
     if not xs:
         return []
-    flat = [one if one.ndim == 2 else one.reshape(-1, up.shape[1]) for one in xs]
+    flat = [one if one.ndim == 2 else one.reshape(-1, width) for one in xs]
     if torch.is_grad_enabled():
         outputs = SharedFFNFunction.apply(activation, recompute, dtype, *weights, *flat)
     else:  # nothing will be needed again

@@ -33,7 +33,10 @@ class FFNWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> FFNWeights:
         """The same in a dtype; what has it already is no copy."""
-        return FFNWeights(*[w if w is None or w.dtype == dtype else w.to(dtype) for w in self])
+        for weight in self:
+            if weight is not None and weight.dtype != dtype:
+                return FFNWeights(*(w if w is None else w.to(dtype) for w in self))
+        return self
 
     def pre_activations(self, x: Tensor) -> list[Tensor]:
         """[..., d] -> [..., f] of up, and of gate if there is one."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...models.ffn_weights import weights_of
-from ...ops import shared_ffn
+from ...ops.shared_ffn.op import apply_ffn
 
 LEAST, LEAST_FOR_ONE_TOKEN = 2**17, 2**21  # numbers of `up`, float32 on a CPU: below, torch's own calls take less time
 
@@ -87,8 +87,8 @@ class OpForm:
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model] by the op, without dropout."""
         gate = at(module, self.gate) if self.gate else None
-        up, gate, down, *biases = weights_of(at(module, self.up), gate, at(module, self.down), self.fused)
-        return shared_ffn(x, up, down, gate, *biases, activation=self.activation, recompute=self.recompute)
+        weights = weights_of(at(module, self.up), gate, at(module, self.down), self.fused)
+        return apply_ffn(x, weights, self.activation, self.recompute)
 
 
 @dataclass

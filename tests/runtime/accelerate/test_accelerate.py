@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ffmerge_fast as ff
-from ffmerge_fast.ops import shared_ffn
+from ffmerge_fast.ops.shared_ffn.op import apply_ffn
 from ffmerge_fast.runtime.accelerate.accelerate import AcceleratedFFN
 from ffmerge_fast.runtime.accelerate.trial import host_path
 from ffmerge_fast.testing import no_recompile
@@ -28,7 +28,7 @@ def calls(monkeypatch):
     """How often the op ran."""
     seen = []
     monkeypatch.setattr(
-        "ffmerge_fast.runtime.accelerate.forms.shared_ffn", lambda *a, **k: seen.append(1) or shared_ffn(*a, **k)
+        "ffmerge_fast.runtime.accelerate.forms.apply_ffn", lambda *a, **k: seen.append(1) or apply_ffn(*a, **k)
     )
     return seen
 
