@@ -16,11 +16,12 @@ FLOORS = """
     calibration integrations
     models nn
     ops
-    ops/assignment ops/correlation ops/projection ops/shared_ffn
+    ops/<op>
     ops/common
     support remote_code testing
 """.split("\n")[1:-1]  # a room may import those of lower lines; none of its own line, and nobody the package's own face
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+FLOOR |= {f"ops/{folder.name}": FLOOR["ops/<op>"] for folder in (ROOT / "ffmerge_fast" / "ops").glob("[a-z]*")} | FLOOR
 MODULES = {  # dotted name: file
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for file in (ROOT / "ffmerge_fast").rglob("*.py")
