@@ -7,6 +7,7 @@ import torch
 
 import ffmerge_fast as ff
 from ffmerge_fast.ops.shared_ffn import triton_backend as backend
+from ffmerge_fast.ops.shared_ffn.weights import FFNWeights
 from ffmerge_fast.testing import assert_close_to_float64, nan_poisoned_empty
 from tests.helpers.shared_ffn import ACTIVATIONS, POLICIES, make, plain, plain_list, with_gradients
 from tests.ops.test_shared_ffn import (  # the whole op on this backend  # noqa: F401
@@ -163,13 +164,12 @@ def test_gradients_in_pieces_and_stacks(policy, gated, dtype, monkeypatch):
 
 
 def test_what_was_kept_stays_as_it_is():
-    w = make(24, 40, True, True, torch.bfloat16)
-    order = [w["up"], w["gate"], w["down"], w["up_bias"], w["gate_bias"], w["down_bias"]]
+    weights = FFNWeights(**make(24, 40, True, True, torch.bfloat16))
     xs, needs = [random(70, 24, torch.bfloat16)], [True] * 7
     for policy in ("none", "activation"):
-        ys, saved = backend.forward(xs, *order, "gelu", policy)
+        ys, saved = backend.forward(xs, weights, "gelu", policy)
         before = [kept.clone() for kept in saved]
-        first, second = (backend.backward(ys, xs, saved, *order, "gelu", policy, needs) for _ in range(2))
+        first, second = (backend.backward(ys, xs, saved, weights, "gelu", policy, needs) for _ in range(2))
         assert all(map(torch.equal, saved, before))
         assert all(torch.equal(a, b) for pair in zip(first, second, strict=True) for a, b in zip(*pair, strict=True))
 
