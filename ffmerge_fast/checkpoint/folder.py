@@ -5,28 +5,25 @@ A folder is an ordinary Hugging Face folder plus `ffmerge.json` (version, groups
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..models.families import MERGED_TYPE_PREFIX, supported_families
 from ..models.sublayers import FFNSublayer, find_ffns, set_module
 from ..models.ties import is_merged
 from ..support.env import online, require
 from ..support.errors import FFMergeError
-from ..support.files import new_folder, one_line, write_json, write_tensors, write_text
+from ..support.files import new_folder, write_json, write_tensors, write_text
+from .contents import WEIGHTS, check_model
 from .manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
+from .trusted import load_model
 
 EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
-_WEIGHTS = "model.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -73,7 +70,7 @@ def save_pretrained(
 
 
 def _save_plain(model: nn.Module, folder: Path) -> None:
-    write_tensors(folder / _WEIGHTS, {n: t.detach().contiguous() for n, t in _unique_state(model).items()})
+    write_tensors(folder / WEIGHTS, {n: t.detach().contiguous() for n, t in _unique_state(model).items()})
 
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:
@@ -87,7 +84,12 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def from_pretrained(
-    folder: str | os.PathLike, model: nn.Module | None = None, check: bool = True, **options
+    folder: str | os.PathLike,
+    model: nn.Module | None = None,
+    check: bool = True,
+    trust_remote_code: bool = False,
+    leave_out: Sequence[str] = (),
+    **options,
 ) -> nn.Module:
     """Load a folder of weights: one of ours, or any Hugging Face folder or (when online) hub id.
 
@@ -96,15 +98,20 @@ def from_pretrained(
     Args:
         folder: a local folder; a hub id where `FFMERGE_ONLINE=1`.
         model: for a folder of a plain `nn.Module`: a freshly built, unmerged one, tied and filled here.
-        check: compare the weight files with the hashes in `ffmerge.json` first, where there is one.
+        check: compare the files with the hashes in `ffmerge.json` first, where there is one.
+        trust_remote_code: run the folder's own code for a class that transformers does not have.
+        leave_out: names of weights (with * and ?) that the class has no place for and that may be dropped.
         options: handed to transformers' `from_pretrained` (`dtype`, `device_map`, ...).
 
     Raises:
-        FFMergeError: no such folder, no weights in it, damaged weights, weights missing for the class.
+        FFMergeError: no such folder, no weights in it, damaged or edited files, weights missing for the class or
+            without a place in it, an adapter.
     """
     path = Path(folder)
     if path.is_dir():
-        _check_folder(path, check)
+        check_model(path)
+        if check and (path / MANIFEST).exists():
+            check_hashes(path, read_manifest(path / MANIFEST))
     elif not online() or path.is_absolute() or str(folder).startswith(".") or str(folder).count("/") > 1:
         hint = "check the path" if online() else "check the path, or allow downloads: --online or FFMERGE_ONLINE=1"
         raise FFMergeError(f"{folder} is not a folder; {hint}")
@@ -112,95 +119,24 @@ def from_pretrained(
         return _load_plain(model, path)
     if path.is_dir() and not (path / "config.json").exists():
         raise FFMergeError(f"{path} has no config.json: for a plain nn.Module, give a freshly built one as model=")
-    family = _model_type(path)
-    if family.startswith(MERGED_TYPE_PREFIX) and family.removeprefix(MERGED_TYPE_PREFIX) not in supported_families():
-        raise FFMergeError(
-            f"{path}: family {family.removeprefix(MERGED_TYPE_PREFIX)!r} is not known here; call register_family first "
-            "or load it with transformers alone (trust_remote_code=True)"
-        )
-    transformers = require("transformers", extra="hf")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=not online(), trust_remote_code=False)
-        model_class = _class_of(config, transformers)
-        options = {"dtype": "auto", "local_files_only": not online(), **options, "ignore_mismatched_sizes": True}
-        loaded, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
-    except FFMergeError:
-        raise
-    except Exception as error:  # transformers and safetensors raise many kinds; each ends as one line here
-        raise FFMergeError(f"{folder} cannot be loaded: {one_line(error)}") from error
-    for problem, names in (("has other shapes", info["mismatched_keys"]), ("lacks weights", info["missing_keys"])):
-        if names:
-            first = sorted(n if isinstance(n, str) else n[0] for n in names)[0]
-            raise FFMergeError(
-                f"{folder} {problem} of {model_class.__name__}, {first} and {len(names) - 1} more; they would start at "
-                "random: check that the folder is complete and its config.json belongs to it"
-            )
-    return loaded
-
-
-def load_processor(folder: str | os.PathLike) -> Any:
-    """The folder's tokenizer, image processor or feature extractor; None if it has none."""
-    transformers = require("transformers", extra="hf")
-    for name, files in (
-        ("AutoTokenizer", ("tokenizer.json", "tokenizer_config.json", "vocab.json")),
-        ("AutoImageProcessor", ("preprocessor_config.json",)),
-    ):
-        if any((Path(folder) / f).exists() for f in files) or not Path(folder).is_dir():
-            with contextlib.suppress(OSError, ValueError, ImportError):
-                return getattr(transformers, name).from_pretrained(folder)
-    return None
-
-
-def _class_of(config: Any, transformers: Any) -> type:
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        raise FFMergeError('config.json names no architecture: add "architectures": ["<model class>"]')
-    if names[0].startswith("FFMerged"):
-        from ..remote_code import modeling_ffmerge
-
-        return getattr(modeling_ffmerge, names[0])
-    if not hasattr(transformers, names[0]):
-        raise FFMergeError(
-            f"{names[0]} is no class of transformers: load it with its own code and pass the model to ffmerge_fast"
-        )
-    return getattr(transformers, names[0])
-
-
-def _check_folder(path: Path, hashes: bool) -> None:
-    weights = [p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")]
-    if not weights:
-        raise FFMergeError(f"{path} holds no weights (*.safetensors); give a folder written by save_pretrained")
-    for file in weights:
-        if file.suffix == ".safetensors":
-            _check_readable(file)
-    manifest = path / MANIFEST
-    if hashes and manifest.exists():
-        check_hashes(path, read_manifest(manifest))
-
-
-def _check_readable(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise FFMergeError(f"{file} is damaged or cut off ({error}); copy or save it again") from error
+    return load_model(folder, trust_remote_code, list(leave_out), options)
 
 
 def _load_plain(model: nn.Module, folder: Path) -> nn.Module:
     ffns = {(f.stack, f.index): f for f in find_ffns(model)}
-    tensors, groups = load_file(folder / _WEIGHTS), read_manifest(folder / MANIFEST)["groups"]
+    tensors, groups = load_file(folder / WEIGHTS), read_manifest(folder / MANIFEST)["groups"]
     keys = [[(group["stack"], i) for i in group["layers"]] for group in groups]
     members = [[ffns[key] for key in group if key in ffns] for group in keys]
     aliases = tuple(f"{path}." for group in members for ffn in group[1:] for path in ffn.shared)
     wanted = {name: tensor for name, tensor in _unique_state(model).items() if not name.startswith(aliases)}
     undelta = {name: tensor for name, tensor in tensors.items() if not name.rpartition(".")[2].startswith("delta_")}
     if any(key not in ffns for group in keys for key in group) or _shapes(undelta) != _shapes(wanted):
-        raise FFMergeError(f"{folder / _WEIGHTS} does not fit this {type(model).__name__}: names or shapes differ")
+        raise FFMergeError(f"{folder / WEIGHTS} does not fit this {type(model).__name__}: names or shapes differ")
     for group, ffns_of_group in zip(groups, members, strict=True):
         _share_plain_(model, ffns_of_group, group.get("delta_rank", 0))
     state = _unique_state(model)
     if _shapes(state) != _shapes(tensors):
-        raise FFMergeError(f"{folder / _WEIGHTS} does not hold the deltas that {MANIFEST} names; save the model again")
+        raise FFMergeError(f"{folder / WEIGHTS} does not hold the deltas that {MANIFEST} names; save the model again")
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(tensors[name])
@@ -261,9 +197,3 @@ def verify(folder: str | os.PathLike, model: nn.Module | None = None) -> dict[st
         "bytes": sum(p.stat().st_size for p in path.glob("*.safetensors")),
         "logit_difference": compare_logits(path, model, manifest) if "logits" in manifest else None,
     }
-
-
-def _model_type(folder: Path) -> str:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return str(json.loads((folder / "config.json").read_text()).get("model_type", ""))
-    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,27 @@ from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
 from ..support.files import one_line
+from .contents import parse
 
 MANIFEST = "ffmerge.json"
 _VERSION = 1  # of the manifest
+_BYTES, _VOCABULARIES = {".safetensors", ".py", ".jinja", ".model", ".spm", ".tiktoken"}, {"merges.txt", "vocab.txt"}
+_OF_A_SAVE = {"transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "is_local", "local_files_only"}
 # Of the largest reference logit: machines and versions round differently; `.to(bf16)` rounds more than loading does.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
 def describe(model: nn.Module, folder: Path) -> dict[str, Any]:
     """The manifest of a model whose files are in `folder`."""
-    files = {p.name: _sha256(p) for pattern in ("*.safetensors", "*.py") for p in sorted(folder.glob(pattern))}
-    manifest = {"version": _VERSION, "groups": groups_of(model), "files": files, "shared": hashes_of_shared(model)}
+    manifest = {
+        "version": _VERSION,
+        "groups": groups_of(model),
+        "files": {
+            p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.suffix in _BYTES or p.name in _VOCABULARIES
+        },
+        "parsed": {p.name: _sha256_of_content(p) for p in sorted(folder.glob("*.json"))},
+        "shared": hashes_of_shared(model),
+    }
     if hasattr(model, "config"):
         manifest["reference"] = _reference(model)
     return manifest
@@ -78,6 +89,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 for g in manifest["groups"]
             ],
             "files": {name: str(digest) for name, digest in manifest["files"].items()},
+            "parsed": {name: str(digest) for name, digest in manifest.get("parsed", {}).items()},
             "shared": {name: str(digest) for name, digest in manifest["shared"].items()},
         }
         if "reference" in manifest:
@@ -92,14 +104,46 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def check_hashes(path: Path, manifest: dict[str, Any]) -> None:
     """Raise FFMergeError unless the folder's files are those that were saved."""
-    for name, wanted in manifest["files"].items():
+    _check(path, manifest["parsed"], _sha256_of_content)
+    _check(path, manifest["files"], _sha256)
+
+
+def check_parsed(path: Path) -> None:
+    """`check_hashes` of configs and tokenizer alone, if the folder has a manifest."""
+    if (path / MANIFEST).exists():
+        manifest = read_manifest(path / MANIFEST)
+        bytes_of = {name: digest for name, digest in manifest["files"].items() if not name.endswith(".safetensors")}
+        check_hashes(path, manifest | {"files": bytes_of})
+
+
+def _check(path: Path, saved: dict[str, str], digest: Callable[[Path], str]) -> None:
+    for name, wanted in saved.items():
         if not (path / name).exists():
             raise FFMergeError(f"{path / name} is missing; copy the folder again")
-        if _sha256(path / name) != wanted:
+        if digest(path / name) != wanted:
             raise FFMergeError(
                 f"{path / name} is not what was saved (its sha256 differs); copy the folder again, or delete "
-                f"{MANIFEST} if another tool saved over it"
+                f"{MANIFEST} if you or another tool saved over it"
             )
+
+
+def _sha256_of_content(path: Path) -> str:
+    """Of what a JSON file says, without what every save writes anew."""
+    content = parse(path)
+    if path.name.endswith("config.json"):
+        content = _without_save(content)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _without_save(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_save(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {"dtype" if k == "torch_dtype" else k: _without_save(v) for k, v in value.items() if k not in _OF_A_SAVE}
+    if isinstance(kept.get("dtype"), str):
+        kept["dtype"] = kept["dtype"].removeprefix("torch.")
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------- reference logits

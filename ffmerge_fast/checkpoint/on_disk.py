@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +12,9 @@ from torch import Tensor, nn
 from ..models.sublayers import FFNs, base_model_path, find_ffns, join
 from ..models.summary import ModelSummary
 from ..support.tensor_files import Reader, WeightEntry, entries_in
+from .contents import weight_files
 from .folder import from_pretrained
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _READER = Reader("model", "its weights", "do it again", "folder")
 
 
@@ -32,7 +30,7 @@ def summarize(folder: str | os.PathLike, **options: Any) -> tuple[ModelSummary, 
     if importlib.util.find_spec("accelerate"):  # without it transformers loads to the CPU only
         model = from_pretrained(folder, device_map="meta", **options)
         ffns = find_ffns(model)
-        entries = _entries_of_layers(model, ffns, entries_in(_weight_files(folder), _READER))
+        entries = _entries_of_layers(model, ffns, entries_in(weight_files(folder), _READER))
         if entries is not None:
             return ModelSummary.of(model, ffns, lambda weight: entries[weight].read().to(weight.dtype)), model
     model = from_pretrained(folder, **options)
@@ -71,22 +69,3 @@ def _by_loaded_names(model: nn.Module, entries: Mapping[str, WeightEntry]) -> di
             name, _ = transform.rename_source_key(name)
         renamed[name] = entry
     return renamed
-
-
-def _weight_files(folder: str | os.PathLike) -> list[Path]:
-    """The safetensors files that transformers takes from a folder, or from its cache of a hub id."""
-    if whole := _file(folder, _WEIGHTS):
-        return [whole]
-    index = _file(folder, _INDEX)
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else []
-    return [path for name in names if (path := _file(folder, name))]
-
-
-def _file(folder: str | os.PathLike, name: str) -> Path | None:
-    if Path(folder).is_dir():
-        path = Path(folder) / name
-        return path if path.exists() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(str(folder), name)
-    return Path(cached) if isinstance(cached, str) else None

@@ -45,16 +45,18 @@ class Inputs:
     @cached_property
     def processor(self) -> Any:
         """The model's tokenizer or image processor, None without one."""
-        from ..checkpoint.folder import load_processor
+        from ..checkpoint.trusted import load_processor
 
-        return load_processor(self._args.model)
+        return load_processor(self._args.model, self._args.trust_remote_code)
 
     @cached_property
     def teacher(self) -> Any:
         """The model of --teacher, or None."""
         from ..checkpoint.folder import from_pretrained
 
-        return from_pretrained(self._args.teacher).to(self._args.device) if self._args.teacher else None
+        args = self._args
+        options = {"trust_remote_code": args.trust_remote_code, "leave_out": args.leave_out}
+        return from_pretrained(args.teacher, **options).to(args.device) if args.teacher else None
 
     @cached_property
     def task(self) -> Any:
@@ -141,7 +143,7 @@ class Inputs:
         lengths = {"block": args.max_length} if kind == "lm" else {"max_length": args.max_length or 128}
         return load_task(
             model,
-            args.model,
+            args.model if self.processor is None else self.processor,
             **{split: paths[0] if len(paths) == 1 else tuple(paths) for split, paths in splits.items() if paths},
             kind=kind,
             stride=args.stride,
@@ -156,20 +158,22 @@ class Inputs:
         import torch
 
         self._register_layout()
-        return {} if self._args.dtype == "auto" else {"dtype": getattr(torch, self._args.dtype)}
+        args = self._args
+        dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
+        return dtype | {"trust_remote_code": args.trust_remote_code, "leave_out": args.leave_out}
 
     def _register_layout(self) -> None:
         """Four dotted paths on the command line describe a family that is not in the table."""
         args = self._args
         if not args.ffn_up:
             return
-        from ..models.families import FFNSpec, register_family
-        from ..models.sublayers import base_model_type_of_folder
+        from ..checkpoint.trusted import model_type
+        from ..models.families import MERGED_TYPE_PREFIX, FFNSpec, register_family
 
         if not args.ffn_down or args.ffn_layers is None:
             raise FFMergeError("--ffn-up needs --ffn-layers and --ffn-down too (and --ffn-gate if the FFN is gated)")
         spec = FFNSpec(args.ffn_layers, args.ffn_up, args.ffn_down, args.ffn_gate, stack=args.ffn_stack)
-        register_family(base_model_type_of_folder(args.model), spec)
+        register_family(model_type(args.model).removeprefix(MERGED_TYPE_PREFIX), spec)
 
 
 def _read_json(path: str, what: str) -> Any:

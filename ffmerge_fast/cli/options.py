@@ -29,10 +29,14 @@ def common_options(parser) -> None:
 
 def model_options(parser) -> None:
     parser.add_argument("model", help="folder of a transformers model, or a hub id with --online")
-    layout_options(parser)
+    loading_options(parser)
 
 
-def layout_options(parser) -> None:
+def loading_options(parser) -> None:
+    help_trust = "run the code in the model's folder, for a class or tokenizer that transformers does not have"
+    parser.add_argument("--trust-remote-code", action="store_true", help=help_trust)
+    help_drop = "drop weights that the model's class has no place for, by name (with * and ?)"
+    parser.add_argument("--leave-out", action="append", default=[], metavar="NAME", help=help_drop)
     group = parser.add_argument_group("layout of a family that is not known (dotted paths)")
     group.add_argument("--ffn-layers", metavar="PATH", help="list of blocks, such as 'encoder.layers'")
     group.add_argument("--ffn-up", metavar="PATH", help="W_up inside a block, such as 'mlp.up_proj'")

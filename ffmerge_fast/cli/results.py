@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import Any, NamedTuple
 
 from ..support.errors import FFMergeError
@@ -62,6 +63,8 @@ def save_model(args: Any, inputs: Any, model: Any, extras: dict[str, str] | None
     from ..checkpoint.folder import save_pretrained
 
     if is_first_rank():
+        if inputs.processor is None:
+            warnings.warn(f"{args.model} holds no tokenizer or image processor, nor does {args.out}", stacklevel=2)
         save_pretrained(model, args.out, inputs.processor, args.overwrite, args.max_shard_size, extras)
 
 

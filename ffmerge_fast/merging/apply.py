@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..models.projections import delta_parameters, delta_rank, deltas_of, is_conv1d, out_dim
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns, set_module
 from ..models.summary import ModelSummary
-from ..models.ties import CONFIG_VERSION, config_groups, groups_among
+from ..models.ties import config_section, groups_among
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from .plan import MergeGroup, MergePlan
@@ -248,4 +248,4 @@ def _record(model: nn.Module, ffns: FFNs, groups: Sequence[MergeGroup]) -> None:
         )
         return
     members = [ffns.of(group.stack, group.layers) for group in groups]
-    modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": config_groups(model, members)})
+    modeling_ffmerge.adopt_(model, config_section(model, members))

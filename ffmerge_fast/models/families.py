@@ -114,6 +114,7 @@ _FAMILIES: dict[str, list[FFNSpec]] = {
 }
 
 
+_BUILT_IN = dict(_FAMILIES)
 _registration_hooks: list[Callable[[str], None]] = []
 
 
@@ -137,6 +138,12 @@ def register_family(model_type: str, spec: FFNSpec | Sequence[FFNSpec]) -> None:
 def specs_of(names: Iterable[str]) -> tuple[list[FFNSpec], str] | None:
     """(specs, name) of the first of these model types and class names that is known."""
     return next(((_FAMILIES[name], name) for name in names if name in _FAMILIES), None)
+
+
+def registered_specs(model_type: str) -> list[FFNSpec]:
+    """What `register_family` said of a family, which another process does not know; [] of those in the table."""
+    specs = _FAMILIES.get(model_type, [])
+    return [] if specs is _BUILT_IN.get(model_type) else specs
 
 
 def on_register(hook: Callable[[str], None]) -> None:

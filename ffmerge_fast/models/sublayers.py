@@ -9,7 +9,6 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from ..support.env import require
 from ..support.errors import FFMergeError
 from .families import MERGED_TYPE_PREFIX, STACKS, FFNSpec, specs_of
 from .projections import in_features, out_features
@@ -113,12 +112,6 @@ def base_model_type(model: nn.Module) -> str:
     """`config.model_type` without our prefix, or the class name of a plain module."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return model_type.removeprefix(MERGED_TYPE_PREFIX) if model_type else type(model).__name__
-
-
-def base_model_type_of_folder(folder: str) -> str:
-    """The same for a folder or hub id that is not loaded yet."""
-    config = require("transformers", extra="hf").AutoConfig.from_pretrained(folder)
-    return config.model_type.removeprefix(MERGED_TYPE_PREFIX)
 
 
 def _specs(model: nn.Module) -> tuple[list[FFNSpec], str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from torch import nn
 
+from .families import registered_specs
 from .projections import weight_owner
-from .sublayers import FFNSublayer, base_model_path, find_ffns, join
+from .sublayers import FFNSublayer, base_model_path, base_model_type, find_ffns, join
 
 CONFIG_VERSION = 1
 
@@ -31,12 +33,19 @@ def is_merged(model: nn.Module) -> bool:
     return bool(shared_groups(model))
 
 
-def config_groups(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int = 0) -> list[dict]:
-    """The groups as config.json carries them: layers, and module paths relative to the base model.
+def config_section(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int = 0) -> dict:
+    """What config.json says of the groups, and of the layout of a family that is not in the table.
 
     Args:
         rank: of the layers' deltas.
     """
+    layout = [asdict(spec) for spec in registered_specs(base_model_type(model))]
+    section = {"version": CONFIG_VERSION, "groups": _config_groups(model, groups, rank)}
+    return section | ({"layout": layout} if layout else {})
+
+
+def _config_groups(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int) -> list[dict]:
+    """Layers, and module paths relative to the base model."""
     base = base_model_path(model)
     prefix = f"{base}." if base else ""
 

@@ -7,6 +7,7 @@ the same class, whose blocks share the modules listed in `config.ffmerge["groups
 
 import inspect
 import json
+import re
 
 import torch.nn.functional as F
 import transformers
@@ -17,6 +18,8 @@ PREFIX, TYPE_PREFIX = "FFMerged", "ffmerge_"
 # Stands in config.json where a class of transformers looks for the name of the weight file: a stock class would
 # otherwise load this checkpoint and fill the FFNs it does not find with random numbers. It stops, quoting this.
 REFUSAL = "layers share FFNs here: load with trust_remote_code=True, or import ffmerge_fast first"
+# Paths of a group, one per layer: "h.{i}.mlp". They come from config.json, so nothing else is understood.
+_PATTERN = re.compile(r"(?:\w+\.)*\{i\}(?:\.\w+)*")
 
 
 class DeltaLinear(nn.Module):
@@ -74,17 +77,24 @@ def share_(model, groups):
     """
     base = _base_model(model)
     for group in groups:
-        if "delta_rank" in group:
-            for pattern in group["projections"]:
-                add_deltas_(base, [pattern.format(i=i) for i in group["layers"]], group["delta_rank"])
-            continue
-        first, *others = group["layers"]
-        for pattern in group["modules"]:
-            shared = base.get_submodule(pattern.format(i=first))
-            for i in others:
-                _set(base, pattern.format(i=i), shared)
+        for paths in _paths(group):
+            if "delta_rank" in group:
+                add_deltas_(base, paths, group["delta_rank"])
+                continue
+            shared = base.get_submodule(paths[0])
+            for path in paths[1:]:
+                _set(base, path, shared)
     aliases = _alias_names(model, groups)
     model._keys_to_ignore_on_save = sorted({*(model._keys_to_ignore_on_save or ()), *aliases})
+
+
+def _paths(group):
+    """The paths of each shared module of a group, one per layer."""
+    patterns = group["projections" if "delta_rank" in group else "modules"]
+    for pattern in patterns:
+        if not _PATTERN.fullmatch(pattern):
+            raise ValueError(f"config.ffmerge: got the path {pattern!r}, wanted one like 'h.{{i}}.mlp'")
+    return [[pattern.replace("{i}", str(int(i))) for i in group["layers"]] for pattern in patterns]
 
 
 def add_deltas_(base, paths, rank):
@@ -152,11 +162,10 @@ def _alias_names(model, groups):
     prefix = "" if base is model else model.base_model_prefix + "."
     names = set()
     for group in groups:
-        first, *others = group["layers"]
         inside = "shared." if "delta_rank" in group else ""
-        for pattern in group["projections" if inside else "modules"]:
-            parameters = [n for n, _ in base.get_submodule(pattern.format(i=first)).named_parameters()]
-            names |= {f"{prefix}{pattern.format(i=i)}.{inside}{n}" for i in others for n in parameters}
+        for first, *others in _paths(group):
+            parameters = [n for n, _ in base.get_submodule(first).named_parameters()]
+            names |= {f"{prefix}{path}.{inside}{n}" for path in others for n in parameters}
     return names
 
 

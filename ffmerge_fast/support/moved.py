@@ -30,7 +30,7 @@ MOVED = {
     "accelerate": "runtime.accelerate.accelerate",
     "checkpoint.EXTRAS": "checkpoint.folder.EXTRAS",
     "checkpoint.from_pretrained": "checkpoint.folder.from_pretrained",
-    "checkpoint.load_processor": "checkpoint.folder.load_processor",
+    "checkpoint.load_processor": "checkpoint.trusted.load_processor",
     "checkpoint.save_pretrained": "checkpoint.folder.save_pretrained",
     "checkpoint.verify": "checkpoint.folder.verify",
     "driver.data": "driver.tasks",

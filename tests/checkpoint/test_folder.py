@@ -272,8 +272,10 @@ def test_an_edited_delta_is_found(tmp_path):
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     config["ffmerge"]["groups"][0]["delta_rank"] = 2
     (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ff.FFMergeError, match="has other shapes"):
+    with pytest.raises(ff.FFMergeError, match="config.json is not what was saved"):
         ff.verify(tmp_path / "folder")
+    with pytest.raises(ff.FFMergeError, match="has other shapes"):
+        ff.from_pretrained(tmp_path / "folder", check=False)
 
 
 # ----------------------------------------------------------------------------------------------------- atomic writing

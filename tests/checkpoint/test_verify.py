@@ -191,7 +191,10 @@ def groups(config: dict) -> dict:
     ],
 )
 def test_edited_config(change, words, folder):
+    """Found by its hash; where an older version wrote none, by what it does."""
     edit(folder / "config.json", change)
+    assert_refused(folder, str(folder / "config.json"), "is not what was saved")
+    edit(folder / "ffmerge.json", lambda manifest: manifest.pop("parsed"))
     assert words in refusal(ff.verify, folder)
 
 
@@ -283,4 +286,6 @@ def test_folder_without_weights(files, folder, tmp_path):
 
 def test_folder_without_config(folder):
     (folder / "config.json").unlink()
+    assert_refused(folder, str(folder / "config.json"), "is missing")
+    edit(folder / "ffmerge.json", lambda manifest: manifest.pop("parsed"))
     assert_refused(folder, "no config.json")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 
 from ...support.tables import format_table
-from ..options import argument, choice_options, layout_options, memory_option, method_option, sizes
+from ..options import argument, choice_options, loading_options, memory_option, method_option, sizes
 from ..results import Result, plan_values, write_plan
 
 HELP = "choose and align layers from statistics"
 OPTIONS = (
     argument("statistics", help="file written by `ffmerge collect`"),
     argument("--model", help="the model's folder, for --method weights"),
-    layout_options,
+    loading_options,
     choice_options,
     method_option,
     memory_option,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checkpoint.folder import load_processor
+from ...checkpoint.trusted import load_processor
 from ...support.errors import FFMergeError
 from .. import evaluate
 from .hub import load_hub

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...models.projections import delta_parameters, is_conv1d
 from ...models.sublayers import FFNSublayer, set_module
-from ...models.ties import CONFIG_VERSION, config_groups
+from ...models.ties import config_section
 from ...ops import assign
 from ...ops.shared_ffn.weights import FFNWeights, activate
 from ...support.distributed import broadcast_, sum_over_ranks
@@ -186,7 +186,7 @@ def attach_(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], deltas: M
 
     rank = next(iter(deltas.values()))["down"].a.shape[1]
     adopted = bool(getattr(getattr(model, "config", None), "ffmerge", None))
-    entries = config_groups(model, groups, rank) if adopted else []
+    section = config_section(model, groups, rank) if adopted else {}
     if adopted:
         modeling_ffmerge.release_(model)
     for members in groups:
@@ -194,7 +194,7 @@ def attach_(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], deltas: M
         for name in members[0].projections if not adopted else ():
             modeling_ffmerge.add_deltas_(model, [f.projections[name] for f in members], rank)
     if adopted:
-        modeling_ffmerge.adopt_(model, {"version": CONFIG_VERSION, "groups": entries})
+        modeling_ffmerge.adopt_(model, section)
     for member in (f for members in groups for f in members):
         for name, path in member.projections.items():
             new = delta_parameters(model.get_submodule(path)).values()

@@ -1,0 +1,115 @@
+"""Which files of a folder are the model, and what is refused before any of them is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..support.errors import FFMergeError
+from ..support.files import one_line
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of older versions' checkpoints: masks, positions and frequencies that classes compute today.
+OLD_BUFFERS = re.compile(
+    r"(^|\.)(position_ids|token_type_ids|num_batches_tracked|rotary_emb\.inv_freq"
+    r"|attn\.(masked_bias|bias|causal_mask)|attention\.(masked_)?bias)$"
+)
+
+
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The safetensors files that transformers takes from a folder, or from its cache of a hub id."""
+    if whole := _file(folder, WEIGHTS):
+        return [whole]
+    index = _file(folder, INDEX)
+    return [path for name in _named_in(index) if (path := _file(folder, name))] if index else []
+
+
+def check_files(folder: Path) -> None:
+    """Raise FFMergeError for named pipes and devices, on which a reader would hang."""
+    for path in folder.iterdir():
+        if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise FFMergeError(f"{path} is a pipe, socket or device, wanted a file; remove it or copy the folder again")
+
+
+def check_model(folder: Path) -> None:
+    """Raise FFMergeError unless the folder holds one whole model, in files of its own that can be opened."""
+    check_files(folder)
+    if (adapter := folder / "adapter_config.json").exists():
+        raise FFMergeError(
+            f"{folder} holds an adapter ({adapter.name}), wanted a whole model: merge it (peft's merge_and_unload) and "
+            "save that to another folder, or move adapter_* away to use the model without it"
+        )
+    weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    if not weights:
+        raise FFMergeError(f"{folder} holds no weights (*.safetensors); give a folder written by save_pretrained")
+    for index in folder.glob("*.index.json"):
+        _named_in(index)
+    quantised = (folder / "config.json").exists() and "quantization_config" in read_json(folder / "config.json")
+    for file in weights:
+        if file.suffix == ".safetensors":
+            _check_tensors(file, quantised)
+    if (file := folder / "generation_config.json").exists():
+        read_json(file)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a folder; FFMergeError if it is damaged."""
+    values = parse(path)
+    if not isinstance(values, dict):
+        raise FFMergeError(f"{path} cannot be read (got a {type(values).__name__}, wanted an object); copy it again")
+    return values
+
+
+def parse(path: Path) -> Any:
+    """What a JSON file of a folder says; FFMergeError if it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FFMergeError(f"{path} cannot be read ({one_line(error)}); copy it again") from error
+
+
+def _named_in(index: Path) -> list[str]:
+    """The weight files of an index of shards, all of them in its folder."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise FFMergeError(f"{index} has no weight_map of tensors and files; copy it again")
+    for name in sorted(set(names.values())):
+        outside = ".." in PurePosixPath(name).parts or name.startswith("/") or PureWindowsPath(name).name != name
+        if outside:
+            raise FFMergeError(f"{index} names {name!r}, wanted a file of its folder; copy the folder from its source")
+    return sorted(set(names.values()))
+
+
+def _check_tensors(file: Path, quantised: bool) -> None:
+    try:
+        whole = [name for name, dtype in _dtypes(file) if dtype[0] in "IU" and not OLD_BUFFERS.search(name)]
+    except (SafetensorError, OSError) as error:
+        raise FFMergeError(f"{file} is damaged or cut off ({error}); copy or save it again") from error
+    if whole and not quantised:
+        raise FFMergeError(
+            f"{file}: {whole[0]} holds whole numbers, wanted float32, bfloat16 or float16 weights (a quantised model's "
+            "config.json has a quantization_config); save the model again"
+        )
+
+
+def _dtypes(file: Path) -> Iterator[tuple[str, str]]:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118, no mapping
+            yield name, tensors.get_slice(name).get_dtype()
+
+
+def _file(folder: str | os.PathLike, name: str) -> Path | None:
+    if Path(folder).is_dir():
+        path = Path(folder) / name
+        return path if path.exists() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(str(folder), name)
+    return Path(cached) if isinstance(cached, str) else None
