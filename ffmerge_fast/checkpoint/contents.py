@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -81,8 +81,7 @@ def _named_in(index: Path) -> list[str]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise FFMergeError(f"{index} has no weight_map of tensors and files; copy it again")
     for name in sorted(set(names.values())):
-        outside = ".." in PurePosixPath(name).parts or name.startswith("/") or PureWindowsPath(name).name != name
-        if outside:
+        if name in ("", "..") or "/" in name or PureWindowsPath(name).name != name:
             raise FFMergeError(f"{index} names {name!r}, wanted a file of its folder; copy the folder from its source")
     return sorted(set(names.values()))
 

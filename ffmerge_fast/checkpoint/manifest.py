@@ -140,10 +140,7 @@ def _without_save(value: Any) -> Any:
         return [_without_save(v) for v in value]
     if not isinstance(value, dict):
         return value
-    kept = {"dtype" if k == "torch_dtype" else k: _without_save(v) for k, v in value.items() if k not in _OF_A_SAVE}
-    if isinstance(kept.get("dtype"), str):
-        kept["dtype"] = kept["dtype"].removeprefix("torch.")
-    return kept
+    return {"dtype" if k == "torch_dtype" else k: _without_save(v) for k, v in value.items() if k not in _OF_A_SAVE}
 
 
 # ------------------------------------------------------------------------------------------------- reference logits

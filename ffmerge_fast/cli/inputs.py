@@ -28,7 +28,9 @@ class Inputs:
     @cached_property
     def model(self) -> Any:
         """The model, on --device, or where its weights will be streamed from."""
-        return self.load_model("cpu" if getattr(self._args, "stream", None) else None)
+        model = self.load_model("cpu" if getattr(self._args, "stream", None) else None)
+        _ = self.processor  # a damaged one is refused before the work
+        return model
 
     def load_model(self, device: str | None = None) -> Any:
         """The model as it is in its folder, another one each time."""
