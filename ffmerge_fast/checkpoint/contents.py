@@ -6,7 +6,6 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -31,6 +30,15 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     return [path for name in _named_in(index) if (path := _file(folder, name))] if index else []
 
 
+def whole_numbers(folder: str | os.PathLike) -> list[str]:
+    """The names of the tensors that are stored in an integer dtype."""
+    found = []
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            found += [name for name in tensors.keys() if tensors.get_slice(name).get_dtype()[0] in "IU"]  # noqa: SIM118
+    return found
+
+
 def check_files(folder: Path) -> None:
     """Raise FFMergeError for named pipes and devices, on which a reader would hang."""
     for path in folder.iterdir():
@@ -51,10 +59,9 @@ def check_model(folder: Path) -> None:
         raise FFMergeError(f"{folder} holds no weights (*.safetensors); give a folder written by save_pretrained")
     for index in folder.glob("*.index.json"):
         _named_in(index)
-    quantised = (folder / "config.json").exists() and "quantization_config" in read_json(folder / "config.json")
     for file in weights:
         if file.suffix == ".safetensors":
-            _check_tensors(file, quantised)
+            _check_readable(file)
     if (file := folder / "generation_config.json").exists():
         read_json(file)
 
@@ -75,33 +82,28 @@ def parse(path: Path) -> Any:
         raise FFMergeError(f"{path} cannot be read ({one_line(error)}); copy it again") from error
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name can only be that of a file in the folder it is looked up in, on every system."""
+    return name not in ("", "..") and "/" not in name and PureWindowsPath(name).name == name
+
+
 def _named_in(index: Path) -> list[str]:
     """The weight files of an index of shards, all of them in its folder."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise FFMergeError(f"{index} has no weight_map of tensors and files; copy it again")
     for name in sorted(set(names.values())):
-        if name in ("", "..") or "/" in name or PureWindowsPath(name).name != name:
+        if not is_file_name(name):
             raise FFMergeError(f"{index} names {name!r}, wanted a file of its folder; copy the folder from its source")
     return sorted(set(names.values()))
 
 
-def _check_tensors(file: Path, quantised: bool) -> None:
+def _check_readable(file: Path) -> None:
     try:
-        whole = [name for name, dtype in _dtypes(file) if dtype[0] in "IU" and not OLD_BUFFERS.search(name)]
+        with safe_open(file, framework="pt"):
+            pass
     except (SafetensorError, OSError) as error:
         raise FFMergeError(f"{file} is damaged or cut off ({error}); copy or save it again") from error
-    if whole and not quantised:
-        raise FFMergeError(
-            f"{file}: {whole[0]} holds whole numbers, wanted float32, bfloat16 or float16 weights (a quantised model's "
-            "config.json has a quantization_config); save the model again"
-        )
-
-
-def _dtypes(file: Path) -> Iterator[tuple[str, str]]:
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118, no mapping
-            yield name, tensors.get_slice(name).get_dtype()
 
 
 def _file(folder: str | os.PathLike, name: str) -> Path | None:

@@ -137,6 +137,10 @@ def _load_plain(model: nn.Module, folder: Path) -> nn.Module:
     state = _unique_state(model)
     if _shapes(state) != _shapes(tensors):
         raise FFMergeError(f"{folder / WEIGHTS} does not hold the deltas that {MANIFEST} names; save the model again")
+    if wrong := [n for n, t in state.items() if t.is_floating_point() != tensors[n].is_floating_point()]:
+        raise FFMergeError(
+            f"{folder / WEIGHTS}: {wrong[0]} is {tensors[wrong[0]].dtype}, wanted {state[wrong[0]].dtype}"
+        )
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(tensors[name])
@@ -183,8 +187,8 @@ def verify(folder: str | os.PathLike, model: nn.Module | None = None) -> dict[st
         raise FFMergeError(f"{folder} is not a folder")
     if not (path / MANIFEST).exists():
         raise FFMergeError(f"{path} has no {MANIFEST}: it was not written by ffmerge_fast.save_pretrained")
-    manifest = read_manifest(path / MANIFEST)
     model = from_pretrained(path, model)
+    manifest = read_manifest(path / MANIFEST)
     found = groups_of(model)
     if found != manifest["groups"]:
         raise FFMergeError(f"{path}: layers {found} share FFNs, but {manifest['groups']} were saved as shared")

@@ -18,7 +18,7 @@ from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
 from ..support.files import one_line
-from .contents import parse
+from .contents import is_file_name, parse
 
 MANIFEST = "ffmerge.json"
 _VERSION = 1  # of the manifest
@@ -94,6 +94,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         }
         if "reference" in manifest:
             read["logits"] = [float(value) for value in manifest["reference"]["logits"]]
+        if outside := [name for name in (*read["files"], *read["parsed"]) if not is_file_name(name)]:
+            raise ValueError(f"it names {outside[0]!r}, which is no file of this folder")
         newer = manifest["version"] > _VERSION
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FFMergeError(f"{path} cannot be read ({one_line(error)}); save the model again") from error

@@ -14,7 +14,7 @@ from ..models.families import MERGED_TYPE_PREFIX, FFNSpec, register_family, supp
 from ..support.env import online, require
 from ..support.errors import FFMergeError
 from ..support.files import one_line
-from .contents import OLD_BUFFERS, check_files, read_json
+from .contents import OLD_BUFFERS, check_files, read_json, whole_numbers
 from .manifest import check_parsed
 
 _CODE = "with its own code (trust_remote_code=True, --trust-remote-code), if you trust it"
@@ -75,9 +75,7 @@ def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -
         check_parsed(path)
     for what, (files, classes) in _PROCESSORS.items():
         found = [path / name for name in files if (path / name).exists()]
-        for file in found:
-            if file.suffix == ".json":
-                read_json(file)
+        says = [read_json(file) for file in found if file.suffix == ".json"]
         failed = None
         for name in classes if found or not path.is_dir() else ():
             try:
@@ -86,9 +84,10 @@ def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -
             except Exception as error:  # of as many kinds as there are processors
                 failed = failed or error
         if failed and path.is_dir():
+            code = f"load it {_CODE}" if any("auto_map" in values for values in says) else "copy these files again"
             raise FFMergeError(
                 f"{path}: its {what} ({', '.join(file.name for file in found)}) cannot be loaded ({one_line(failed)}); "
-                f"copy these files again, load it {_CODE}, or remove them to go on without it"
+                f"{code}, or remove them to go on without it"
             ) from failed
     return None
 
@@ -159,14 +158,20 @@ def _check_complete(folder: str | os.PathLike, model: nn.Module, info: dict, lea
                 f"{folder} {problem} of {name}, {first} and {len(names) - 1} more; they would start at random: check "
                 "that the folder is complete and its config.json belongs to it"
             )
-    buffers = {buffer for buffer, _ in model.named_buffers()}
-    dropped = sorted(
-        key
-        for key in info["unexpected_keys"]  # but for those that the class itself declares
-        if key not in buffers and not OLD_BUFFERS.search(key) and not any(fnmatchcase(key, p) for p in leave_out)
-    )
-    if dropped:
+    prefix, buffers = f"{model.base_model_prefix}.", {buffer for buffer, _ in model.named_buffers()}
+
+    def is_weight(key: str) -> bool:
+        names = {key, prefix + key, key.removeprefix(prefix)}
+        return not names & buffers and not OLD_BUFFERS.search(key) and not any(fnmatchcase(key, p) for p in leave_out)
+
+    if dropped := sorted(filter(is_weight, info["unexpected_keys"])):  # without those that the class itself declares
         raise FFMergeError(
             f"{folder} has weights that {name} has no place for, {dropped[0]} and {len(dropped) - 1} more; check that "
             f"its config.json belongs to it, or drop them by name: leave_out=[{dropped[0]!r}] (--leave-out)"
+        )
+    quantised = getattr(model.config, "quantization_config", None)
+    if not quantised and (rounded := sorted(filter(is_weight, whole_numbers(folder)))):
+        raise FFMergeError(
+            f"{folder}: {rounded[0]} holds whole numbers, wanted float32, bfloat16 or float16 weights (a quantised "
+            "model's config.json has a quantization_config); save the model again"
         )

@@ -57,8 +57,7 @@ class Inputs:
         from ..checkpoint.folder import from_pretrained
 
         args = self._args
-        options = {"trust_remote_code": args.trust_remote_code, "leave_out": args.leave_out}
-        return from_pretrained(args.teacher, **options).to(args.device) if args.teacher else None
+        return from_pretrained(args.teacher, **self._allowed()).to(args.device) if args.teacher else None
 
     @cached_property
     def task(self) -> Any:
@@ -145,7 +144,7 @@ class Inputs:
         lengths = {"block": args.max_length} if kind == "lm" else {"max_length": args.max_length or 128}
         return load_task(
             model,
-            args.model if self.processor is None else self.processor,
+            self.processor if args.trust_remote_code and self.processor else args.model,
             **{split: paths[0] if len(paths) == 1 else tuple(paths) for split, paths in splits.items() if paths},
             kind=kind,
             stride=args.stride,
@@ -162,7 +161,10 @@ class Inputs:
         self._register_layout()
         args = self._args
         dtype = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-        return dtype | {"trust_remote_code": args.trust_remote_code, "leave_out": args.leave_out}
+        return dtype | self._allowed()
+
+    def _allowed(self) -> dict[str, Any]:
+        return {"trust_remote_code": self._args.trust_remote_code, "leave_out": self._args.leave_out}
 
     def _register_layout(self) -> None:
         """Four dotted paths on the command line describe a family that is not in the table."""

@@ -98,6 +98,20 @@ def test_whole_numbers_are_no_weights(dtype, copied):
     assert f"{name} holds whole numbers, wanted float32" in refusal(ff.from_pretrained, folder)
 
 
+def test_whole_numbers_in_a_plain_module(tmp_path):
+    model = tiny_model("sequential")
+    model.register_buffer("steps", torch.tensor([3]))
+    ff.save_pretrained(model, tmp_path)
+    fresh = tiny_model("sequential", seed=1)
+    fresh.register_buffer("steps", torch.tensor([0]))
+    assert ff.from_pretrained(tmp_path, fresh).steps == 3
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"0.ffn.0.weight": tensors["0.ffn.0.weight"].int()}, tmp_path / "model.safetensors")
+    assert "0.ffn.0.weight is torch.int32, wanted torch.float32" in refusal(
+        ff.from_pretrained, tmp_path, fresh, check=False
+    )
+
+
 # ----------------------------------------------------------------------------------------------------- files of its own
 
 

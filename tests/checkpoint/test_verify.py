@@ -231,6 +231,8 @@ def test_manifest_that_is_no_text(folder):
         (lambda m: m["reference"].pop("logits"), "cannot be read"),
         (lambda m: m.update(groups=[1]), "cannot be read"),
         (lambda m: m.update(files=[]), "cannot be read"),
+        (lambda m: m["files"].update({"/dev/zero": "0" * 64}), "'/dev/zero', which is no file of this folder"),
+        (lambda m: m["parsed"].update({"../config.json": "0" * 64}), "'../config.json', which is no file"),
         (lambda m: m.update(version=99), "update"),
     ],
 )
