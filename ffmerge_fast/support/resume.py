@@ -38,7 +38,7 @@ class Signature(dict[str, Any]):
         for name, now in self.items():
             if name in kept and kept[name] != now:
                 values = [repr(value) for value in (kept[name], now)]
-                shown = f" ({values[0]} there, {values[1]} now)" if max(map(len, values)) <= _SHORT else ""
+                shown = f": {values[0]} there, {values[1]} now" if max(map(len, values)) <= _SHORT else ""
                 raise made_with(f"other {name}{shown}", where)
 
 

@@ -12,7 +12,7 @@ from ...support.settings import documented, option
 SCHEDULES = ("inverse_sqrt", "linear", "cosine", "constant")
 AUTOCAST = ("bf16", "fp16")
 PARALLEL = ("ddp", "fsdp2")
-_MAY_CHANGE = (
+_MAY_CHANGE = (  # on resume
     "eval_every",
     "higher_is_better",
     "restore_best",
@@ -20,7 +20,7 @@ _MAY_CHANGE = (
     "resume",
     "fresh",
     "log_every",
-)  # on resume
+)
 
 
 @documented
