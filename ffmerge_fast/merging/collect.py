@@ -64,8 +64,8 @@ def collect(
 
     Raises:
         FFMergeError: none or several of window, pairs, layers; unsupported or merged model; no data, fewer than two
-            tokens; NaN or Inf features (names layer and batch); a mask that does not fit; a cache of another run (model,
-            data, settings), or in use.
+            tokens; NaN or Inf features (names layer and batch); a mask that does not fit; a cache that is of
+            another run (model, data, settings), damaged or in use.
     """
     with on_all_ranks("collect"):
         _check_arguments(features, max_tokens)

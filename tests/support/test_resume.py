@@ -183,6 +183,5 @@ def test_a_lock_is_freed_by_an_error(tmp_path):
 def test_a_place_that_cannot_be_locked(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FFMergeError, match="resume: .*file/x cannot be locked") as error:
-        with in_use(tmp_path / "file" / "x", "resume"):
-            pass
+        in_use(tmp_path / "file" / "x", "resume").__enter__()
     assert "\n" not in str(error.value)

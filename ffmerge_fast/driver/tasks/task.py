@@ -37,7 +37,7 @@ class Task:
         self.higher_is_better = self.metric in ("accuracy", "bleu")
 
     def signature(self) -> dict[str, Any]:
-        """What decides its batches and metrics, by name, as JSON values: "data" (a hash of the examples), lengths, metric.
+        """What decides its batches and metrics, as JSON values: "data" (a hash of the examples), lengths, metric.
 
         The examples are token ids, sentence pairs with the ids of the first 64, or images in memory by their bytes, in
         files by name, size and first 4 KiB, with the processor's settings.
