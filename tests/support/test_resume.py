@@ -157,11 +157,8 @@ def test_the_second_says_who_holds_it_and_a_dead_ones_lock_counts_no_more(tmp_pa
     process = holder(path)
     for _ in range(2):  # asking changes nothing
         who = re.escape(f"process {process.pid} on {socket.gethostname()}")
-        with (
-            pytest.raises(FFMergeError, match=f"cache_dir: {path} is in use by {who}; wait"),
-            in_use(path, "cache_dir"),
-        ):
-            pass
+        with pytest.raises(FFMergeError, match=f"cache_dir: {path} is in use by {who}; wait"):
+            in_use(path, "cache_dir").__enter__()
     process.send_signal(signal.SIGKILL)
     process.wait()
     with in_use(path, "cache_dir"), in_use(path, "cache_dir"):  # again by the same thread
