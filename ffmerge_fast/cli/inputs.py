@@ -84,6 +84,10 @@ class Inputs:
         """The task's metric on at most --eval-limit examples."""
         return self.task.score(model, limit=self._args.eval_limit)
 
+    def signature_of_score(self) -> dict[str, Any]:
+        """What decides it: the task's data, lengths and metric, and --eval-limit."""
+        return self.task.signature() | {"eval_limit": self._args.eval_limit}
+
     def calibration_batches(self) -> Iterator[dict[str, Any]]:
         """This rank's batches of the task, in an order of their own."""
         from ..support.distributed import rank, world_size
@@ -130,6 +134,7 @@ class Inputs:
                 features=args.features,
                 max_tokens=args.tokens,
                 cache_dir=args.cache_dir,
+                fresh=args.fresh,
                 max_memory=args.max_memory,
             )
 

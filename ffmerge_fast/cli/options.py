@@ -80,6 +80,7 @@ def collect_options(parser) -> None:
     group.add_argument("--tokens", type=int, default=10_000, help="calibration tokens (default 10000)")
     group.add_argument("--features", default="pre", choices=("pre", "post"), help="before or after the activation")
     group.add_argument("--cache-dir", help="keep running sums here, so that a killed run goes on")
+    fresh_option(group, "begin anew, whatever --cache-dir (and search's --resume) holds")
     memory_option(group)
 
 
@@ -173,6 +174,11 @@ def finetune_options(parser) -> None:
         save_every="steps; a killed run goes on from the last",
     )
     group.add_argument("--work-dir", help="log and checkpoints (default: OUT.finetune)")
+    fresh_option(group, "begin anew: what an earlier run left in the work folder is removed")
+
+
+def fresh_option(parser, help: str) -> None:
+    parser.add_argument("--fresh", action="store_true", help=help)
 
 
 def settings_options(group, settings: type, **helps: str | None) -> None:

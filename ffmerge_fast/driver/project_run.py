@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from ..projecting.projector import Projector, project, resolve
 from ..projecting.settings import Widths
 from ..projecting.student import fold
 from ..support import distributed
+from ..support.digests import content_hash, weights_hash
 from ..support.errors import FFMergeError
-from ..support.files import write_json
+from ..support.resume import Signature, in_use
+from ..support.sealed import DamagedError, read_sealed_json, write_sealed_json
 from .tasks.task import Task
 from .training import state
 from .training.finetune import FinetuneResult, finetune
@@ -40,6 +42,7 @@ def project_and_train(
     optimizer: Mapping[str, Any] | None = None,
     teacher: nn.Module | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    signature: Mapping[str, Any] | None = None,
 ) -> tuple[Projector, FinetuneResult]:
     """Score, project and train; a run that was killed goes on in the same `work` folder.
 
@@ -52,18 +55,28 @@ def project_and_train(
         options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings, init.
         scores: importances, or their file; default: `method` on `calibration` batches, kept in `work`.
         optimizer: of `Projector.optimizer`, beside lr and weight_decay.
-        teacher, evaluate: of `finetune`.
+        teacher, evaluate, signature: of `finetune`.
 
     Raises:
-        FFMergeError: `work` was begun with other settings (says which); and as importance, project and finetune.
+        FFMergeError: `work` is of another run (says what differs), damaged or in use; and as importance, project and
+            finetune.
     """
     resolve(model, Widths(**{f.name: options[f.name] for f in fields(Widths) if f.name in options}))
     if isinstance(scores, (str, Path)):
         scores = Importance.load(scores)
     work.mkdir(parents=True, exist_ok=True)
-    found = _scores(model, task, work, scores, method, calibration, settings)
-    proj = project(model, importance=found, **options)
-    _remember(work / _PROJECTION, proj)
+    with _held(work):
+        if settings.fresh:
+            distributed.on_rank_zero(lambda: _clear(work))
+        decide = _signature(model, task, scores, method, calibration, settings)
+        found = _scores(model, task, work, scores, method, calibration, settings, decide)
+        proj = project(model, importance=found, **options)
+        _remember(work / _PROJECTION, proj)
+        decide |= signature or {}
+        return proj, _train(model, proj, task, work, steps, settings, optimizer, teacher, evaluate, decide)
+
+
+def _train(model, proj, task, work, steps, settings, optimizer, teacher, evaluate, signature) -> FinetuneResult:
     chosen = {"offload_dir": work} | dict(optimizer or {})
 
     def make_optimizer():
@@ -72,7 +85,7 @@ def project_and_train(
             model.to("meta")
         return made
 
-    return proj, finetune(
+    return finetune(
         proj.student,
         task,
         steps,
@@ -81,6 +94,7 @@ def project_and_train(
         teacher=teacher,
         evaluate=evaluate,
         output_dir=work,
+        signature=signature,
     )
 
 
@@ -92,7 +106,7 @@ def fold_run(model: nn.Module, work: Path) -> nn.Module:
     """
     if not (work / _PROJECTION).exists():
         raise FFMergeError(f"fold: {work} has no {_PROJECTION}; give the work folder of `ffmerge project`")
-    settings = json.loads((work / _PROJECTION).read_text())
+    settings = _read(work / _PROJECTION)
     names = ("d_model", "d_ff", "attention")
     widths = {name: settings[name] for name in names if settings[name] is not None}
     student = hard_prune(
@@ -105,12 +119,36 @@ def fold_run(model: nn.Module, work: Path) -> nn.Module:
     return fold(student)
 
 
-def _scores(model, task, work, scores, method, calibration, settings: TrainingSettings) -> Importance:
+@contextlib.contextmanager
+def _held(work: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as context:
+        distributed.on_rank_zero(lambda: context.enter_context(in_use(work, "work")))
+        yield
+
+
+def _clear(work: Path) -> None:
+    for name in (_IMPORTANCE, _PROJECTION):
+        (work / name).unlink(missing_ok=True)
+
+
+def _signature(model, task, scores, method, calibration, settings: TrainingSettings) -> Signature:
+    """What decides the importances."""
+    made = {"base": weights_hash(model)}
+    if scores is not None:
+        return Signature(made | {"importance": content_hash(scores.method, scores.scores)})
+    made |= {"importance": None, "method": method, "calibration": calibration, "seed": settings.seed}
+    made |= {"batch_size": settings.batch_size, "world_size": distributed.world_size()}
+    return Signature(made | task.signature())
+
+
+def _scores(model, task, work, scores, method, calibration, settings, signature: Signature) -> Importance:
     path = work / _IMPORTANCE
-    if scores is None and path.exists():
-        scores = Importance.load(path)
-        if scores.method != method:
-            raise FFMergeError(f"{path} was made by {scores.method!r}, not {method!r}; give another work folder")
+    found = distributed.from_rank_zero(path.exists())
+    if found:
+        kept, told = Importance.load_with_progress(path)
+        of_kept = {"method": kept.method} | told.get("signature", {})
+        signature.check(of_kept, f"resume: {work}")
+        scores = kept if scores is None else scores
     if scores is None:
         stream = task.batches(
             "train", settings.batch_size, shuffle=True, seed=settings.seed,
@@ -118,8 +156,8 @@ def _scores(model, task, work, scores, method, calibration, settings: TrainingSe
         )  # fmt: skip
         scores = importance(model, _first(stream, calibration), method=method, seed=settings.seed)
     scores.check(model)
-    if distributed.rank() == 0 and not path.exists():
-        scores.save(path)
+    if distributed.rank() == 0 and not found:
+        scores.save(path, signature=signature)
     return scores
 
 
@@ -129,15 +167,15 @@ def _first(batches, count):
 
 
 def _remember(path: Path, proj: Projector) -> None:
-    settings = json.loads(json.dumps(proj.settings))
-    found = json.loads(path.read_text()) if distributed.rank() == 0 and path.exists() else None
-    before = distributed.from_rank_zero(found)
-    if before is None:
-        distributed.on_rank_zero(lambda: write_json(path, settings))
-        return
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise FFMergeError(
-                f"resume: {name} was {before.get(name)!r} in {path.parent} and is {value!r} now; give the same, or "
-                "another work folder"
-            )
+    settings = Signature(proj.settings)
+    if distributed.from_rank_zero(path.exists()):
+        settings.check(_read(path), f"resume: {path.parent}")
+    else:
+        distributed.on_rank_zero(lambda: write_sealed_json(path, settings))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed_json(path)
+    except DamagedError as error:
+        raise FFMergeError(f"resume: {path} cannot be read ({error}); begin anew with --fresh (fresh=True)") from error

@@ -15,7 +15,8 @@ from ..calibration.passes import FFNPasses
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns
 from ..models.summary import ModelSummary
 from ..models.ties import groups_among
-from ..support.distributed import on_all_ranks, share_of_rank, world_size
+from ..support.digests import content_hash, weights_hash
+from ..support.distributed import gather, on_all_ranks, share_of_rank, world_size
 from ..support.errors import FFMergeError
 from ..support.resume import RunningSums
 from .groups import anchor_of, parse_layers, windows
@@ -35,6 +36,7 @@ def collect(
     cache_dir: str | os.PathLike | None = None,
     save_seconds: float = 60.0,
     max_memory: int | str | None = None,
+    fresh: bool = False,
 ) -> CorrelationStats:
     """Correlate the FFN features of pairs of layers, in one pass over calibration data (paper A, eq. 1).
 
@@ -58,10 +60,12 @@ def collect(
             same `batches`.
         max_memory: bytes, or text such as "8GiB", for the sums of each stack; beyond it features go to disk (TMPDIR)
             and are multiplied pair by pair when a correlation is read. CPU only.
+        fresh: begin anew, whatever `cache_dir` holds.
 
     Raises:
         FFMergeError: none or several of window, pairs, layers; unsupported or merged model; no data, fewer than two
-            tokens; NaN or Inf features (names layer and batch); a mask that does not fit; a cache of another run.
+            tokens; NaN or Inf features (names layer and batch); a mask that does not fit; a cache that is of
+            another run (model, data, settings), damaged or in use.
     """
     with on_all_ranks("collect"):
         _check_arguments(features, max_tokens)
@@ -70,10 +74,12 @@ def collect(
         devices = {s: device or model.get_submodule(ffns.by_stack()[s][0].down_path).weight.device for s in wanted}
         settings = {"features": features, "max_tokens": max_tokens}
         stats = CorrelationStats.empty(ModelSummary.of(model, ffns), wanted, devices, max_memory, **settings)
-        cache = RunningSums(cache_dir, "statistics", save_seconds)
-        _collect_here(model, stats, batches, cache, max_memory)
+        signature = _signature(stats) | ({"weights": weights_hash(model)} if cache_dir else {})
+        with RunningSums(cache_dir, "statistics", save_seconds, signature, fresh) as cache:
+            _collect_here(model, stats, batches, cache, max_memory)
     if world_size() > 1:
         stats.all_reduce()
+        stats.data = content_hash(gather(stats.data))
     _check_tokens(stats)
     return stats
 
@@ -97,15 +103,19 @@ def _collect_here(
 ) -> None:
     """Count this process's tokens, from where the cache left off."""
     done = _resume_(stats, cache, max_memory)
-    if done.get("complete"):
+    if done.get("complete") and "data" not in done:  # kept by an earlier version
         return
     taker = _FeatureTaker(model, stats, share_of_rank(stats.settings["max_tokens"]))
-    with taker.passes:
-        taker.hook()
-        for number, _ in taker.passes.over(batches, "collect", done.get("batches", 0)):
-            taker.end_batch(number)
-            cache.save_if_due(stats, batches=number + 1)
-    cache.save(stats, complete=True)
+    if done and taker.passes.finished():
+        cache.check(batches)
+    else:
+        with taker.passes:
+            taker.hook()
+            for number, _ in taker.passes.over(cache.watched(batches), "collect", done.get("batches", 0)):
+                taker.end_batch(number)
+                cache.save_if_due(stats)
+        cache.save(stats)
+    stats.data = cache.data
 
 
 class _FeatureTaker:
@@ -143,16 +153,14 @@ class _FeatureTaker:
 
 def _resume_(stats: CorrelationStats, cache: RunningSums, max_memory: int | str | None) -> dict[str, Any]:
     """Fill `stats` with what was kept; returns its progress."""
-
-    def unlike(kept: CorrelationStats) -> str:
-        kept.model.check(stats.model, f"cache_dir: {cache.path}")
-        differ = sorted(k for k in stats.settings if kept.settings.get(k) != stats.settings[k])
-        return f"other {', '.join(differ)}" if differ else ""
-
-    kept, done = cache.resume(partial(CorrelationStats.load_with_progress, max_memory=max_memory), unlike)
+    kept, done = cache.resume(partial(CorrelationStats.load_with_progress, max_memory=max_memory), _signature)
     for stack, state in stats.states.items() if kept else ():
         state.load_state_dict_(kept.states[stack].state_dict())
     return done
+
+
+def _signature(stats: CorrelationStats) -> dict[str, Any]:
+    return {"model": stats.model.fingerprint, **stats.settings}
 
 
 # ------------------------------------------------------------------------------------------------- pairs and tokens

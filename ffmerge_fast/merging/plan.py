@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.summary import ModelSummary
 from ..support.errors import FFMergeError
+from ..support.sealed import DamagedError, sealed, unsealed
 from ..support.sizes import format_bytes
 from ..support.tables import format_table
 from .groups import Group, anchor_of, format_layers, parse_layers, windows
@@ -106,7 +107,8 @@ class MergePlan:
             for g in self.groups
         ]
         search = [list(entry) for entry in self.search]
-        return {"format": 1, "model": self.model.to_dict(), "method": self.method, "groups": groups, "search": search}
+        values = {"format": 1, "model": self.model.to_dict(), "method": self.method, "groups": groups, "search": search}
+        return sealed(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MergePlan:
@@ -124,7 +126,10 @@ class MergePlan:
             search = [tuple(entry) for entry in values["search"]]
             model = ModelSummary.from_dict(values["model"])
             _check_permutations(groups, model)
+            unsealed(values)
             return cls(model, values["method"], groups, search)
+        except DamagedError as error:
+            raise FFMergeError(f"plan: {error}; make it again with `ffmerge plan`") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FFMergeError(
                 f"plan: not the content of a plan file ({error!r}); make it with `ffmerge plan`"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,9 +14,10 @@ from torch import Tensor
 
 from .. import ops
 from ..models.summary import ModelSummary
+from ..support.digests import content_hash
 from ..support.errors import FFMergeError
-from ..support.files import write_tensors
 from ..support.progress import progress
+from ..support.sealed import DamagedError, read_sealed_tensors, write_sealed_tensors
 
 FORMAT = 1
 Pair = tuple[int, int]
@@ -46,11 +45,13 @@ class CorrelationStats:
         model: the model they were measured on.
         settings: how (pairs, features, max_tokens).
         states: {stack: CorrelationState whose keys are layer indices}.
+        data: hash of the batches that were counted; None where that is not known.
     """
 
     model: ModelSummary
     settings: dict[str, Any]
     states: dict[str, ops.CorrelationState]
+    data: str | None = None
     _alignments: dict[tuple[str, int, int], Alignment] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -70,6 +71,10 @@ class CorrelationStats:
     def tokens(self) -> dict[str, int]:
         """Tokens counted in each stack."""
         return {stack: state.count(next(iter(state.widths))) for stack, state in self.states.items()}
+
+    def signature(self) -> str:
+        """Hash of what they were made from and how: model, settings, data and tokens."""
+        return content_hash(self.model.fingerprint, self.settings, self.data, self.tokens)
 
     def correlation(self, i: int, j: int, stack: str | None = None) -> Tensor:
         """Pearson correlation of the FFN features of layers `i` and `j`, float32 [d_ff, d_ff]; rows are layer `i`'s.
@@ -113,6 +118,7 @@ class CorrelationStats:
                 raise FFMergeError(f"merge: the statistics differ in {name}; collect both with the same settings")
         for stack, state in self.states.items():
             state.merge_(other.states[stack])
+        self.data = content_hash(self.data, other.data)
         self._alignments.clear()
         return self
 
@@ -130,9 +136,8 @@ class CorrelationStats:
             for stack, state in self.states.items()
             for name, tensor in state.state_dict().items()
         }
-        header = {"format": FORMAT, "model": self.model.to_dict(), "settings": self.settings, "progress": progress}
-        content = json.dumps(header | {"crc32": {name: _crc32(tensor) for name, tensor in tensors.items()}})
-        write_tensors(path, tensors, {"ffmerge": content, "crc32": str(zlib.crc32(content.encode()))})
+        header = {"format": FORMAT, "model": self.model.to_dict(), "settings": self.settings, "data": self.data}
+        write_sealed_tensors(path, tensors, header | {"progress": progress})
 
     @classmethod
     def load(
@@ -153,26 +158,16 @@ class CorrelationStats:
         cls, path: str | os.PathLike, device="cpu", max_memory=None
     ) -> tuple[CorrelationStats, dict[str, Any]]:
         """(statistics, what `save` was told of the progress of collecting them)."""
-        from safetensors import SafetensorError, safe_open
-
         if not Path(path).is_file():
             raise FFMergeError(f"statistics: {path} is not a file; make it with `ffmerge collect`")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
+            tensors, header = read_sealed_tensors(path)
+        except DamagedError as error:
             raise FFMergeError(f"statistics: {path} is damaged ({error}); collect again") from error
-        if "ffmerge" not in metadata:
+        if header is None:
             raise FFMergeError(f"statistics: {path} is a safetensors file, but not one of statistics")
-        if metadata.get("crc32") != str(zlib.crc32(metadata["ffmerge"].encode())):
-            raise FFMergeError(f"statistics: {path} is damaged (its header has changed); collect again")
-        header = json.loads(metadata["ffmerge"])
         if header["format"] != FORMAT:
             raise FFMergeError(f"statistics: {path} has format {header['format']}, this version reads {FORMAT}")
-        damaged = [name for name, crc in header["crc32"].items() if name not in tensors or _crc32(tensors[name]) != crc]
-        if damaged:
-            raise FFMergeError(f"statistics: {path} is damaged ({damaged[0]} has changed); collect again")
         settings = header["settings"]
         pairs = {stack: [tuple(p) for p in wanted] for stack, wanted in settings.pop("pairs").items()}
         devices = dict.fromkeys(pairs, device)
@@ -180,6 +175,7 @@ class CorrelationStats:
         for stack, state in stats.states.items():
             prefix = f"{stack}/"
             state.load_state_dict_({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        stats.data = header.get("data")
         return stats, header["progress"]
 
     def _state(self, stack: str | None) -> ops.CorrelationState:
@@ -192,10 +188,6 @@ class CorrelationStats:
         if len(self.states) > 1:
             raise FFMergeError(f"stack: say which of {', '.join(self.states)}, this model has both")
         return next(iter(self.states))
-
-
-def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def layer_pairs(groups: Sequence[tuple[str, Sequence[int]]], anchors: Sequence[int]) -> dict[str, list[Pair]]:

@@ -5,7 +5,6 @@ Activation scores follow Minitron (and the authors of paper B): sums of absolute
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..models.summary import ModelSummary
+from ..support.digests import weights_hash
 from ..support.distributed import is_distributed, sum_over_ranks
 from ..support.errors import FFMergeError
-from ..support.files import write_tensors
 from ..support.resume import RunningSums
+from ..support.sealed import DamagedError, read_sealed_tensors, write_sealed_tensors
 from .activations import ActivationPasses
 from .axes import ATTENTION, FFN, MODEL, ModelAxes
 from .settings import FEATURES
 
-_FORMAT = 1
+_FORMAT, _HEADER = 1, "ffmerge_importance"
 
 
 @dataclass
@@ -59,10 +59,10 @@ class Importance:
                 f"{given.model_type} {given.fingerprint}); measure it again on this one"
             )
 
-    def save(self, path: str | os.PathLike, **done: int) -> None:
+    def save(self, path: str | os.PathLike, **done: Any) -> None:
         """Write one safetensors file with a JSON header; complete or absent."""
         header = {k: v for k, v in vars(self).items() if k != "scores"} | {"format": _FORMAT, "progress": done}
-        write_tensors(path, self.scores, {"ffmerge_importance": json.dumps(header)})
+        write_sealed_tensors(path, self.scores, header, _HEADER)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Importance:
@@ -71,21 +71,18 @@ class Importance:
         Raises:
             FFMergeError: no such file, damaged, or not a file of importances.
         """
-        return cls._load(path)[0]
+        return cls.load_with_progress(path)[0]
 
     @classmethod
-    def _load(cls, path: str | os.PathLike) -> tuple[Importance, dict[str, int]]:
-        from safetensors import SafetensorError, safe_open
-
+    def load_with_progress(cls, path: str | os.PathLike) -> tuple[Importance, dict[str, Any]]:
+        """(importances, what `save` was told beside them)."""
         if not Path(path).is_file():
             raise FFMergeError(f"importance: {path} is not a file; make it with importance(...).save(path)")
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("ffmerge_importance", "{}"))
-                scores = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, ValueError) as error:
+            scores, header = read_sealed_tensors(path, _HEADER)
+        except DamagedError as error:
             raise FFMergeError(f"importance: {path} is damaged ({error}); measure it again") from error
-        if header.pop("format", None) != _FORMAT:
+        if header is None or header.pop("format", None) != _FORMAT:
             raise FFMergeError(f"importance: {path} is no file of importances of format {_FORMAT}; measure it again")
         done = header.pop("progress")
         return cls(scores=scores, **header), done
@@ -99,6 +96,7 @@ def importance(
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
     save_seconds: float = 60.0,
+    fresh: bool = False,
 ) -> Importance:
     """Score the dimensions of a model, for `project` and `hard_prune` to keep the best.
 
@@ -114,10 +112,11 @@ def importance(
             the authors' code.
         cache_dir: keep the running sums here, at most every `save_seconds`; a killed run goes on from there with the
             same `batches`.
+        fresh: begin anew, whatever `cache_dir` holds.
 
     Raises:
         FFMergeError: unknown method or features, a model that cannot be projected, no data, activations that are not
-            finite (names the batch), a cache of another run.
+            finite (names the batch), a cache of another run (model, data, method, features), or in use.
     """
     for name, value, known in (("method", method, METHODS), ("features", features, FEATURES)):
         if value not in known:
@@ -125,8 +124,14 @@ def importance(
     layout = ModelAxes.of(model)
     base = ModelSummary.of(model, layout.ffns)
     made = Importance(method, features, seed, base.model_type, base.fingerprint, _zeros(layout))
-    METHODS[method](made, model, layout, batches, RunningSums(cache_dir, "importance", save_seconds))
+    signature = _signature(made) | ({"weights": weights_hash(model)} if cache_dir else {})
+    with RunningSums(cache_dir, "importance", save_seconds, signature, fresh) as cache:
+        METHODS[method](made, model, layout, batches, cache)
     return made
+
+
+def _signature(made: Importance) -> dict[str, Any]:
+    return {"model": made.fingerprint, "method": made.method, "features": made.features}
 
 
 def by_magnitude(model: nn.Module, layout: ModelAxes, base: ModelSummary) -> Importance:
@@ -185,20 +190,16 @@ def _activation_(
     if batches is None:
         raise FFMergeError(f"batches: got none, wanted calibration data for method {made.method!r}")
 
-    def unlike(kept: Importance) -> str:
-        names = ("fingerprint", "method", "features")
-        return next((f"another {n}" for n in names if getattr(kept, n) != getattr(made, n)), "")
-
-    kept, done = cache.resume(Importance._load, unlike)
+    kept, done = cache.resume(Importance.load_with_progress, _signature)
     if kept is not None:
         made.scores, made.tokens = kept.scores, kept.tokens
     with ActivationPasses(model, layout, made.features, squared=made.method == "wanda") as passes:
-        for number, _ in passes.over(batches, "importance", skip=done.get("batches", 0)):
+        for number, _ in passes.over(cache.watched(batches), "importance", skip=done.get("batches", 0)):
             tokens, sums = passes.sums(number)
             made.tokens += tokens
             for name, total in sums.items():
                 made.scores[name] += total
-            cache.save_if_due(made, batches=number + 1)
+            cache.save_if_due(made)
     if is_distributed():
         _all_reduce_(made, next(model.parameters()).device)
     if not made.tokens:

@@ -299,7 +299,7 @@ def test_project_goes_on_and_folds(capsys, folder, text, tmp_path):
     for name, tensor in files[0].items():
         assert torch.equal(tensor, files[1][name]) and torch.equal(tensor, files[2][name]), name
     changed = (*options, "--steps", 4, "--no-residual", *work)
-    assert "residual was True" in refuse(capsys, "project", folder, tmp_path / "x", *changed)
+    assert "other residual: True there" in refuse(capsys, "project", folder, tmp_path / "x", *changed)
     assert "projection.json" in refuse(capsys, "fold", folder, tmp_path, tmp_path / "y")
     assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
 

@@ -47,10 +47,10 @@ def test_kill_9_and_go_on(capsys, folder, text, tmp_path):  # noqa: F811
     assert 3 <= at < steps and not (tmp_path / "killed").exists()
     changed = [str(o) for o in options]
     changed[changed.index("--warmup") + 1] = "4"
-    assert "resume: warmup was 3" in refuse(capsys, "project", folder, tmp_path / "killed", *changed)
+    assert "other warmup: 3 there, 4 now" in refuse(capsys, "project", folder, tmp_path / "killed", *changed)
     changed = (*options, "--weight-decay-on-projections", 0.1)
     message = refuse(capsys, "project", folder, tmp_path / "killed", *changed)
-    assert "optimizer.weight_decay_on_projections was 0.0" in message
+    assert "optimizer.weight_decay_on_projections: 0.0 there" in message
 
     found = run(capsys, "project", folder, tmp_path / "killed", *options)
     wanted = run(capsys, "project", folder, tmp_path / "whole", *options)

@@ -482,11 +482,15 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, backend, name, stop):
     model = tiny_model(name, layers=3)
     data = batches(model, 6)
     wanted = dict(window=3, max_tokens=60)
+    runs = []
+    model.register_forward_pre_hook(lambda *_: runs.append(len(runs)))
     whole = ff.collect(model, data, **wanted)
+    needed = len(runs)
     with pytest.raises(Killed):
         ff.collect(model, until(data, stop), cache_dir=tmp_path / "new" / "cache", save_seconds=0, **wanted)
-    spoilt = [{k: v.flip(0) for k, v in b.items()} if i < stop else b for i, b in enumerate(data)]
-    resumed = ff.collect(model, spoilt, cache_dir=tmp_path / "new" / "cache", **wanted)  # the first ones are not run
+    runs.clear()
+    resumed = ff.collect(model, data, cache_dir=tmp_path / "new" / "cache", **wanted)
+    assert len(runs) == needed - stop  # the first ones are not run
     assert resumed.tokens == whole.tokens
     for stack, state in whole.states.items():
         again = resumed.states[stack].state_dict()
@@ -498,22 +502,59 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, backend, name, stop):
 
 def test_a_finished_run_is_read_from_the_cache(tmp_path):
     model = tiny_model("gpt2")
-    first = ff.collect(model, batches(model), window=2, cache_dir=tmp_path)
-    again = ff.collect(model, until([], 0), window=2, cache_dir=tmp_path)
-    assert_same_stats(first, again, atol=0)
+    data = batches(model, 5)
+    budget = sum(int(batch["attention_mask"].sum()) for batch in data[:2]) - 1
+    for tokens, asked in ((budget, 2), (10_000, 5)):  # enough data, and not
+        wanted = dict(window=2, cache_dir=tmp_path / str(tokens), max_tokens=tokens)
+        first = ff.collect(model, data, **wanted)
+        handle = model.register_forward_pre_hook(lambda *_: 1 / 0)
+        again = ff.collect(model, until(data, asked), **wanted)
+        handle.remove()
+        assert_same_stats(first, again, atol=0)
+        assert first.data == again.data
+
+
+def test_other_data_is_never_taken_for_the_kept(tmp_path):
+    model, data = tiny_model("gpt2"), batches(tiny_model("gpt2"), 4)
+    wanted = dict(window=2, cache_dir=tmp_path, max_tokens=30)
+    first = ff.collect(model, data, **wanted)
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    one_id = [{k: v.clone() for k, v in batch.items()} for batch in data]
+    one_id[1]["input_ids"][0, 0] += 1
+    for other in (one_id, data[::-1], data[:1], []):
+        with pytest.raises(ff.FFMergeError, match="cache_dir: .* was made with other data.*--fresh") as error:
+            ff.collect(model, other, **wanted)
+        assert "\n" not in str(error.value) and file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+    fresh = ff.collect(model, one_id, **wanted, fresh=True)
+    assert_same_stats(fresh, ff.collect(model, one_id, window=2, max_tokens=30), atol=1e-6)
+    assert fresh.data != first.data
+    assert_same_stats(fresh, ff.collect(model, one_id, **wanted), atol=0)
+
+
+def test_more_data_than_the_kept_run_had_is_counted_too(tmp_path):
+    model, data = tiny_model("gpt2"), batches(tiny_model("gpt2"), 4)
+    ff.collect(model, data[:2], window=2, cache_dir=tmp_path)
+    found = ff.collect(model, data, window=2, cache_dir=tmp_path)
+    assert_same_stats(found, ff.collect(model, data, window=2), atol=1e-6)
 
 
 def test_a_cache_of_another_run_is_refused(tmp_path):
     model = tiny_model("gpt2")
     ff.collect(model, batches(model), window=2, cache_dir=tmp_path)
-    with pytest.raises(ff.FFMergeError, match="cache_dir: .* is of another model"):
+    with pytest.raises(ff.FFMergeError, match="cache_dir: .* was made with other model: "):
         ff.collect(tiny_model("gpt2", seed=1), batches(model), window=2, cache_dir=tmp_path)
+    other = tiny_model("gpt2")
+    with torch.no_grad():
+        other.get_input_embeddings().weight[3, 5] += 1e-6  # of which the fingerprint knows nothing
+    with pytest.raises(ff.FFMergeError, match="cache_dir: .* was made with other weights: "):
+        ff.collect(other, batches(model), window=2, cache_dir=tmp_path)
     for change, name in (
         (dict(window=3), "pairs"),
         (dict(features="post"), "features"),
         (dict(max_tokens=9), "max_tok"),
     ):
-        with pytest.raises(ff.FFMergeError, match=f"cache_dir: .* was begun with other {name}"):
+        with pytest.raises(ff.FFMergeError, match=f"cache_dir: .* was made with other {name}"):
             ff.collect(model, batches(model), **dict(window=2) | change, cache_dir=tmp_path)
 
 

@@ -49,7 +49,7 @@ def _work(rank, folder):
         model = tiny_model(family, layers=4)
         stats = ff.collect(model, batches(model, seeds[rank]), **wanted, cache_dir=f"{folder}/cache {case}")
         stats.save(f"{folder}/{case} {rank}")
-        again = ff.collect(model, [], **wanted, cache_dir=f"{folder}/cache {case}")
+        again = ff.collect(model, batches(model, seeds[rank]), **wanted, cache_dir=f"{folder}/cache {case}")
         again.save(f"{folder}/{case} {rank} resumed")
     try:
         ff.collect(model, [], window=2)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -165,6 +166,27 @@ def test_a_damaged_plan_gets_one_line(gpt2):
         ) as error:
             MergePlan.from_dict(bad)
         assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_of_a_plan_is_no_other_plan(gpt2):
+    made = ff.plan(gpt2[1], "0-2").to_dict()
+    content = json.dumps(made).encode()
+    choice, refused = random.Random(0), 0
+    for _ in range(300):
+        bad = bytearray(content)
+        bad[choice.randrange(len(bad))] ^= 1 << choice.randrange(8)
+        try:
+            values = json.loads(bad)
+        except ValueError:
+            continue
+        try:
+            assert MergePlan.from_dict(values).to_dict() == made  # a bit of the checksum's own name
+        except ff.FFMergeError as error:
+            refused += 1
+            assert "plan: " in str(error) and "\n" not in str(error)
+    assert refused > 100
+    del made["checksum"]  # of an earlier version
+    assert MergePlan.from_dict(made).layers == "0-2"
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

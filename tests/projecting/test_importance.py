@@ -143,8 +143,12 @@ def test_a_killed_run_goes_on(tmp_path):
     handle.remove()
     assert len(hooked) == 1 and len(ran) == 4
     close(found, ff.importance(model, data))
-    with pytest.raises(ff.FFMergeError, match="begun with another method"):
+    with pytest.raises(ff.FFMergeError, match="was made with other method: 'activation' there, 'wanda' now"):
         ff.importance(model, data, method="wanda", cache_dir=tmp_path)
+    for other in (data[::-1], data[:2]):
+        with pytest.raises(ff.FFMergeError, match="was made with other data"):
+            ff.importance(model, other, cache_dir=tmp_path)
+    close(ff.importance(model, data[:2], cache_dir=tmp_path, fresh=True), ff.importance(model, data[:2]))
 
 
 def test_shared_ffns_are_scored_once():

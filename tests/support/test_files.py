@@ -1,7 +1,6 @@
-"""Files and folders are complete, or as they were before; and running sums are those of the same run."""
+"""Files and folders are complete, or as they were before."""
 
 import errno
-import json
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from safetensors.torch import load_file
 
 from ffmerge_fast.support import files
 from ffmerge_fast.support.errors import FFMergeError
-from ffmerge_fast.support.resume import RunningSums
 
 WRITERS = {
     "text": lambda path: files.write_text(path, "é"),
@@ -64,32 +62,3 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
         one.write_text("one")
         other.write_text("other")
     assert (tmp_path / "file").read_text() == "one" and names(tmp_path) == ["file"]
-
-
-class Sums:
-    def __init__(self, values=()):
-        self.values = list(values)
-
-    def save(self, path, **done):
-        files.write_json(path, {"values": self.values, "done": done})
-
-
-def load(path):
-    found = json.loads(path.read_text())
-    return Sums(found["values"]), found["done"]
-
-
-def test_running_sums_go_on_where_they_were_saved(tmp_path):
-    assert RunningSums(None, "sums", 0).resume(load, lambda sums: "") == (None, {})
-    RunningSums(None, "sums", 0).save(Sums([1]))  # nowhere
-    kept = RunningSums(tmp_path, "sums", 60)
-    assert kept.resume(load, lambda sums: "") == (None, {})
-    kept.save_if_due(Sums([1]), batches=1)
-    assert not names(tmp_path)
-    kept.save(Sums([1, 2]), batches=2)
-    found, done = RunningSums(tmp_path, "sums", 60).resume(load, lambda sums: "")
-    assert (found.values, done) == ([1, 2], {"batches": 2})
-    RunningSums(tmp_path, "sums", 0).save_if_due(Sums([3]), batches=3)
-    assert load(kept.path)[1] == {"batches": 3}
-    with pytest.raises(FFMergeError, match="cache_dir: .*sums.* was begun with another seed; use another folder"):
-        kept.resume(load, lambda sums: "another seed")

@@ -27,6 +27,7 @@ def run(args, inputs) -> Result:
         settings=inputs.training,
         teacher=inputs.teacher,
         evaluate=inputs.score,
+        signature=inputs.signature_of_score(),
         output_dir=work,
     )
     if args.parallel == "fsdp2" and is_distributed():

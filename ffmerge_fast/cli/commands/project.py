@@ -34,6 +34,7 @@ def run(args, inputs) -> Result:
         optimizer=_optimizer(args),
         teacher=model if args.distill else inputs.teacher,
         evaluate=inputs.score,
+        signature=inputs.signature_of_score(),
     )
     save_model(args, inputs, proj.fold())  # folded on every rank: it may be sharded
     values, text = trained(args.out, work, task.metric, result)

@@ -36,13 +36,20 @@ def run(args, inputs) -> Result:
     from ...merging.search.search import search
 
     model, stats, task = inputs.model, inputs.statistics, inputs.task
-    options = {"anchor": args.anchor, "method": args.method, "seed": args.seed, "resume": args.resume}
+    options = {
+        "anchor": args.anchor,
+        "method": args.method,
+        "seed": args.seed,
+        "resume": args.resume,
+        "fresh": args.fresh,
+    }
     if args.evaluate == "proxy":
         metric, evaluate = "relative error", "proxy"
         options |= {"batches": inputs.calibration_batches(), "max_tokens": args.proxy_tokens}
     else:
         metric, evaluate = task.metric, inputs.score
         options["higher_is_better"] = task.higher_is_better
+        options["signature"] = inputs.signature_of_score() if args.resume else None
 
     with timed(inputs.seconds, "search"):
         plan = search(model, stats, args.window, evaluate, **options)

@@ -18,6 +18,7 @@ from ...support.errors import FFMergeError
 from .text import existing
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+_BEGINNING = 4096  # bytes of an image file by which it is recognised
 _CACHE_BYTES = 1 << 30  # preprocessed images of one split kept in memory
 
 
@@ -54,6 +55,10 @@ class ImageData:
         except (OSError, SyntaxError, pil.DecompressionBombError) as error:
             where = image if isinstance(image, (str, os.PathLike)) else f"number {index}"
             raise FFMergeError(f"image data: image {where} cannot be read; remove or replace it") from error
+
+    def identity(self) -> list[Any]:
+        """What `content_hash` takes: labels, and of each image its bytes, or a file's name, size and beginning."""
+        return [self.classes, self.labels, [_identity(image) for image in self._images]]
 
     def select(self, indices: Sequence[int]) -> ImageData:
         """The images at `indices`, in that order."""
@@ -123,8 +128,20 @@ class PixelReader:
             self._have[missing] = True
         return self._cache[indices]
 
+    def identity(self) -> Any:
+        """What decides the pixels of an image."""
+        settings = getattr(self.processor, "to_dict", dict)()
+        return {name: value for name, value in settings.items() if not name.startswith("_")}
+
     def _process(self, indices: Iterable[int]) -> Tensor:
         return self.processor([self.data[i][0] for i in indices], return_tensors="pt")["pixel_values"]
+
+
+def _identity(image: Any) -> Any:
+    if isinstance(image, (str, os.PathLike)):
+        with open(image, "rb") as file:
+            return [Path(image).name, os.fstat(file.fileno()).st_size, file.read(_BEGINNING)]
+    return image if isinstance(image, (bytes, memoryview)) else [image.mode, image.tobytes()]
 
 
 def _load_folder(folder: Path) -> ImageData:

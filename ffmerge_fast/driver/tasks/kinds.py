@@ -14,6 +14,7 @@ from .task import Task
 from .text import PairEncoder, pack
 
 KINDS = ("lm", "images", "translation")
+_ENCODED = 64  # sentence pairs by whose ids a tokenizer is recognised
 
 
 class TextTask(Task):
@@ -48,6 +49,12 @@ class TextTask(Task):
         ids = self._data[split][indices]
         return {"input_ids": ids, "labels": ids.clone()}
 
+    def _examples(self) -> Any:
+        return self._ids
+
+    def _lengths(self) -> dict[str, Any]:
+        return {"max_length": self.block, "stride": self.stride}
+
 
 class ImageTask(Task):
     """Image classification. Metrics: accuracy (0 to 1), loss."""
@@ -70,6 +77,9 @@ class ImageTask(Task):
 
     def _batch(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": self._readers[split](indices), "labels": self._data[split].labels[indices]}
+
+    def _examples(self) -> Any:
+        return {split: [images.identity(), self._readers[split].identity()] for split, images in self._data.items()}
 
 
 class TranslationTask(Task):
@@ -99,3 +109,12 @@ class TranslationTask(Task):
     def _batch(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         sources, targets = zip(*(self._data[split][i] for i in indices.tolist()), strict=True)
         return self.encoder(sources, targets)
+
+    def _examples(self) -> Any:
+        return {
+            split: [pairs, self.encoder(*zip(*pairs[:_ENCODED], strict=True))] for split, pairs in self._data.items()
+        }
+
+    def _lengths(self) -> dict[str, Any]:
+        encoder = self.encoder
+        return {"max_length": encoder.max_length, "prefix": encoder.prefix, "num_beams": self.num_beams}

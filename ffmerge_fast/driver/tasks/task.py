@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...support.digests import content_hash
 from ...support.errors import FFMergeError
 
 SPLITS = ("train", "validation", "test")
@@ -34,6 +35,14 @@ class Task:
         if self.metric not in self.metrics:
             raise FFMergeError(f"metric: got {metric!r}, wanted {' or '.join(self.metrics)} for {self.kind} data")
         self.higher_is_better = self.metric in ("accuracy", "bleu")
+
+    def signature(self) -> dict[str, Any]:
+        """What decides its batches and metrics, as JSON values: "data" (a hash of the examples), lengths, metric.
+
+        The examples are token ids, sentence pairs with the ids of the first 64, or images in memory by their bytes, in
+        files by name, size and first 4 KiB, with the processor's settings.
+        """
+        return {"data": content_hash(self._examples()), "metric": self.metric, **self._lengths()}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -90,6 +99,14 @@ class Task:
     def score(self, model: nn.Module, split: str = "validation", limit: int | None = None) -> float:
         """`evaluate(...)[self.metric]`: what `search` and `finetune` compare."""
         return self.evaluate(model, split, limit=limit)[self.metric]
+
+    def _examples(self) -> Any:
+        """What `content_hash` takes of the examples."""
+        raise NotImplementedError
+
+    def _lengths(self) -> dict[str, Any]:
+        """Settings that decide batches and metrics, by the command line's names."""
+        return {}
 
     def _batch(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from ...models.forward import evaluating
 from ...support import distributed
+from ...support.digests import content_hash, weights_hash
 from ...support.errors import FFMergeError
 from ...support.settings import changed
 from .loop import DeferredInterrupt, TrainingRun
@@ -22,6 +23,8 @@ from .losses import LossFunction, without_cache
 from .parallel import parallelize
 from .run_folder import RunFolder
 from .settings import TrainingSettings
+
+_BATCHES = 64  # of a sequence, that are hashed
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def finetune(
     loss_fn: LossFunction | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     output_dir: str | os.PathLike | None = None,
+    signature: Mapping[str, Any] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     **overrides: Any,
 ) -> FinetuneResult:
@@ -71,13 +75,16 @@ def finetune(
         teacher: distils from this model: (1 - alpha) · loss + alpha · T² · KL(teacher ‖ model).
         loss_fn: `loss_fn(model, batch)` -> scalar mean loss, instead of `model(**batch).loss`.
         evaluate: `evaluate(model)` -> metric; default for a Task with validation data: its `score`.
-        output_dir: folder for log.jsonl, the last checkpoint and the best weights.
+        output_dir: folder for log.jsonl, the last checkpoint and the best weights. A run goes on there if it is the
+            same: settings, weights of `model` and `teacher`, and data: a Task's examples (`Task.signature`), or the
+            number and the first 64 of a sequence of batches; other data is not compared.
+        signature: what else decides the result, by name, as JSON values; compared too.
         log: called with every row of the log.
         overrides: single settings by name (`warmup=100, schedule="linear"`), stronger than `settings`.
 
     Raises:
         FFMergeError: a bad argument; no data; a loss or gradient that is not finite (with the step; nothing is
-            overwritten); a checkpoint of other settings or that cannot be written.
+            overwritten); a checkpoint of another run, that is damaged or cannot be written; output_dir is in use.
     """
     start_time = time.monotonic()
     if lr is not None:
@@ -91,21 +98,23 @@ def finetune(
             "parallel: fsdp2 makes parameters anew, which a given optimizer= does not see; give a function that makes "
             "it, or use 'ddp'"
         )
+    decide = settings.signature(teacher is not None, distributed.world_size())
+    if output_dir is not None:
+        decide |= _of_data(train) | _of_weights(model, teacher) | dict(signature or {})
     wrapped = parallelize(model, settings.parallel)
-    signature = settings.signature(teacher is not None, distributed.world_size())
     if optimizer is None:
         optimizer = _adamw(model, settings)
     else:
         optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer()
-        signature |= {"optimizer": type(optimizer).__name__, **getattr(optimizer, "settings", {})}
-    signature |= {"model": _layout(model)}
-    folder = RunFolder(output_dir, signature, bool(settings.higher_is_better), keep_best=settings.restore_best)
-    run = TrainingRun(model, wrapped, train, settings, folder, optimizer, teacher, loss_fn)
-    run.resume()
-    with _training(model, teacher), DeferredInterrupt() as interrupt:
-        run.train(steps, evaluate, log, interrupt)
-        if settings.restore_best:
-            folder.restore_best_(model)
+        decide |= getattr(optimizer, "settings", {})
+    decide = distributed.from_rank_zero(decide | {"optimizer": type(optimizer).__name__, "model": _layout(model)})
+    with RunFolder(output_dir, decide, bool(settings.higher_is_better), settings.restore_best) as folder:
+        run = TrainingRun(model, wrapped, train, settings, folder, optimizer, teacher, loss_fn)
+        run.resume()
+        with _training(model, teacher), DeferredInterrupt() as interrupt:
+            run.train(steps, evaluate, log, interrupt)
+            if settings.restore_best:
+                folder.restore_best_(model)
     return FinetuneResult(folder.history, folder.best_metric, folder.best_step, run.step, time.monotonic() - start_time)
 
 
@@ -140,6 +149,19 @@ def _task_score(train: Any, settings: TrainingSettings) -> tuple[Callable[[nn.Mo
     if settings.higher_is_better is None:
         settings = replace(settings, higher_is_better=train.higher_is_better)
     return train.score, settings
+
+
+def _of_data(train: Any) -> dict[str, Any]:
+    """What can be said of the data before it has streamed."""
+    if hasattr(train, "signature"):
+        return train.signature()
+    if isinstance(train, Sequence):
+        return {"data": content_hash(len(train), [train[i] for i in range(min(len(train), _BATCHES))])}
+    return {"data": None}
+
+
+def _of_weights(model: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
+    return {"weights": weights_hash(model), "teacher": None if teacher is None else weights_hash(teacher)}
 
 
 def _layout(model: nn.Module) -> str:

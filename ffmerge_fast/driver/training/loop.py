@@ -61,7 +61,7 @@ class TrainingRun:
 
     def resume(self) -> None:
         """Seed, and load the last checkpoint if there is one."""
-        checkpoint = self.folder.open(self.settings.resume)
+        checkpoint = self.folder.open(self.model, self.settings.resume, self.settings.fresh)
         seed_all(self.settings.seed + distributed.rank())
         if checkpoint is not None:
             state = self.folder.load_(checkpoint, self.model, self.optimizer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ...support import distributed
+from ...support.digests import content_hash
 from ...support.errors import FFMergeError
 from ...support.files import write_text
+from ...support.resume import Signature, in_use
 from . import state as training_state
 from .state import BEST, CHECKPOINT
 
@@ -25,7 +29,7 @@ class RunFolder:
 
     Args:
         root: the output folder.
-        settings: what must be the same when the run is resumed; JSON values.
+        signature: what must be the same when the run is resumed; JSON values.
         higher_is_better: for `offer`.
         keep_best: keep the best weights even without a folder.
     """
@@ -33,29 +37,47 @@ class RunFolder:
     def __init__(
         self,
         root: str | os.PathLike | None,
-        settings: dict[str, Any],
+        signature: Mapping[str, Any],
         higher_is_better: bool = False,
         keep_best: bool = False,
     ):
         self.root = Path(root) if root is not None else None
-        self.settings = json.loads(json.dumps(settings))
+        self.signature = Signature(signature)
+        self.run = content_hash(self.signature)
         self.higher_is_better, self.keep_best = higher_is_better, keep_best
         self.best_metric: float | None = None
         self.best_step: int | None = None
         self.last_saved: int | None = None
         self.history: list[dict[str, Any]] = []
         self._best_weights: dict[str, Tensor] = {}
+        self._context = contextlib.ExitStack()
 
-    def open(self, resume: bool) -> Path | None:
-        """Make the folder; returns the checkpoint to resume from, if there is one.
+    def __enter__(self) -> RunFolder:
+        """Make the folder and keep other processes from it.
 
         Raises:
-            FFMergeError: the folder cannot be written; it holds checkpoints and not `resume`; or they were written
-                with other settings.
+            FFMergeError: it cannot be written, or is in use.
+        """
+        if self.root is not None:
+            distributed.on_rank_zero(self._make)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._context.close()
+
+    def open(self, model: nn.Module, resume: bool, fresh: bool) -> Path | None:
+        """The checkpoint to resume from, if there is one; with `fresh` what an earlier run left is removed instead.
+
+        Args:
+            model: as it was when the run began, or with the weights of the checkpoint or the best ones.
+
+        Raises:
+            FFMergeError: the folder holds checkpoints and not `resume`; or they are of another run.
         """
         if self.root is None:
             return None
-        distributed.on_rank_zero(self._make)
+        if fresh:
+            distributed.on_rank_zero(self._clear)
         checkpoints = training_state.folders(self.root, CHECKPOINT)
         if not checkpoints:
             return None
@@ -64,15 +86,16 @@ class RunFolder:
             raise FFMergeError(
                 f"output_dir: {self.root} holds {folder.name} of an earlier run; give another folder, or resume=True"
             )
-        self._check_settings(training_state.read_state(folder)["settings"])
-        self.last_saved = last
+        state = training_state.read_state(folder)
+        self._check(state, folder, model)
+        self.last_saved, self.run = last, state.get("run", self.run)
         return folder
 
     def load_(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Set model, optimiser, random states, history and best metric to a checkpoint's; returns its JSON part."""
-        training_state.load_weights_(folder, model)
-        training_state.load_optimizer_(folder, model, optimizer)
-        training_state.load_random_states(folder, distributed.rank())
+        training_state.load_weights_(folder, model, self.run)
+        training_state.load_optimizer_(folder, model, optimizer, self.run)
+        training_state.load_random_states(folder, distributed.rank(), self.run)
         state = training_state.read_state(folder)
         self.best_metric, self.best_step = state["best_metric"], state["best_step"]
         self.history = [row for row in self._read_log() if row["step"] <= state["step"]]
@@ -96,7 +119,8 @@ class RunFolder:
         weights = training_state.gathered(training_state.model_tensors(model))
         moments = training_state.gathered(training_state.optimizer_tensors(model, optimizer))
         rng = distributed.gather_tensors(training_state.random_states())
-        state = state | {"best_metric": self.best_metric, "best_step": self.best_step, "settings": self.settings}
+        state = state | {"best_metric": self.best_metric, "best_step": self.best_step, "settings": self.signature}
+        state = state | {"run": self.run}
         distributed.on_rank_zero(lambda: self._write(weights, moments, rng, state))
         self.last_saved = state["step"]
 
@@ -110,7 +134,7 @@ class RunFolder:
         self.best_metric, self.best_step = metric, step
         if self.root is not None:
             weights = training_state.gathered(training_state.model_tensors(model))
-            distributed.on_rank_zero(lambda: training_state.save_best(self.root, step, weights))
+            distributed.on_rank_zero(lambda: training_state.save_best(self.root, step, weights, self.run))
         elif self.keep_best:
             self._best_weights = {name: t.detach().clone() for name, t in training_state.model_tensors(model).items()}
         return True
@@ -120,7 +144,7 @@ class RunFolder:
         if self.best_step is None:
             return
         if self.root is not None:
-            training_state.load_weights_(self.root / f"{BEST}-{self.best_step}", model)
+            training_state.load_weights_(self.root / f"{BEST}-{self.best_step}", model, self.run)
             return
         with torch.no_grad():
             for name, tensor in training_state.model_tensors(model).items():
@@ -141,15 +165,22 @@ class RunFolder:
             raise FFMergeError(f"output_dir: {self.root} cannot be made: {error.strerror}") from error
         if not os.access(self.root, os.W_OK):
             raise FFMergeError(f"output_dir: {self.root} cannot be written: no permission")
+        self._context.enter_context(in_use(self.root, "output_dir"))
         training_state.remove_leftovers(self.root)
 
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        for name, value in self.settings.items():
-            if saved.get(name) != value:
-                raise FFMergeError(
-                    f"resume: {name} was {saved.get(name)!r} in {self.root} and is {value!r} now; give the same, or "
-                    "another output_dir"
-                )
+    def _clear(self) -> None:
+        for kind in (CHECKPOINT, BEST):
+            training_state.prune(self.root, kind, keep=[])
+        (self.root / _LOG).unlink(missing_ok=True)
+
+    def _check(self, state: dict[str, Any], checkpoint: Path, model: nn.Module) -> None:
+        now, kept = self.signature, state["settings"]
+        if kept.get("weights", now.get("weights")) != now.get("weights"):  # the trained ones do as well
+            tensors = training_state.gathered(training_state.model_tensors(model))
+            best = self.root / f"{BEST}-{state['best_step']}"
+            if any(training_state.holds(folder, tensors) for folder in (checkpoint, best) if folder.exists()):
+                now["weights"] = kept["weights"]
+        now.check(kept, f"resume: {self.root}")
 
     def _write(self, weights: dict, moments: dict, rng: dict, state: dict[str, Any]) -> None:
         training_state.save_checkpoint(self.root, weights, moments, rng, state)

@@ -12,7 +12,15 @@ from ...support.settings import documented, option
 SCHEDULES = ("inverse_sqrt", "linear", "cosine", "constant")
 AUTOCAST = ("bf16", "fp16")
 PARALLEL = ("ddp", "fsdp2")
-_MAY_CHANGE = ("eval_every", "higher_is_better", "restore_best", "save_every", "resume", "log_every")  # on resume
+_MAY_CHANGE = (  # on resume
+    "eval_every",
+    "higher_is_better",
+    "restore_best",
+    "save_every",
+    "resume",
+    "fresh",
+    "log_every",
+)
 
 
 @documented
@@ -42,6 +50,7 @@ class TrainingSettings:
     restore_best: bool = option(False, "give the model the weights of its best evaluation at the end")
     save_every: int = option(0, "steps between checkpoints; one is written at the end anyway", also=["save_steps"])
     resume: bool = option(True, "go on from the checkpoint in output_dir, if there is one")
+    fresh: bool = option(False, "begin anew: what an earlier run left in output_dir is removed")
     log_every: int = option(10, "steps between rows of loss, lr, gradient norm and speed", also=["logging_steps"])
 
     def of_run(self, steps: int, world_size: int) -> TrainingSettings:

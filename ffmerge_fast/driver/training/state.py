@@ -17,13 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...support.distributed import sharded_like, whole
 from ...support.errors import FFMergeError
-from ...support.files import new_folder, write_json, write_tensors
+from ...support.files import new_folder
+from ...support.sealed import (
+    DamagedError,
+    read_sealed_json,
+    read_sealed_tensors,
+    write_sealed_json,
+    write_sealed_tensors,
+)
 
 CHECKPOINT, BEST = "checkpoint", "best"
 _MODEL, _OPTIMIZER, _RNG, _STATE = "model.safetensors", "optimizer.safetensors", "rng.safetensors", "trainer_state.json"
@@ -58,46 +63,64 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_checkpoint(
     root: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], rng: dict[str, Tensor], state: dict[str, Any]
 ) -> Path:
-    """Write `checkpoint-<state["step"]>`; on failure nothing is left of it and older checkpoints stay.
+    """Write `checkpoint-<state["step"]>` of `state["run"]`; on failure nothing is left of it and older ones stay.
 
     Raises:
         FFMergeError: it cannot be written (no space, no permission).
     """
     path = root / f"{CHECKPOINT}-{state['step']}"
     with new_folder(path, overwrite=True) as folder:
-        write_tensors(folder / _MODEL, model)
-        write_tensors(folder / _OPTIMIZER, optimizer)
-        write_tensors(folder / _RNG, rng)
-        write_json(folder / _STATE, state, indent=2)
+        for file, tensors in ((_MODEL, model), (_OPTIMIZER, optimizer), (_RNG, rng)):
+            write_sealed_tensors(folder / file, tensors, _origin(path, file, state["run"]))
+        write_sealed_json(folder / _STATE, state, indent=2)
     return path
 
 
-def save_best(root: Path, step: int, model: dict[str, Tensor]) -> None:
+def save_best(root: Path, step: int, model: dict[str, Tensor], run: str) -> None:
     """Write `best-<step>`, the weights only."""
-    with new_folder(root / f"{BEST}-{step}", overwrite=True) as folder:
-        write_tensors(folder / _MODEL, model)
+    path = root / f"{BEST}-{step}"
+    with new_folder(path, overwrite=True) as folder:
+        write_sealed_tensors(folder / _MODEL, model, _origin(path, _MODEL, run))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint: step, settings, best metric."""
     try:
-        return json.loads((checkpoint / _STATE).read_text())
-    except (OSError, ValueError) as error:
+        state = read_sealed_json(checkpoint / _STATE)
+    except DamagedError as error:
         raise _damaged(checkpoint, error) from error
+    missing = [name for name in ("step", "settings", "best_metric", "best_step", "pending") if name not in state]
+    if missing or state["step"] != int(checkpoint.name.rpartition("-")[2]):
+        raise _damaged(checkpoint, DamagedError(f"{_STATE} has no {missing[0]}" if missing else "of another step"))
+    return state
 
 
-def load_weights_(folder: Path, model: nn.Module) -> None:
-    """Copy a checkpoint's weights into the model, shared tensors included."""
-    _copy_(model_tensors(model), _load(folder / _MODEL), folder)
+def load_weights_(folder: Path, model: nn.Module, run: str | None = None) -> None:
+    """Copy a checkpoint's weights into the model, shared tensors included.
+
+    Args:
+        run: whose they must be; None: whoever's.
+    """
+    _copy_(model_tensors(model), _load(folder / _MODEL, run), folder)
 
 
-def load_optimizer_(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def holds(folder: Path, tensors: dict[str, Tensor]) -> bool:
+    """Whether a checkpoint's weights are these."""
+    saved = _load(folder / _MODEL)
+    return saved.keys() == tensors.keys() and all(torch.equal(saved[name], t) for name, t in tensors.items())
+
+
+def load_optimizer_(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str | None = None) -> None:
     """Set the optimiser's state to the saved one."""
-    saved = _load(folder / _OPTIMIZER)
+    saved = _load(folder / _OPTIMIZER, run)
     if hasattr(optimizer, "load_named_state"):
         optimizer.load_named_state(saved)
         return
     names = {parameter: name for name, parameter in model.named_parameters()}
+    known = {names[p] for group in optimizer.param_groups for p in group["params"]}
+    unknown = sorted({key.partition("/")[2] for key in saved} - known)
+    if unknown:
+        raise _damaged(folder, DamagedError(f"{_OPTIMIZER} holds moments of {unknown[0]}, which is not trained"))
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         entries = [key for key in saved if key.partition("/")[2] == names[parameter]]
         # copies: in the file's buffer tensors lie at any address, and products of such round otherwise
@@ -124,10 +147,12 @@ def random_states() -> dict[str, Tensor]:
     return states
 
 
-def load_random_states(folder: Path, rank: int) -> None:
+def load_random_states(folder: Path, rank: int, run: str | None = None) -> None:
     """Set this process's random states to those saved for `rank`."""
-    prefix = f"rank{rank}/"
-    states = {key.removeprefix(prefix): value for key, value in _load(folder / _RNG).items() if key.startswith(prefix)}
+    prefix, saved = f"rank{rank}/", _load(folder / _RNG, run)
+    states = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+    if missing := {"torch", "numpy", "python"} - states.keys():
+        raise _damaged(folder, DamagedError(f"{_RNG} has no {prefix}{min(missing)}"))
     torch.set_rng_state(states["torch"])
     kind, keys, *rest = _value(states["numpy"])
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
@@ -188,15 +213,25 @@ def _like(saved: Tensor, tensor: Tensor) -> Tensor:
     return sharded_like(saved.to(tensor.device), tensor)
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _origin(folder: Path, file: str, run: str | None) -> dict[str, str | None]:
+    """Where a file belongs: one that was moved from elsewhere is noticed."""
+    return {"file": f"{folder.name}/{file}", "run": run}
+
+
+def _load(file: Path, run: str | None = None) -> dict[str, Tensor]:
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
+        tensors, origin = read_sealed_tensors(file)
+        wanted = _origin(file.parent, file.name, run)
+        for name, value in wanted.items() if origin is not None else ():
+            if value is not None and origin.get(name) != value:
+                raise DamagedError(f"{file.name} is of another {name}: {origin.get(name)}")
+    except DamagedError as error:
         raise _damaged(file.parent, error) from error
+    return tensors
 
 
-def _damaged(folder: Path, error: Exception) -> FFMergeError:
-    return FFMergeError(f"resume: {folder} cannot be read ({type(error).__name__}); remove it to go on without it")
+def _damaged(folder: Path, error: DamagedError) -> FFMergeError:
+    return FFMergeError(f"resume: {folder} cannot be read ({error}); remove it to go on without it")
 
 
 def _bytes(value: Any) -> Tensor:

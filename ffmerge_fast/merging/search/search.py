@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +14,12 @@ from torch import nn
 
 from ...models.forward import evaluating
 from ...models.summary import ModelSummary
+from ...support.digests import weights_hash
 from ...support.distributed import gather, is_distributed, on_all_ranks, rank, turns_of_rank
 from ...support.errors import FFMergeError
-from ...support.files import write_json
 from ...support.progress import progress
+from ...support.resume import Signature, in_use
+from ...support.sealed import DamagedError, read_sealed_json, write_sealed_json
 from ...support.sizes import parse_bytes
 from ..apply import merged, summary_of_unmerged
 from ..groups import Group, format_layers, windows
@@ -40,6 +42,8 @@ def search(
     batches: Iterable[Any] | None = None,
     max_tokens: int = 2048,
     prefix_memory: int | str = "1GiB",
+    signature: Mapping[str, Any] | None = None,
+    fresh: bool = False,
 ) -> MergePlan:
     """Merge each of the N - window + 1 windows, evaluate without tuning, undo, and keep the best.
 
@@ -65,12 +69,16 @@ def search(
         max_tokens: of "proxy": how many tokens' FFN inputs and outputs are kept in memory, in all layers.
         prefix_memory: bytes, or text such as "8GiB", for the kept outputs: d_model numbers per token that `evaluate`
             gives to the model, and its arguments. Calls beyond it run whole; 0 runs all so.
+        signature: what decides the scores that `evaluate` gives, by name (its data, its metric), as JSON values; kept
+            in `resume` and compared.
+        fresh: begin anew, whatever `resume` holds.
 
     Returns:
         The plan of the best window (the first one among equals), with all scores in `.search`.
 
     Raises:
-        FFMergeError: window too large, statistics of another model, every score NaN, `resume` of another search.
+        FFMergeError: window too large, statistics of another model, every score NaN, `resume` of another search
+            (model, statistics, settings, signature), damaged or in use.
     """
     with on_all_ranks("search"):
         _check_arguments(evaluate, higher_is_better, resume, batches, max_tokens)
@@ -78,8 +86,9 @@ def search(
         found = _checked(model, stats)
         keep = parse_bytes(prefix_memory, "prefix_memory") if prefix_memory else 0
         wanted = {format_layers(g, stats.model.stacks): g for g in windows(stats.model.ffns, window)}
-        settings = {"window": window, "anchor": anchor, "method": method, "seed": seed}
-        scores = _Scores(resume, {"model": stats.model.fingerprint, **settings})
+        decide = {"model": stats.model.fingerprint, "window": window, "anchor": anchor, "method": method, "seed": seed}
+        if resume is not None:
+            decide |= {"weights": weights_hash(model), "statistics": stats.signature(), **(signature or {})}
 
     def planned(groups: Sequence[Group]) -> MergePlan:
         return plan_groups(stats, stats.model, groups, anchor, method, model, seed)
@@ -90,8 +99,10 @@ def search(
     if evaluate == "proxy":
         values = proxy_scores(model, found.ffns, wanted, merged_at, batches, max_tokens)
     else:
-        prefix = PrefixOutputs(model, found.ffns, keep)
-        values = _evaluated(model, wanted, merged_at, evaluate, scores, prefix)
+        with contextlib.ExitStack() as context:
+            with on_all_ranks("search"):
+                scores = context.enter_context(_Scores(resume, decide, fresh))
+            values = _evaluated(model, wanted, merged_at, evaluate, scores, PrefixOutputs(model, found.ffns, keep))
     with on_all_ranks("search"):
         _checked(model, stats)  # after the last window: `evaluate` left the model as it was
     ranked = [(name, values[name]) for name in wanted]
@@ -165,27 +176,42 @@ def sweep(stats: CorrelationStats, sizes: Iterable[int], anchor: str = "first") 
 
 
 class _Scores:
-    """Scores by window, mirrored in a JSON file after each one."""
+    """Scores by window, mirrored in a JSON file after each one. A context manager, as `in_use`."""
 
-    def __init__(self, path: str | os.PathLike | None, settings: dict):
+    def __init__(self, path: str | os.PathLike | None, signature: Mapping[str, Any], fresh: bool):
         self._path = Path(f"{path}.rank{rank()}" if is_distributed() else path) if path else None
-        self._settings, self.values = settings, {}
-        if self._path is not None and self._path.exists():
-            try:
-                content = json.loads(self._path.read_text())
-                found = dict(content["settings"])
-                self.values = {name: float(score) for name, score in content["scores"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise FFMergeError(
-                    f"resume: {self._path} is not a file of search scores; delete it or give another"
-                ) from error
-            if found != settings:
-                differ = [k for k in settings if found.get(k) != settings[k]]
-                raise FFMergeError(
-                    f"resume: {self._path} is of a search with another {', '.join(differ)}; give another file"
-                )
+        self._signature, self._fresh = Signature(signature), fresh
+        self.values: dict[str, float] = {}
+
+    def __enter__(self) -> _Scores:
+        with contextlib.ExitStack() as context:
+            if self._path is not None:
+                context.enter_context(in_use(self._path, "resume"))
+                if self._path.exists() and not self._fresh:
+                    self._read()
+            self._context = context.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._context.close()
+
+    def _read(self) -> None:
+        try:
+            content = read_sealed_json(self._path)
+            kept = dict(content["settings"])
+            self.values = {n: math.nan if score is None else float(score) for n, score in content["scores"].items()}
+        except DamagedError as error:
+            raise FFMergeError(
+                f"resume: {self._path} is not a file of search scores ({error}); delete it or give another"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FFMergeError(
+                f"resume: {self._path} is not a file of search scores; delete it or give another"
+            ) from error
+        self._signature.check(kept, f"resume: {self._path}")
 
     def add(self, name: str, score: float) -> None:
         self.values[name] = score
         if self._path is not None:
-            write_json(self._path, {"settings": self._settings, "scores": self.values})
+            scores = {n: None if math.isnan(value) else value for n, value in self.values.items()}  # JSON has no NaN
+            write_sealed_json(self._path, {"settings": self._signature, "scores": scores})

@@ -87,10 +87,10 @@ def test_folder_holds_each_weight_once_and_no_pickle(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(lr=2e-2), r"lr was 0.01 in .* and is 0.02 now"),
-        (dict(accumulate=1), "accumulate was 2"),
-        (dict(schedule="constant"), "schedule was 'inverse_sqrt'"),
-        (dict(seed=3), "seed was 0"),
+        (dict(lr=2e-2), "made with other lr: 0.01 there, 0.02 now; .*--fresh"),
+        (dict(accumulate=1), "other accumulate: 2 there"),
+        (dict(schedule="constant"), "other schedule: 'inverse_sqrt' there"),
+        (dict(seed=3), "other seed: 0 there"),
         (dict(resume=False), "holds checkpoint-4 of an earlier run"),
     ],
 )

@@ -156,6 +156,22 @@ def test_scores_that_are_nan_survive_a_resume(tmp_path):
     assert first.layers == again.layers == "2-4" and math.isnan(again.search[0][1])
 
 
+def test_a_flipped_bit_of_the_scores_is_no_other_window(tmp_path):
+    model, stats, _ = setting()
+    file, scores = tmp_path / "scores.json", iter([1.5, 2.5, 3.5, 4.5])
+    found = ff.search(model, stats, window=3, evaluate=lambda m: next(scores), resume=file)
+    content, refused = file.read_bytes(), 0
+    for place in range(content.index(b'"scores"'), len(content)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        try:
+            again = ff.search(model, stats, window=3, evaluate=lambda m: 1 / 0, resume=file)
+            assert again.to_dict() == found.to_dict()
+        except ff.FFMergeError as error:
+            assert "resume: " in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 0.7 * (len(content) - content.index(b'"scores"'))
+
+
 def test_the_file_of_another_search_is_refused(tmp_path):
     model, stats, loss = setting()
     file = tmp_path / "scores.json"
@@ -166,9 +182,21 @@ def test_the_file_of_another_search_is_refused(tmp_path):
         (dict(anchor="last"), "anchor"),
         (dict(method="average"), "method"),
     ):
-        with pytest.raises(ff.FFMergeError, match=f"resume: .* is of a search with another {name}; give another file"):
+        with pytest.raises(ff.FFMergeError, match=f"resume: .* was made with other {name}: .*--fresh"):
             ff.search(model, stats, evaluate=loss, resume=file, **dict(window=3) | change)
+    ff.search(model, stats, 3, loss, resume=tmp_path / "m", signature={"metric": "loss"})
+    with pytest.raises(ff.FFMergeError, match="was made with other metric: 'loss' there, 'accuracy' now"):
+        ff.search(model, stats, 3, loss, resume=tmp_path / "m", signature={"metric": "accuracy"})
+    others = ff.collect(model, [tiny_inputs(model, batch=8, seed=i) for i in range(1, 4)], window=4)
+    with pytest.raises(ff.FFMergeError, match="was made with other statistics"):
+        ff.search(model, others, 3, loss, resume=file)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 5] += 1e-6
+    with pytest.raises(ff.FFMergeError, match="was made with other weights"):
+        ff.search(model, stats, 3, loss, resume=file)
     assert file.read_bytes() == before
+    fresh = ff.search(model, stats, 2, lambda m: 7.0, resume=file, fresh=True)
+    assert set(json.loads(file.read_text())["scores"].values()) == {7.0} == {score for _, score in fresh.search}
     for content in (
         "",
         "[1, 2]",
