@@ -23,7 +23,9 @@ from ..models.ties import is_merged
 from ..support.env import online, require
 from ..support.errors import FFMergeError
 from ..support.files import new_folder, one_line, write_json, write_tensors, write_text
+from ..support.tensors import check_weights
 from .manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
+from .written import check_written
 
 EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
 _WEIGHTS = "model.safetensors"
@@ -53,8 +55,9 @@ def save_pretrained(
 
     Raises:
         FFMergeError: folder not empty or not writable, disk full (what was there before stays); a merged model whose
-            class is not transformers' own.
+            class is not transformers' own; NaN or Inf in a weight; what was written is not the model.
     """
+    check_weights(model)
     if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
         raise FFMergeError(
             f"{type(model).__name__} is merged in memory only, as it is not a class of transformers itself; call "
@@ -70,6 +73,7 @@ def save_pretrained(
         for name, text in (extras or {}).items():
             write_text(beside / EXTRAS / name, text)
         write_json(beside / MANIFEST, describe(model, beside))
+        check_written(beside, model)
 
 
 def _save_plain(model: nn.Module, folder: Path) -> None:

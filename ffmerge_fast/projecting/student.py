@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..models.ties import groups_among
 from ..support.distributed import is_sharded, whole
 from ..support.errors import FFMergeError
+from ..support.tensors import not_inference
 from .axes import Axis, ModelAxes, resized
 from .selection import Selection, Sizes
 
@@ -94,6 +95,7 @@ def _copy_buffers_(model: nn.Module, student: nn.Module) -> None:
             buffer.copy_(own[name])
 
 
+@not_inference
 def fold(student: nn.Module) -> nn.Module:
     """A copy of the student in evaluation mode and without gradients; W, P and R are not part of it.
 

@@ -19,6 +19,7 @@ from ...support.errors import FFMergeError
 from ...support.files import write_json
 from ...support.progress import progress
 from ...support.sizes import parse_bytes
+from ...support.tensors import is_usable, not_inference
 from ..apply import merged, summary_of_unmerged
 from ..groups import Group, format_layers, windows
 from ..plan import MergePlan, check_given, plan, plan_groups, rank_windows
@@ -27,6 +28,7 @@ from .prefix import PrefixOutputs
 from .proxy import proxy_scores
 
 
+@not_inference
 def search(
     model: nn.Module,
     stats: CorrelationStats,
@@ -70,7 +72,7 @@ def search(
         The plan of the best window (the first one among equals), with all scores in `.search`.
 
     Raises:
-        FFMergeError: window too large, statistics of another model, every score NaN, `resume` of another search.
+        FFMergeError: window too large, statistics of another model, every score NaN or Inf, `resume` of another search.
     """
     with on_all_ranks("search"):
         _check_arguments(evaluate, higher_is_better, resume, batches, max_tokens)
@@ -95,9 +97,9 @@ def search(
     with on_all_ranks("search"):
         _checked(model, stats)  # after the last window: `evaluate` left the model as it was
     ranked = [(name, values[name]) for name in wanted]
-    usable = [(name, value) for name, value in ranked if not math.isnan(value)]
+    usable = [(name, value) for name, value in ranked if is_usable(value, f"search: the score of layers {name}")]
     if not usable:
-        raise FFMergeError("search: every window's score is NaN; check `evaluate` on the unmerged model")
+        raise FFMergeError("search: every window's score is NaN or Inf; check `evaluate` on the unmerged model")
     best = (max if higher_is_better else min)(usable, key=lambda entry: entry[1])[0]
     chosen = planned(wanted[best])
     chosen.search = ranked
@@ -164,6 +166,10 @@ def sweep(stats: CorrelationStats, sizes: Iterable[int], anchor: str = "first") 
     return rows
 
 
+def _number(score: float | None) -> float:
+    return math.nan if score is None else float(score)  # JSON has no NaN
+
+
 class _Scores:
     """Scores by window, mirrored in a JSON file after each one."""
 
@@ -174,7 +180,7 @@ class _Scores:
             try:
                 content = json.loads(self._path.read_text())
                 found = dict(content["settings"])
-                self.values = {name: float(score) for name, score in content["scores"].items()}
+                self.values = {name: _number(score) for name, score in content["scores"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FFMergeError(
                     f"resume: {self._path} is not a file of search scores; delete it or give another"
