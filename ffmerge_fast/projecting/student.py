@@ -12,7 +12,7 @@ from ..models.ties import groups_among
 from ..support.distributed import is_sharded, whole
 from ..support.errors import FFMergeError
 from ..support.tensors import not_inference
-from .axes import Axis, ModelAxes, resized
+from .axes import Axis, ModelAxes
 from .selection import Selection, Sizes
 
 
@@ -49,9 +49,7 @@ def fresh_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, seed: int =
     Raises:
         FFMergeError: FFNs are shared in a way that the config does not say.
     """
-    config = resized(model, sizes.d_model, sizes.d_ff, sizes.heads(layout))
-    if sizes.untie:
-        config.tie_word_embeddings = False
+    config = sizes.config(model, layout)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         student = type(model)(config)
