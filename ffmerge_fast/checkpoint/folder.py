@@ -23,7 +23,7 @@ from ..models.ties import is_merged
 from ..support.env import online, require
 from ..support.errors import FFMergeError
 from ..support.files import new_folder, one_line, write_json, write_tensors, write_text
-from ..support.tensors import check_weights
+from ..support.tensors import check_weights, not_inference
 from .manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
 from .written import check_written
 
@@ -90,6 +90,7 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
+@not_inference
 def from_pretrained(
     folder: str | os.PathLike, model: nn.Module | None = None, check: bool = True, **options
 ) -> nn.Module:

@@ -15,6 +15,7 @@ from ..support.errors import FFMergeError
 from ..support.tensor_files import DTYPES, Reader, WeightEntry, entries_of, is_plain, memory
 from .manifest import MANIFEST, digest, read_manifest
 
+Named = list[tuple[str, Tensor]]  # one tensor under its names
 _READER = Reader("folder", "what was saved", "save the model again", "folder")
 
 
@@ -28,7 +29,7 @@ def check_written(folder: Path, model: nn.Module) -> None:
     entries = entries_of(folder, _READER)
     manifest = read_manifest(folder / MANIFEST)
     weights = _distinct(model)
-    if all(is_plain(w) and not w.is_meta for w in weights.values()):
+    if all(is_plain(same[0][1]) and not same[0][1].is_meta for same in weights):
         _check_headers(model, weights, entries)
     _check_ties(folder, manifest)
     prefix = getattr(model, "base_model_prefix", "")
@@ -38,12 +39,12 @@ def check_written(folder: Path, model: nn.Module) -> None:
             raise _not_written(model, f"{name} has other values")
 
 
-def _check_headers(model: nn.Module, weights: dict[str, Tensor], entries: dict[str, WeightEntry]) -> None:
+def _check_headers(model: nn.Module, weights: list[Named], entries: dict[str, WeightEntry]) -> None:
     """Every weight once; what the class does not save may be missing."""
     unsaved = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ()]
     found = Counter((entry.dtype, entry.shape) for entry in entries.values())
-    known = Counter(map(_kind, weights.values()))
-    needed = Counter(_kind(w) for name, w in weights.items() if not any(u.search(name) for u in unsaved))
+    known = Counter(_kind(same) for same in weights)
+    needed = Counter(_kind(same) for same in weights if not all(any(u.search(n) for u in unsaved) for n, _ in same))
     for wrong, what in ((needed - found, "lack"), (found - known, "have too many")):
         if wrong:
             dtype, shape = next(iter(wrong))
@@ -61,15 +62,17 @@ def _check_ties(folder: Path, manifest: dict[str, Any]) -> None:
         raise FFMergeError(f"folder: its config.json groups other layers than the model's, {wanted}; nothing was kept")
 
 
-def _distinct(model: nn.Module) -> dict[str, Tensor]:
-    """{name: parameter or saved buffer}, each tensor once, of the dtypes that weights have."""
-    state = model.state_dict(keep_vars=True)
-    named = {memory(t): (n, t) for n, t in state.items() if isinstance(t, Tensor) and t.dtype in DTYPES.values()}
-    return dict(named.values())
+def _distinct(model: nn.Module) -> list[Named]:
+    """Parameters and saved buffers of the dtypes that weights have: each with all its names."""
+    found: dict[tuple, Named] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.dtype in DTYPES.values():
+            found.setdefault(memory(tensor), []).append((name, tensor))
+    return list(found.values())
 
 
-def _kind(weight: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    return weight.dtype, tuple(weight.shape)
+def _kind(same: Named) -> tuple[torch.dtype, tuple[int, ...]]:
+    return same[0][1].dtype, tuple(same[0][1].shape)
 
 
 def _not_written(model: nn.Module, what: str) -> FFMergeError:
