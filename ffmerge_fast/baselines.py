@@ -16,8 +16,10 @@ from .projecting.importance import Importance
 from .projecting.projector import chosen, resolve
 from .projecting.settings import Widths
 from .projecting.student import build_student, fresh_student
+from .support.tensors import not_inference
 
 
+@not_inference
 def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anchor: str = "first") -> nn.Module:
     """A copy of `model` in which all layers of a group use the anchor's FFN as it is ("copy" in tables).
 
@@ -40,6 +42,7 @@ def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anch
     return merge_(tied, plan(layers=layers, anchor=anchor, method="average", model=tied))
 
 
+@not_inference
 def hard_prune(
     model: nn.Module,
     keep: float | None = None,
@@ -61,6 +64,7 @@ def hard_prune(
     return build_student(model, layout, sizes, chosen(model, base, layout, sizes, importance))
 
 
+@not_inference
 def from_scratch(
     model: nn.Module,
     keep: float | None = None,

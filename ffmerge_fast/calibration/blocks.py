@@ -25,8 +25,10 @@ class Flow:
     out: Tensor | None = None  # out of the block
 
     def stream(self, pre_norm: bool) -> Tensor:
-        """The residual stream that y is added to."""
-        return at_least_float32(self.out) - at_least_float32(self.y) if pre_norm else at_least_float32(self.x)
+        """The residual stream that y is added to, in its shape: a block may flatten tokens before its FFN (OPT)."""
+        if not pre_norm:
+            return at_least_float32(self.x)
+        return at_least_float32(self.out).reshape(self.y.shape) - at_least_float32(self.y)
 
 
 class BlockPasses(FFNPasses):

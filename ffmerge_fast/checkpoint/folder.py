@@ -19,9 +19,11 @@ from ..models.ties import is_merged
 from ..support.env import online, require
 from ..support.errors import FFMergeError
 from ..support.files import new_folder, write_json, write_tensors, write_text
+from ..support.tensors import check_weights, not_inference
 from .contents import WEIGHTS, check_model
 from .manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
 from .trusted import load_model
+from .written import check_written
 
 EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
 
@@ -50,8 +52,9 @@ def save_pretrained(
 
     Raises:
         FFMergeError: folder not empty or not writable, disk full (what was there before stays); a merged model whose
-            class is not transformers' own.
+            class is not transformers' own; NaN or Inf in a weight; what was written is not the model.
     """
+    check_weights(model)
     if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
         raise FFMergeError(
             f"{type(model).__name__} is merged in memory only, as it is not a class of transformers itself; call "
@@ -67,6 +70,7 @@ def save_pretrained(
         for name, text in (extras or {}).items():
             write_text(beside / EXTRAS / name, text)
         write_json(beside / MANIFEST, describe(model, beside))
+        check_written(beside, model)
 
 
 def _save_plain(model: nn.Module, folder: Path) -> None:
@@ -83,6 +87,7 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
+@not_inference
 def from_pretrained(
     folder: str | os.PathLike,
     model: nn.Module | None = None,

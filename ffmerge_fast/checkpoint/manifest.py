@@ -55,15 +55,17 @@ def hashes_of_shared(model: nn.Module) -> dict[str, str]:
     groups = shared_groups(model)
     ffns = find_ffns(model) if groups else FFNs()
     return {
-        f"{path}.{name}": hashlib.sha256(_raw(parameter)).hexdigest()
+        f"{path}.{name}": digest(parameter)
         for stack, layers in groups
         for path in ffns.at(stack, layers[0]).shared
         for name, parameter in model.get_submodule(path).named_parameters()
     }
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's values."""
+    raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashlib.sha256(raw).hexdigest()
 
 
 def _sha256(path: Path) -> str:

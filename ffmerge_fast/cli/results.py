@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from typing import Any, NamedTuple
@@ -17,7 +16,9 @@ class Result(NamedTuple):
     text: str
 
     def print(self, as_json: bool) -> None:
-        print(json.dumps(self.values, indent=1, default=str) if as_json else self.text)
+        from ..support.files import json_text
+
+        print(json_text(self.values, indent=1) if as_json else self.text)
 
 
 def is_first_rank() -> bool:

@@ -82,7 +82,7 @@ def nll(
 
 
 def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
-    """Share (0 to 1) of examples whose highest logit is at their label.
+    """Share (0 to 1) of examples whose highest logit is at their label; NaN if a logit is NaN.
 
     Raises:
         FFMergeError: there is no example.
@@ -93,7 +93,8 @@ def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
             batch = to_device_and_dtype(batch, model)
             labels = batch["labels"]
             inputs = {name: value for name, value in batch.items() if name != "labels"}
-            right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+            logits = model(**inputs).logits
+            right += int((logits.argmax(-1) == labels).sum()) if not logits.isnan().any() else math.nan
             count += len(labels)
     if not count:
         raise FFMergeError("accuracy: no examples; give at least one labelled example")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ..merging.recover.distill import local_distill_
 from ..merging.recover.refit import refit_
 from ..merging.recover.reports import DistillReport, RefitReport
 from ..support.errors import FFMergeError
+from ..support.files import json_text
 from ..support.timing import timed
 
 # function(model, teacher, batches, **options) -> report, with to_dict() and a text
@@ -37,9 +37,9 @@ class MergeRun:
 
     def files(self) -> dict[str, str]:
         """{name: text} of plan and reports, as `save_pretrained(extras=...)` takes them."""
-        found = {"plan.json": json.dumps(self.plan.to_dict()), "plan.txt": f"{self.plan}\n"}
+        found = {"plan.json": json_text(self.plan.to_dict()), "plan.txt": f"{self.plan}\n"}
         for name, report in self.reports.items():
-            found |= {f"{name}.json": json.dumps(report.to_dict()), f"{name}.txt": f"{report}\n"}
+            found |= {f"{name}.json": json_text(report.to_dict()), f"{name}.txt": f"{report}\n"}
         return found
 
     def __str__(self) -> str:

@@ -16,9 +16,11 @@ from ..models.summary import ModelSummary
 from ..models.ties import config_section, groups_among
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
+from ..support.tensors import not_inference
 from .plan import MergeGroup, MergePlan
 
 
+@not_inference
 def merge_(model: nn.Module, plan: MergePlan) -> nn.Module:
     """Merge the FFNs of `model` in place: k modules of each group become one shared module (paper A, eqs. 3 to 6).
 
@@ -33,6 +35,7 @@ def merge_(model: nn.Module, plan: MergePlan) -> nn.Module:
     return _merge_checked_(model, plan, _checked(model, plan))
 
 
+@not_inference
 def merge(model: nn.Module, plan: MergePlan) -> nn.Module:
     """`merge_` on a copy; `model` stays as it is."""
     ffns = _checked(model, plan)
@@ -58,6 +61,7 @@ def merged(model: nn.Module, plan: MergePlan, checked: ModelSummary) -> Iterator
             set_module(model, path, module)
 
 
+@not_inference
 def expand_(model: nn.Module) -> nn.Module:
     """Undo the tie in place: every layer gets its own copy of its FFN, for tools that cannot share.
 
@@ -122,6 +126,7 @@ def _checked(model: nn.Module, plan: MergePlan) -> FFNs:
 
 def _fitting(model: nn.Module, plan: MergePlan, found: ModelSummary) -> FFNs:
     plan.model.check(found, "plan")
+    plan.check(found.ffns)
     for group in plan.groups:
         _check_parameters(model, found.ffns.of(group.stack, group.layers))
     return found.ffns

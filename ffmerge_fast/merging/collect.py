@@ -19,10 +19,12 @@ from ..support.digests import content_hash, weights_hash
 from ..support.distributed import gather, on_all_ranks, share_of_rank, world_size
 from ..support.errors import FFMergeError
 from ..support.resume import RunningSums
+from ..support.tensors import not_inference
 from .groups import anchor_of, parse_layers, windows
 from .statistics import CorrelationStats, Pair, layer_pairs
 
 
+@not_inference
 def collect(
     model: nn.Module,
     batches: Iterable[Any],

@@ -31,13 +31,21 @@ def parse_layers(layers: str | Sequence | Mapping, ffns: FFNs) -> list[Group]:
     stacks = ffns.by_stack()
     groups: list[Group] = []
     for stack, indices in _terms(layers):
-        if stack and stack not in stacks:
-            raise FFMergeError(f"layers: stack {stack!r} not in this model, which has {', '.join(stacks)}")
         groups += [(name, tuple(sorted(indices))) for name in ([stack] if stack else stacks)]
+    check_groups(groups, ffns)
+    return groups
+
+
+def check_groups(groups: Sequence[Group], ffns: FFNs) -> None:
+    """Raise FFMergeError unless every group has two equal FFNs or more of one stack, and no FFN is in two groups."""
+    stacks = ffns.by_stack()
+    if not groups:
+        raise FFMergeError("layers: got no group, wanted at least one")
     for stack, indices in groups:
+        if stack not in stacks:
+            raise FFMergeError(f"layers: stack {stack!r} not in this model, which has {', '.join(stacks)}")
         _check_group(stack, indices, stacks[stack])
     _check_disjoint(groups)
-    return groups
 
 
 def format_layers(groups: Sequence[Group], stacks: Sequence[str]) -> str:

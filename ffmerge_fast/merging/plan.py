@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.sublayers import FFNs
 from ..models.summary import ModelSummary
 from ..support.errors import FFMergeError
 from ..support.sealed import DamagedError, sealed, unsealed
 from ..support.sizes import format_bytes
 from ..support.tables import format_table
-from .groups import Group, anchor_of, format_layers, parse_layers, windows
+from ..support.tensors import not_inference
+from .groups import Group, anchor_of, check_groups, format_indices, format_layers, parse_layers, windows
 from .methods import MATCHES, Sources
 from .settings import METHODS
 from .statistics import CorrelationStats
+
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,28 @@ class MergeGroup:
     anchor: int
     permutations: Mapping[int, Tensor]
     scores: Mapping[int, tuple[float, float]]
+
+    def check(self, ffns: FFNs) -> None:
+        """Raise FFMergeError unless anchor, permutations and scores fit these layers, which do exist."""
+        name, wanted = f"{self.stack} {format_indices(self.layers)}", set(self.layers)
+        if list(self.layers) != sorted(self.layers):
+            raise FFMergeError(f"layers: got {list(self.layers)}, wanted them in rising order")
+        if self.anchor not in wanted:
+            raise FFMergeError(f"anchor: got layer {self.anchor!r}, wanted one of group {name}")
+        if self.permutations.keys() != wanted:
+            raise FFMergeError(f"permutations: got layers {sorted(self.permutations)}, wanted those of group {name}")
+        for layer, permutation in self.permutations.items():
+            identity = torch.arange(ffns.at(self.stack, layer).d_ff)
+            found = permutation.cpu() if layer == self.anchor else permutation.cpu().sort().values
+            if not torch.equal(found, identity):
+                what = "the identity, as it is the anchor" if layer == self.anchor else "a permutation"
+                raise FFMergeError(
+                    f"permutations: layer {layer} of group {name} has {list(permutation.shape)} numbers that are not "
+                    f"{what} of its {len(identity)} neurons"
+                )
+        for layer, scores in self.scores.items():
+            if layer not in wanted - {self.anchor} or len(scores) != 2 or not all(map(math.isfinite, scores)):
+                raise FFMergeError(f"scores: got {list(scores)} for layer {layer} of group {name}, wanted two numbers")
 
 
 @dataclass
@@ -78,6 +105,20 @@ class MergePlan:
         removed = (ffn for g in self.groups for ffn in self.model.ffns.of(g.stack, g.layers[1:]))
         return sum(getattr(ffn, attribute) for ffn in removed)
 
+    def __post_init__(self):
+        self.check(self.model.ffns)
+
+    def check(self, ffns: FFNs) -> None:
+        """Raise FFMergeError unless the plan is one, as a whole, for a model with these FFNs."""
+        try:
+            if self.method not in METHODS:
+                raise FFMergeError(f"method: got {self.method!r}, wanted one of {', '.join(METHODS)}")
+            check_groups([(group.stack, group.layers) for group in self.groups], ffns)
+            for group in self.groups:
+                group.check(ffns)
+        except FFMergeError as error:
+            raise FFMergeError(f"plan: {error}; make it again with `ffmerge plan` (ffmerge_fast.plan)") from None
+
     def __str__(self) -> str:
         rows = []
         for number, group in enumerate(self.groups):
@@ -107,35 +148,49 @@ class MergePlan:
             for g in self.groups
         ]
         search = [list(entry) for entry in self.search]
-        values = {"format": 1, "model": self.model.to_dict(), "method": self.method, "groups": groups, "search": search}
+        values = {
+            "format": FORMAT,
+            "model": self.model.to_dict(),
+            "method": self.method,
+            "groups": groups,
+            "search": search,
+        }
         return sealed(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MergePlan:
+        """Read what `to_dict` gave.
+
+        Raises:
+            FFMergeError: it is none, or of another format; what it says is no plan.
+        """
         try:
+            if values["format"] != FORMAT:
+                raise FFMergeError(f"plan: got format {values['format']!r}, this version reads {FORMAT}")
             groups = [
                 MergeGroup(
                     g["stack"],
-                    tuple(g["layers"]),
-                    g["anchor"],
-                    {int(i): torch.tensor(p, dtype=torch.int64) for i, p in g["permutations"].items()},
-                    {int(i): tuple(s) for i, s in g["scores"].items()},
+                    tuple(map(_index, g["layers"])),
+                    _index(g["anchor"]),
+                    {int(i): _permutation(p) for i, p in g["permutations"].items()},
+                    {int(i): tuple(map(float, s)) for i, s in g["scores"].items()},
                 )
                 for g in values["groups"]
             ]
-            search = [tuple(entry) for entry in values["search"]]
-            model = ModelSummary.from_dict(values["model"])
-            _check_permutations(groups, model)
+            search = [(str(layers), math.nan if score is None else float(score)) for layers, score in values["search"]]
             unsealed(values)
-            return cls(model, values["method"], groups, search)
+            return cls(ModelSummary.from_dict(values["model"]), values["method"], groups, search)
         except DamagedError as error:
             raise FFMergeError(f"plan: {error}; make it again with `ffmerge plan`") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except FFMergeError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             raise FFMergeError(
                 f"plan: not the content of a plan file ({error!r}); make it with `ffmerge plan`"
             ) from error
 
 
+@not_inference
 def plan(
     stats: CorrelationStats | None = None,
     layers: str | Sequence | Mapping | None = None,
@@ -228,11 +283,17 @@ def plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, 
     return MergePlan(summary, method, made)
 
 
-def _check_permutations(groups: Sequence[MergeGroup], model: ModelSummary) -> None:
-    for group in groups:
-        for ffn in model.ffns.of(group.stack, group.layers):
-            if not torch.equal(group.permutations[ffn.index].sort().values, torch.arange(ffn.d_ff)):
-                raise ValueError(f"{ffn.stack} layer {ffn.index} has no permutation of its {ffn.d_ff} neurons")
+def _index(value: object) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a layer")
+    return value
+
+
+def _permutation(values: Sequence[int]) -> Tensor:
+    found = torch.tensor(values)
+    if found.dtype != torch.int64:
+        raise ValueError("a permutation holds other values than integers")
+    return found
 
 
 def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..support.errors import FFMergeError
@@ -38,11 +39,18 @@ def to_device_and_dtype(batch: Any, model: nn.Module) -> Any:
 
 
 def _with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    def changed(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = change(value)
+        keep = torch.is_inference_mode_enabled() or not value.is_inference()
+        return value if keep else value.clone()  # which gradients can be taken of
+
     if isinstance(batch, Mapping):
-        return {name: change(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return {name: changed(value) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return tuple(change(value) if isinstance(value, Tensor) else value for value in batch)
-    return change(batch) if isinstance(batch, Tensor) else batch
+        return tuple(map(changed, batch))
+    return changed(batch)
 
 
 def run(model: nn.Module, batch: Any) -> Any:

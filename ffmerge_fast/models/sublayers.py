@@ -9,7 +9,9 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from ..support.distributed import is_sharded
 from ..support.errors import FFMergeError
+from ..support.tensors import has_memory
 from .families import MERGED_TYPE_PREFIX, STACKS, FFNSpec, specs_of
 from .projections import in_features, out_features
 
@@ -80,8 +82,11 @@ class FFNs(list[FFNSublayer]):
         return {(ffn.stack, ffn.index): ffn for ffn in self}
 
 
-def find_ffns(model: nn.Module) -> FFNs:
+def find_ffns(model: nn.Module, quantised: bool = False) -> FFNs:
     """Every FFN sublayer of `model`, encoder first, in layer order.
+
+    Args:
+        quantised: also those whose weights are of a quantised class with the shape of a weight (torchao's).
 
     Raises:
         FFMergeError: unknown family (names the spec to write), mixture-of-experts blocks, quantised or
@@ -92,7 +97,7 @@ def find_ffns(model: nn.Module) -> FFNs:
     for spec in specs:
         if spec.stack in found:
             continue
-        sublayers = _stack_sublayers(model, spec)
+        sublayers = _stack_sublayers(model, spec, quantised)
         if sublayers:
             found[spec.stack] = sublayers
     if not found:
@@ -157,17 +162,18 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _stack_sublayers(model: nn.Module, spec: FFNSpec) -> list[FFNSublayer]:
+def _stack_sublayers(model: nn.Module, spec: FFNSpec, quantised: bool) -> list[FFNSublayer]:
     for base in dict.fromkeys((base_model_path(model), "")):
         layers_path = join(base, spec.layers)
         layers = get(model, layers_path)
         if layers is not None and (spec.layers or isinstance(layers, (nn.ModuleList, nn.Sequential))):
             names = [n for n, _ in layers.named_children()]
-            return [s for i, n in enumerate(names) if (s := _sublayer(model, spec, i, join(layers_path, n)))]
+            paths = [join(layers_path, name) for name in names]
+            return [s for i, path in enumerate(paths) if (s := _sublayer(model, spec, i, path, quantised))]
     return []
 
 
-def _sublayer(model: nn.Module, spec: FFNSpec, index: int, path: str) -> FFNSublayer | None:
+def _sublayer(model: nn.Module, spec: FFNSpec, index: int, path: str, quantised: bool) -> FFNSublayer | None:
     up, down = get(model, join(path, spec.up)), get(model, join(path, spec.down))
     gate = get(model, join(path, spec.gate)) if spec.gate else None
     if up is None or down is None or (spec.gate and gate is None):
@@ -175,7 +181,7 @@ def _sublayer(model: nn.Module, spec: FFNSpec, index: int, path: str) -> FFNSubl
         return None
     for name, module in ((spec.up, up), (spec.down, down), (spec.gate, gate)):
         if module is not None:
-            _check_projection(join(path, name), module)
+            _check_projection(join(path, name), module, quantised)
     width = out_features(up)
     d_ff = width // 2 if spec.fused else width
     if in_features(down) != d_ff:
@@ -203,7 +209,7 @@ def _sublayer(model: nn.Module, spec: FFNSpec, index: int, path: str) -> FFNSubl
     )
 
 
-def _check_projection(path: str, module: nn.Module) -> None:
+def _check_projection(path: str, module: nn.Module, quantised: bool) -> None:
     if hasattr(module, "base_layer"):
         raise FFMergeError(
             f"{path} is wrapped by an adapter ({type(module).__name__}): merge or unload the adapter first"
@@ -211,10 +217,10 @@ def _check_projection(path: str, module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise FFMergeError(f"{path} is a {type(module).__name__}: wanted a linear projection with a 2-d weight")
-    if not weight.is_floating_point():
-        raise FFMergeError(
-            f"{path} is quantised ({weight.dtype}): load the model in fp32, bf16 or fp16, merge, then quantise"
-        )
+    wrapped = not has_memory(weight) and not is_sharded(weight)  # such a class may claim to be floating
+    if not weight.is_floating_point() or (wrapped and not quantised):
+        kind = type(weight).__name__ if wrapped else weight.dtype
+        raise FFMergeError(f"{path} is quantised ({kind}): load the model in fp32, bf16 or fp16, merge, then quantise")
 
 
 # ----------------------------------------------------------------------------------------------- projection modules

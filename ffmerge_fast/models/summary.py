@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..support.errors import FFMergeError
+from ..support.tensors import check_weights
 from .streamed import refuse_streamed
 from .sublayers import FFNs, FFNSublayer, base_model_type, find_ffns
 
@@ -36,9 +37,11 @@ class ModelSummary:
             read: gives a weight's values; for weights on "meta", from where they are.
 
         Raises:
-            FFMergeError: as `find_ffns`; the model is streamed.
+            FFMergeError: as `find_ffns`; the model is streamed; NaN or Inf in a weight that is in memory.
         """
         ffns = find_ffns(model) if ffns is None else ffns
+        refuse_streamed(model, "statistics, plans and scores of a model")
+        check_weights(model)
         weights = list(model.parameters())
         return cls(
             model_type=base_model_type(model),
@@ -75,11 +78,7 @@ def fingerprint(model: nn.Module, ffns: FFNs, read: Callable[[Tensor], Tensor] =
 
     Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
     where it is, well below a forward pass.
-
-    Raises:
-        FFMergeError: the model is streamed.
     """
-    refuse_streamed(model, "statistics, plans and scores of a model")
     digest = hashlib.sha256()
     for ffn in ffns:
         digest.update(repr((ffn.key, ffn.signature)).encode())

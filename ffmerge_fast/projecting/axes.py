@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.projections import delta_rank, is_conv1d
+from ..models.projections import delta_rank, is_conv1d, out_features
 from ..models.sublayers import FFNs, base_model_type, find_ffns, get, join
 from ..support.errors import FFMergeError
 
@@ -57,6 +57,10 @@ class Attention:
     query: str  # paths of the projections; query and key are the same module where they are fused
     key: str
 
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class ModelAxes:
@@ -84,7 +88,8 @@ class ModelAxes:
 
         Raises:
             FFMergeError: not a transformers model; a family that `find_ffns` does not know, or whose attention is none
-                of the known forms; FFNs of unequal width in one stack; low-rank deltas.
+                of the known forms (also: grouped, of a width that follows d_model); FFNs of
+                unequal width in one stack; low-rank deltas.
         """
         _check_kind(model)
         ffns = find_ffns(model)
@@ -99,6 +104,12 @@ class ModelAxes:
             axes[name] = tuple(known.get(d, Axis(MODEL) if d in grew[name] else None) for d in range(parameter.ndim))
         used = {axis.key for of in axes.values() for axis in of if axis is not None and axis.role == ATTENTION}
         attentions = {path: attention for path, attention in attentions.items() if path in used}
+        for path, attention in attentions.items():
+            if attention.key != attention.query and out_features(model.get_submodule(attention.key)) != attention.width:
+                raise FFMergeError(
+                    f"project: {path} has fewer keys than queries, and its width follows d_model: not supported for "
+                    f"this {base_model_type(model)!r}"
+                )
         return cls(ffns, model.config.hidden_size, widths, attentions, readers, axes)
 
     @property

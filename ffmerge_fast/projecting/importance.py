@@ -20,6 +20,7 @@ from ..support.distributed import is_distributed, sum_over_ranks
 from ..support.errors import FFMergeError
 from ..support.resume import RunningSums
 from ..support.sealed import DamagedError, read_sealed_tensors, write_sealed_tensors
+from ..support.tensors import check_finite, not_inference
 from .activations import ActivationPasses
 from .axes import ATTENTION, FFN, MODEL, ModelAxes
 from .settings import FEATURES
@@ -48,7 +49,7 @@ class Importance:
     tokens: int = 0
 
     def check(self, model: nn.Module) -> None:
-        """Raise FFMergeError unless the scores are of `model`."""
+        """Raise FFMergeError unless the scores are of `model`, and finite."""
         self.check_summary(ModelSummary.of(model))
 
     def check_summary(self, given: ModelSummary) -> None:
@@ -58,6 +59,7 @@ class Importance:
                 f"importance: is of another model ({self.model_type} {self.fingerprint}; this one is "
                 f"{given.model_type} {given.fingerprint}); measure it again on this one"
             )
+        check_finite("importance", self.scores.items(), "measure it again")
 
     def save(self, path: str | os.PathLike, **done: Any) -> None:
         """Write one safetensors file with a JSON header; complete or absent."""
@@ -88,6 +90,7 @@ class Importance:
         return cls(scores=scores, **header), done
 
 
+@not_inference
 def importance(
     model: nn.Module,
     batches: Iterable[Any] | None = None,

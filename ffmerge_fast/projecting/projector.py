@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..models.summary import ModelSummary
 from ..models.ties import CONFIG_VERSION
 from ..support.errors import FFMergeError
+from ..support.tensors import not_inference
 from .axes import ModelAxes
 from .bases import start_from_basis_, stream_basis
 from .importance import Importance, by_magnitude
@@ -147,6 +148,7 @@ class Projector:
         }
 
 
+@not_inference
 def project(
     model: nn.Module,
     keep: float | None = None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.projections import is_conv1d
 from ..support.errors import FFMergeError
-from .axes import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, ModelAxes
+from .axes import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, ModelAxes, resized
 from .importance import Importance
 from .settings import ATTENTION_MODES, Widths
 
@@ -33,6 +35,29 @@ class Sizes:
             return None
         return self.d_model // layout.head_dim
 
+    def config(self, model: nn.Module, layout: ModelAxes) -> Any:
+        """The small model's config."""
+        config = resized(model, self.d_model, self.d_ff, self.heads(layout))
+        if self.untie:
+            config.tie_word_embeddings = False
+        return config
+
+    def fault(self, model: nn.Module, layout: ModelAxes) -> str:
+        """Why the model's class cannot have these sizes, "" if it can: its config is written and read, and a model
+        without values built from it."""
+        try:
+            config = self.config(model, layout)
+            config = type(config).from_dict(json.loads(config.to_json_string()))
+            with torch.device("meta"):
+                built = dict(type(model)(config).named_parameters(remove_duplicate=False))
+        except Exception as error:  # each class has its own words for sizes that it cannot have
+            return " ".join(str(error).split("\n")[-1].split())
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            wanted = layout.shape(name, parameter.shape, self.d_model, self.d_ff)
+            if name in built and built[name].shape != wanted:
+                return f"{name} would be {list(built[name].shape)}, not {list(wanted)}"
+        return ""
+
 
 def resolve_sizes(model: nn.Module, layout: ModelAxes, wanted: Widths) -> Sizes:
     """The student's widths, from the share of parameters to keep or from the widths themselves.
@@ -49,10 +74,9 @@ def resolve_sizes(model: nn.Module, layout: ModelAxes, wanted: Widths) -> Sizes:
     if (wanted.keep is None) == (d_model is None and wanted.d_ff is None):
         raise FFMergeError("project: give either keep= (a share of the parameters) or d_model= and/or d_ff=")
     if wanted.keep is not None:
-        d_model, widths = _widths_for(model, layout, wanted.keep, attention, untied)
-    else:
-        d_model = layout.d_model if d_model is None else d_model
-        widths = _ffn_widths(layout, wanted.d_ff)
+        return _sizes_for(model, layout, wanted.keep, attention, untied)
+    d_model = layout.d_model if d_model is None else d_model
+    widths = _ffn_widths(layout, wanted.d_ff)
     for name, value, base in (
         ("d_model", d_model, layout.d_model),
         *((f"d_ff ({stack})", widths[stack], width) for stack, width in layout.stacks().items()),
@@ -63,7 +87,22 @@ def resolve_sizes(model: nn.Module, layout: ModelAxes, wanted: Widths) -> Sizes:
     if d_model % step:
         what = f"whole heads of {layout.head_dim}" if attention == "heads" else f"{layout.heads} heads of even width"
         raise FFMergeError(f"d_model: got {d_model}, wanted a multiple of {step} ({what}); or the other attention=")
-    return Sizes(d_model, widths, attention, bool(untied))
+    sizes = Sizes(d_model, widths, attention, bool(untied))
+    if fault := sizes.fault(model, layout):
+        others = [str(n) for n in _nearest_that_work(model, layout, sizes, step)]
+        hint = f"nearest that work: {' and '.join(others)}" if others else "no other d_model works either"
+        raise FFMergeError(f"d_model: got {d_model}, which {type(model).__name__} cannot have ({fault}); {hint}")
+    return sizes
+
+
+def _nearest_that_work(model: nn.Module, layout: ModelAxes, sizes: Sizes, step: int) -> Iterator[int]:
+    """The next smaller and the next larger d_model whose model can be built and saved, where there are such."""
+    for candidates in (
+        range(sizes.d_model - step, 0, -step),
+        range(sizes.d_model + step, layout.d_model + 1, step),
+    ):
+        fitting = (n for n in candidates if not replace(sizes, d_model=n).fault(model, layout))
+        yield from itertools.islice(fitting, 1)
 
 
 def _ffn_widths(layout: ModelAxes, d_ff: int | Mapping[str, int] | None) -> dict[str, int]:
@@ -92,23 +131,42 @@ def _fine_step(width: int, step: int = 1) -> int:
     return math.lcm(step, 2 ** max(0, min(6, int(math.log2(max(1, width // 32))))))
 
 
-def _widths_for(
-    model: nn.Module, layout: ModelAxes, keep: float, attention: str, untied: Collection[str]
-) -> tuple[int, dict[str, int]]:
-    """d_model and d_ff in the base's proportion, whose model has nearest to `keep` of the base's parameters."""
+def _sizes_for(model: nn.Module, layout: ModelAxes, keep: float, attention: str, untied: Collection[str]) -> Sizes:
+    """d_model and d_ff in the base's proportion, whose model has nearest to `keep` of the base's parameters.
+
+    Widths are multiples of `_fine_step`. Where the architecture cannot have the nearest, those of smaller powers of two
+    are tried too, until one is at most a sixteenth off.
+    """
     if not 0 < keep <= 1:
         raise FFMergeError(f"keep: got {keep}, wanted a share above 0 and at most 1")
     unique = {name: p.shape for name, p in model.named_parameters()}
     total = sum(s.numel() for s in unique.values())
     unique |= {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if n in untied}
-    step = _fine_step(layout.d_model, _step(layout, attention))
-    candidates = []
-    for d_model in range(step, layout.d_model + 1, step):
-        widths = {s: _scaled(width, d_model / layout.d_model) for s, width in layout.stacks().items()}
-        count = sum(math.prod(layout.shape(n, shape, d_model, widths)) for n, shape in unique.items())
-        candidates.append((abs(count - keep * total), d_model, widths))
-    _, d_model, widths = min(candidates, key=lambda c: c[0])
-    return d_model, widths
+
+    def sizes_of(step: int) -> list[tuple[float, Sizes]]:
+        """How far off each is, as a share of what is wanted; the nearest first."""
+        found = []
+        for d_model in range(step, layout.d_model + 1, step):
+            widths = {s: _scaled(width, d_model / layout.d_model) for s, width in layout.stacks().items()}
+            count = sum(math.prod(layout.shape(n, shape, d_model, widths)) for n, shape in unique.items())
+            found.append((abs(count / (keep * total) - 1), Sizes(d_model, widths, attention, bool(untied))))
+        return sorted(found, key=lambda entry: entry[0])
+
+    least = _step(layout, attention)
+    step = _fine_step(layout.d_model, least)
+    _, wished = sizes_of(step)[0]
+    fault = wished.fault(model, layout)
+    if not fault:
+        return wished
+    found: list[tuple[float, Sizes]] = []
+    for finer in dict.fromkeys(math.lcm(least, 2**power) for power in reversed(range(step.bit_length()))):
+        smaller = (entry for entry in sizes_of(finer) if entry[1].d_model < layout.d_model)
+        found += itertools.islice((entry for entry in smaller if not entry[1].fault(model, layout)), 1)
+        if found and found[-1][0] <= 1 / 16:
+            break
+    if not found:
+        raise FFMergeError(f"keep: got {keep}, but {type(model).__name__} cannot have other widths ({fault})")
+    return min(found, key=lambda entry: entry[0])[1]
 
 
 def _scaled(width: int, ratio: float) -> int:

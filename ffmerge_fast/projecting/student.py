@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..models.ties import groups_among
 from ..support.distributed import is_sharded, whole
 from ..support.errors import FFMergeError
-from .axes import Axis, ModelAxes, resized
+from ..support.tensors import not_inference
+from .axes import Axis, ModelAxes
 from .selection import Selection, Sizes
 
 
@@ -48,9 +49,7 @@ def fresh_student(model: nn.Module, layout: ModelAxes, sizes: Sizes, seed: int =
     Raises:
         FFMergeError: FFNs are shared in a way that the config does not say.
     """
-    config = resized(model, sizes.d_model, sizes.d_ff, sizes.heads(layout))
-    if sizes.untie:
-        config.tie_word_embeddings = False
+    config = sizes.config(model, layout)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         student = type(model)(config)
@@ -94,6 +93,7 @@ def _copy_buffers_(model: nn.Module, student: nn.Module) -> None:
             buffer.copy_(own[name])
 
 
+@not_inference
 def fold(student: nn.Module) -> nn.Module:
     """A copy of the student in evaluation mode and without gradients; W, P and R are not part of it.
 

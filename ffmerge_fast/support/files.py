@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -92,7 +93,23 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 1) -> None:
     """Write a `new_file` of JSON."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
+    write_text(path, json_text(value, indent) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: NaN and Infinity, which it has no words for, are null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False, default=str)
+    except ValueError:
+        return json.dumps(_nulled(value), indent=indent, allow_nan=False, default=str)
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulled(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nulled(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_tensors(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from .errors import FFMergeError
-from .files import one_line, write_json, write_tensors
+from .files import json_text, one_line, write_json, write_tensors
 
 if TYPE_CHECKING:  # torch comes with the first tensor
     from torch import Tensor
@@ -116,7 +116,7 @@ def _facts(tensor: Tensor) -> list[Any]:
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(dict(values)))  # its keys are text, which they are sorted by
+    plain = json.loads(json_text(dict(values)))  # its keys are text, which they are sorted by
     return _crc(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 

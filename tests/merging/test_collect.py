@@ -326,11 +326,10 @@ def test_hooks_of_others_are_left_alone():
 # ------------------------------------------------------------------------------------------------------- bad features
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_name_layer_and_batch(value):
+def test_features_that_are_not_finite_name_layer_and_batch():
     model = tiny_model("gpt2")
     with torch.no_grad():
-        model.transformer.h[2].mlp.c_fc.bias[3] = value
+        model.transformer.h[2].mlp.c_fc.weight[:, 3] = 3e38  # finite, but its products are not
     with pytest.raises(ff.FFMergeError, match=r"batch 0, decoder: features of layers \[2\] hold NaN, Inf") as error:
         ff.collect(model, batches(model), pairs=[(0, 2)])
     assert "\n" not in str(error.value) and hooks(model) == 0
@@ -341,7 +340,7 @@ def test_the_batch_with_nan_is_named_and_nan_in_padding_is_not_an_error():
     batch = tiny_inputs(model, batch=2, length=6)
     clean = {k: v.clone() for k, v in batch.items()}
     with torch.no_grad():
-        model.get_input_embeddings().weight[5] = float("nan")
+        model.get_input_embeddings().weight[5] = 3e38  # whose variance overflows
     batch["input_ids"], clean["input_ids"] = torch.full((2, 6), 5), torch.full((2, 6), 7)
     with pytest.raises(ff.FFMergeError, match=r"batch 2, encoder: features of layers \[0, 1\]"):
         ff.collect(model, [clean, clean, batch], window=2)

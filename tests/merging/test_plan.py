@@ -1,5 +1,7 @@
 """plan: groups, alignments, scores, and what it refuses."""
 
+import copy
+import dataclasses
 import json
 import math
 import random
@@ -10,6 +12,7 @@ import torch
 import ffmerge_fast as ff
 from ffmerge_fast.merging.plan import MergePlan
 from ffmerge_fast.models import summary
+from ffmerge_fast.support.files import json_text
 from tests.helpers.tiny_models import ALL, D_FF, FAMILIES, plant_copies_, tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*correlations are noisy")
@@ -161,9 +164,8 @@ def test_a_damaged_plan_gets_one_line(gpt2):
     twice["groups"][0]["permutations"]["2"][0] = twice["groups"][0]["permutations"]["2"][1]
     missing = {k: v for k, v in good.items() if k != "groups"}
     for bad in (short, twice, missing, [], {"groups": 3}, good | {"model": {}}, good | {"groups": [{}]}, None):
-        with pytest.raises(
-            ff.FFMergeError, match=r"plan: not the content of a plan file .*; make it with `ffmerge plan`"
-        ) as error:
+        what = "permutations: layer 2" if bad in (short, twice) else "not the content of a plan file"
+        with pytest.raises(ff.FFMergeError, match=f"plan: {what}.*; make it (again )?with `ffmerge plan`") as error:
             MergePlan.from_dict(bad)
         assert "\n" not in str(error.value)
 
@@ -241,6 +243,118 @@ def test_statistics_of_another_model_are_refused(gpt2):
     other = tiny_model("gpt2", layers=6, seed=1)
     with pytest.raises(ff.FFMergeError, match=r"stats is of another model \(gpt2 [0-9a-f]{16}; this one is gpt2"):
         ff.plan(stats, layers="0-1", method="weights", model=other)
+
+
+# ------------------------------------------------------------------------------------------------- plans that are none
+
+
+def edited(values, *path_and_value):
+    """A copy of a plan's values with one of them changed; `...` removes it."""
+    values = copy.deepcopy(values)
+    *path, last, value = path_and_value
+    inner = values
+    for key in path:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value(inner[last]) if callable(value) else value
+    return values
+
+
+GROUP = ("groups", 0)
+NONE = [
+    ((*GROUP[:1], []), "got no group"),
+    ((*GROUP, "layers", [2]), "at least two different layers, got [2]"),
+    ((*GROUP, "layers", [2, 2]), "at least two different layers"),
+    ((*GROUP, "layers", [2, 3, 3, 4]), "at least two different layers"),
+    ((*GROUP, "layers", [4, 3, 2]), "in rising order"),
+    ((*GROUP, "layers", [2, 3, 99]), "layer 99 does not exist"),
+    ((*GROUP, "layers", [2, 3, -1]), "layer -1 does not exist"),
+    ((*GROUP, "layers", [2, 3.0, 4]), "3.0 is not a layer"),
+    ((*GROUP, "layers", [2, True, 4]), "True is not a layer"),
+    ((*GROUP, "layers", [2, 3, 5]), "permutations: got layers [2, 3, 4]"),
+    ((*GROUP, "stack", "encoder"), "stack 'encoder' not in this model"),
+    ((*GROUP, "stack", []), "not the content of a plan file"),
+    (("groups", lambda groups: groups * 2), "layer 2 is in two groups"),
+    ((*GROUP, "anchor", 1), "anchor: got layer 1, wanted one of group decoder 2-4"),
+    ((*GROUP, "anchor", "2"), "'2' is not a layer"),
+    ((*GROUP, "permutations", "3", ...), "permutations: got layers [2, 4]"),
+    ((*GROUP, "permutations", "5", list(range(D_FF))), "permutations: got layers [2, 3, 4, 5]"),
+    ((*GROUP, "permutations", "3", 0, lambda i: i + 1), "not a permutation of its 32 neurons"),
+    ((*GROUP, "permutations", "3", lambda p: p[:-1]), "layer 3 of group decoder 2-4 has [31] numbers"),
+    ((*GROUP, "permutations", "3", lambda p: [p]), "not a permutation"),
+    ((*GROUP, "permutations", "3", lambda p: [i + 0.5 for i in p]), "other values than integers"),
+    ((*GROUP, "permutations", "3", 0, 2**70), "not the content of a plan file"),
+    ((*GROUP, "permutations", "2", lambda p: p[::-1]), "not the identity, as it is the anchor"),
+    ((*GROUP, "scores", "3", [math.nan, 0.1]), "scores: got [nan, 0.1] for layer 3"),
+    ((*GROUP, "scores", "3", [math.inf, 0.1]), "wanted two numbers"),
+    ((*GROUP, "scores", "3", [0.1]), "wanted two numbers"),
+    ((*GROUP, "scores", "3", None), "not the content of a plan file"),
+    ((*GROUP, "scores", "0", [0.1, 0.1]), "for layer 0 of group"),
+    (("format", 99), "plan: got format 99, this version reads 1"),
+    (("format", ...), "not the content of a plan file"),
+    (("method", "nope"), "method: got 'nope', wanted one of permute"),
+    (("method", ["permute"]), "method: got ['permute']"),
+    (("search", [["2-4", "best"]]), "not the content of a plan file"),
+    (("search", [["2-4"]]), "not the content of a plan file"),
+    (("model", "ffns", []), "plan: layers: stack 'decoder' not in this model"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NONE, ids=str)
+def test_plans_that_are_none_are_refused_on_reading(gpt2, change, message):
+    _, stats = gpt2
+    values = json.loads(json.dumps(ff.plan(stats, layers="2-4").to_dict()))
+    with pytest.raises(ff.FFMergeError) as error:
+        MergePlan.from_dict(edited(values, *change))
+    assert str(error.value).startswith("plan: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(layers=(2,)),
+        dict(layers=(2, 2, 4)),
+        dict(anchor=0),
+        dict(permutations={2: torch.arange(D_FF)}),
+        dict(scores={3: (math.nan, 0.0)}),
+    ],
+    ids=str,
+)
+def test_plans_that_are_none_are_refused_on_making_and_on_merging(gpt2, change):
+    model, stats = gpt2
+    made = ff.plan(stats, layers="2-4")
+    wrong = dataclasses.replace(made.groups[0], **change)
+    for groups in ([wrong], [], [made.groups[0], made.groups[0]]):
+        with pytest.raises(ff.FFMergeError, match="^plan: "):
+            dataclasses.replace(made, groups=groups)
+    made.groups[0] = wrong  # afterwards
+    before = [p.clone() for p in model.parameters()]
+    for merge in (ff.merge, ff.merge_):
+        with pytest.raises(ff.FFMergeError, match="^plan: "):
+            merge(model, made)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_plan_whose_summary_was_edited_is_checked_against_the_model(gpt2):
+    """Widths and layers that only the plan knows: the fingerprint alone does not say that they are none."""
+    model, stats = gpt2
+    values = json.loads(json.dumps(ff.plan(stats, layers="2-4").to_dict()))
+    for ffn in values["model"]["ffns"]:
+        ffn["d_ff"] = 4
+    for layer in "234":
+        values["groups"][0]["permutations"][layer] = list(range(4))
+    with pytest.raises(ff.FFMergeError, match="^plan: permutations: layer 2 .* of its 32 neurons"):
+        ff.merge(model, MergePlan.from_dict(values))
+
+
+def test_scores_without_a_value_are_kept_in_json(gpt2):
+    model, _ = gpt2
+    made = ff.plan(model=model, layers="1-3", method="average")
+    made.search = [("0-2", math.nan), ("1-3", 2.0)]
+    again = MergePlan.from_dict(json.loads(json_text(made.to_dict())))
+    assert math.isnan(again.search[0][1]) and again.search[1] == ("1-3", 2.0) and again.layers == "1-3"
 
 
 # ---------------------------------------------------------------------------------------------------- A4: the shares

@@ -13,11 +13,19 @@ OPTIONS = (model_options, data_options, stream_options)
 
 
 def run(args, inputs) -> Result:
+    from ...support.tensors import check_weights
+
     if args.stream_budget and not args.stream:
         raise FFMergeError("--stream-budget: is of streamed weights; give --stream disk or --stream host too")
     model = inputs.model
+    check_weights(model)
     with _streaming(args, model):
         values = inputs.test_task.evaluate(model, "test", args.batch_size, limit=args.eval_limit)
+    if overflown := [name for name, value in values.items() if value != value]:
+        raise FFMergeError(
+            f"eval: {overflown[0]} is nan although all weights are finite: values overflow in {model.dtype}; give "
+            "--dtype float32"
+        )
     return Result(values, "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
 
 

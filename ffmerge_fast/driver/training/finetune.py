@@ -87,6 +87,11 @@ def finetune(
             overwritten); a checkpoint of another run, that is damaged or cannot be written; output_dir is in use.
     """
     start_time = time.monotonic()
+    if not torch.is_grad_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise FFMergeError(
+            "finetune: no gradients here (torch.no_grad, or a model made inside of torch.inference_mode): call it, and "
+            "make the model, outside of them"
+        )
     if lr is not None:
         overrides["lr"] = lr
     settings = changed(settings or TrainingSettings(), overrides, others=finetune.__kwdefaults__)

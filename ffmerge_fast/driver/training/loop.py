@@ -19,6 +19,7 @@ from ...support import distributed
 from ...support.distributed import whole
 from ...support.errors import FFMergeError
 from ...support.progress import progress
+from ...support.tensors import check_weights
 from .losses import LossFunction, distillation_loss, label_count, loss_of, teacher_logits
 from .parallel import device_of, no_sync, reshard_
 from .run_folder import RunFolder
@@ -177,6 +178,7 @@ class TrainingRun:
         what = "loss" if not math.isfinite(loss) else "gradient norm"
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
             return
+        check_weights(self.model)  # names the tensor where the weights are what is wrong
         value = loss if what == "loss" else norm
         raise FFMergeError(
             f"step {self.step + 1}: the {what} is {value}; {self.folder.last_good()}; try a lower lr, more warmup or "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from ...support import distributed
 from ...support.digests import content_hash
 from ...support.errors import FFMergeError
-from ...support.files import write_text
+from ...support.files import json_text, write_text
 from ...support.resume import Signature, in_use
+from ...support.tensors import is_usable
 from . import state as training_state
 from .state import BEST, CHECKPOINT
 
@@ -108,7 +108,7 @@ class RunFolder:
         if self.root is not None and distributed.rank() == 0:
             try:
                 with open(self.root / _LOG, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json_text(row) + "\n")
             except OSError as error:
                 raise FFMergeError(f"output_dir: {self.root / _LOG} cannot be written: {error.strerror}") from error
 
@@ -125,11 +125,11 @@ class RunFolder:
         self.last_saved = state["step"]
 
     def offer(self, model: nn.Module, step: int, metric: float) -> bool:
-        """Keep the model's weights if `metric` is the best so far; NaN never is. Every rank calls this."""
+        """Keep the model's weights if `metric` is the best so far; NaN and Inf never are. Every rank calls this."""
         better = self.best_metric is None or (
             metric > self.best_metric if self.higher_is_better else metric < self.best_metric
         )
-        if not better or math.isnan(metric):
+        if not is_usable(metric, f"evaluate: the metric at step {step}") or not better:
             return False
         self.best_metric, self.best_step = metric, step
         if self.root is not None:
@@ -198,4 +198,4 @@ class RunFolder:
         return rows
 
     def _rewrite_log(self) -> None:
-        write_text(self.root / _LOG, "".join(json.dumps(row) + "\n" for row in self.history))
+        write_text(self.root / _LOG, "".join(json_text(row) + "\n" for row in self.history))

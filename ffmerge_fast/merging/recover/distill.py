@@ -17,6 +17,7 @@ from ...ops.shared_ffn.weights import FFNWeights
 from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
 from ...support.errors import FFMergeError
 from ...support.progress import progress
+from ...support.tensors import not_inference
 from ..groups import format_indices
 from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
 from .recording import LayerData, groups_to_recover, record, stream_weights
@@ -26,6 +27,7 @@ _CHECKS = 20  # how often in a training the held-out tokens are judged
 _WARMUP = 0.05  # share of the steps
 
 
+@not_inference
 def local_distill_(
     model: nn.Module,
     teacher: nn.Module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...models.sublayers import FFNSublayer
 from ...ops import CorrelationState
 from ...support.distributed import on_all_ranks, share_of_rank, world_size
 from ...support.errors import FFMergeError
+from ...support.tensors import not_inference
 from ..settings import INPUTS, WEIGHTS
 from .least_squares import LeastSquares, Solution
 from .recording import groups_to_recover, stream_weights
@@ -23,6 +25,7 @@ _SCALE_TOKENS = 1024  # that the variances behind the weights are taken over
 _STEP = 0.5  # of a round towards its solution: each layer's new output changes the inputs of the later ones
 
 
+@not_inference
 def refit_(
     model: nn.Module,
     teacher: nn.Module,
@@ -181,7 +184,7 @@ def _scales(state: CorrelationState, weights: str) -> dict[int, float]:
 
 
 def _check_arguments(ridge: float, inputs: str, rounds: int, max_tokens: int, weights: str) -> None:
-    if not ridge >= 0:
+    if not 0 <= ridge < math.inf:
         raise FFMergeError(f"ridge: got {ridge}, wanted 0 or more (1e-2 is usual)")
     if inputs not in INPUTS:
         raise FFMergeError(f"inputs: got {inputs!r}, wanted 'original' or 'merged'")

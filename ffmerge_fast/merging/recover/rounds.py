@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ...models.forward import evaluating, run, to_device
 from ...support.distributed import gather, on_all_ranks
 from ...support.errors import FFMergeError
+from ...support.tensors import is_usable
 from .least_squares import LeastSquares
 
 
@@ -33,8 +35,9 @@ class Best:
             score = float(self._evaluate(self._model))
         score = self._agreed(score)
         self.scores.append(score)
-        best = self.scores[self.index]
-        if len(self.scores) == 1 or (score > best if self._higher else score < best) or best != best:
+        best, usable = self.scores[self.index], is_usable(score, f"refit: the score after {len(self.scores) - 1} fits")
+        better = (score > best if self._higher else score < best) or not math.isfinite(best)
+        if len(self.scores) == 1 or (usable and better):
             self.index = len(self.scores) - 1
             self._kept = [p.detach().clone() for p in self._parameters]
 

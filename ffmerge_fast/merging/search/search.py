@@ -21,6 +21,7 @@ from ...support.progress import progress
 from ...support.resume import Signature, in_use
 from ...support.sealed import DamagedError, read_sealed_json, write_sealed_json
 from ...support.sizes import parse_bytes
+from ...support.tensors import is_usable, not_inference
 from ..apply import merged, summary_of_unmerged
 from ..groups import Group, format_layers, windows
 from ..plan import MergePlan, check_given, plan, plan_groups, rank_windows
@@ -29,6 +30,7 @@ from .prefix import PrefixOutputs
 from .proxy import proxy_scores
 
 
+@not_inference
 def search(
     model: nn.Module,
     stats: CorrelationStats,
@@ -77,7 +79,7 @@ def search(
         The plan of the best window (the first one among equals), with all scores in `.search`.
 
     Raises:
-        FFMergeError: window too large, statistics of another model, every score NaN, `resume` of another search
+        FFMergeError: window too large, statistics of another model, every score NaN or Inf, `resume` of another search
             (model, statistics, settings, signature), damaged or in use.
     """
     with on_all_ranks("search"):
@@ -106,9 +108,9 @@ def search(
     with on_all_ranks("search"):
         _checked(model, stats)  # after the last window: `evaluate` left the model as it was
     ranked = [(name, values[name]) for name in wanted]
-    usable = [(name, value) for name, value in ranked if not math.isnan(value)]
+    usable = [(name, value) for name, value in ranked if is_usable(value, f"search: the score of layers {name}")]
     if not usable:
-        raise FFMergeError("search: every window's score is NaN; check `evaluate` on the unmerged model")
+        raise FFMergeError("search: every window's score is NaN or Inf; check `evaluate` on the unmerged model")
     best = (max if higher_is_better else min)(usable, key=lambda entry: entry[1])[0]
     chosen = planned(wanted[best])
     chosen.search = ranked
@@ -175,6 +177,10 @@ def sweep(stats: CorrelationStats, sizes: Iterable[int], anchor: str = "first") 
     return rows
 
 
+def _number(score: float | None) -> float:
+    return math.nan if score is None else float(score)  # JSON has no NaN
+
+
 class _Scores:
     """Scores by window, mirrored in a JSON file after each one. A context manager, as `in_use`."""
 
@@ -199,7 +205,7 @@ class _Scores:
         try:
             content = read_sealed_json(self._path)
             kept = dict(content["settings"])
-            self.values = {n: math.nan if score is None else float(score) for n, score in content["scores"].items()}
+            self.values = {name: _number(score) for name, score in content["scores"].items()}
         except DamagedError as error:
             raise FFMergeError(
                 f"resume: {self._path} is not a file of search scores ({error}); delete it or give another"

@@ -9,6 +9,7 @@ from math import isnan
 from torch import Tensor
 
 from ...support.errors import FFMergeError
+from ...support.tensors import check_memory
 from . import reference
 from .registered import assign_op
 
@@ -62,6 +63,7 @@ def assign(scores: Tensor, maximize: bool = True) -> Assignment:
         raise FFMergeError(f"scores: got {got}, want a floating-point tensor")
     if scores.ndim not in (2, 3) or scores.shape[-1] != scores.shape[-2]:
         raise FFMergeError(f"scores: got shape {list(scores.shape)}, want [d, d] or [B, d, d]")
+    check_memory("scores", scores)
     scores = scores.detach()
     single = scores.ndim == 2
     permutation, objective, gap = assign_op(scores[None] if single else scores, maximize)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...support.errors import FFMergeError
+from ...support.tensors import check_memory
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,6 +40,7 @@ class Batch:
         """The mask as [T] bool on `device`; layers mostly share one, so the last is remembered."""
         if mask is None:
             return None
+        check_memory("mask", mask)
         if mask.numel() != tokens:
             raise FFMergeError(f"mask: got shape {list(mask.shape)}, want {tokens} elements, one per token")
         if self._flat is None or self._flat[0] is not mask:
@@ -53,6 +55,7 @@ def flat_features(key: Hashable, x: Tensor, width: int, device: torch.device) ->
         raise FFMergeError(f"features of layer {key!r}: got {got}, want a float32, bfloat16 or float16 tensor")
     if x.ndim == 0 or x.shape[-1] != width:
         raise FFMergeError(f"features of layer {key!r}: got shape {list(x.shape)}, want [tokens, {width}]")
+    check_memory(f"features of layer {key!r}", x)
     if x.device != device:
         raise FFMergeError(f"features of layer {key!r}: on {x.device}, but the state is on {device}")
     return x.detach().reshape(x.shape[:-1].numel(), width)

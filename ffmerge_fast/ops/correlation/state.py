@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...support.errors import FFMergeError
 from ...support.sizes import parse_bytes
+from ...support.tensors import not_inference
 from ..common import backends
 from ..common.activations import check_activation
 from .batch import Batch, flat_features
@@ -40,6 +41,7 @@ class CorrelationState:
             number of bytes or below one pair's products, too little memory (with the bytes needed).
     """
 
+    @not_inference
     def __init__(
         self,
         widths: Mapping[Key, int],
@@ -67,6 +69,7 @@ class CorrelationState:
 
     # Accumulate
 
+    @not_inference
     def push(self, key: Key, x: Tensor, mask: Tensor | None = None) -> None:
         """Add one layer of the current batch.
 
@@ -93,6 +96,7 @@ class CorrelationState:
         with torch.no_grad():
             self._moments.push(key, x, flat, batch.tokens)
 
+    @not_inference
     def end_batch(self) -> None:
         """Close the batch: every layer must have been pushed, and all sums must be finite (one device sync).
 
@@ -155,6 +159,7 @@ class CorrelationState:
 
     # Merge, save, load
 
+    @not_inference
     def merge_(self, other: CorrelationState) -> CorrelationState:
         """Add the tokens of another state of the same layers and pairs (Chan et al. 1979: exact for any split).
 
@@ -170,6 +175,7 @@ class CorrelationState:
         self._moments.merge_(other._moments)
         return self
 
+    @not_inference
     def all_reduce_(self, group=None) -> CorrelationState:
         """Make every process hold the moments of all processes' tokens; ranks without tokens are legal.
 
@@ -188,6 +194,7 @@ class CorrelationState:
         self._no_open_batch()
         return self._moments.state_dict()
 
+    @not_inference
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> CorrelationState:
         """Replace the sums by those of `state_dict()` of a state with the same layers and pairs.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...support.errors import FFMergeError
+from ...support.tensors import check_memory
 from ..common.registry import define_op
 from .chain import Problem, Side, gradients, project_, rows_first
 
@@ -97,6 +98,7 @@ def project_weight(
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise FFMergeError(f"weight: got {weight.dtype} {list(weight.shape)}, want a floating-point matrix [out, in]")
+    check_memory("weight", weight)
     if p_out is None and p_in is None:
         raise FFMergeError("p_out, p_in: both are None; give at least one projection")
     out, in_ = weight.shape
@@ -117,3 +119,4 @@ def _check(name: str, tensor: Tensor | None, weight: Tensor, shape: tuple[int | 
     if not tensor.is_floating_point() or tensor.device != weight.device:
         got = f"{tensor.dtype} on {tensor.device}"
         raise FFMergeError(f"{name}: got {got}, want a floating-point tensor on {weight.device}")
+    check_memory(name, tensor)

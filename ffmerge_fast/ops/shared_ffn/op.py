@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...support.errors import FFMergeError
+from ...support.tensors import check_memory
 from ..common.activations import check_activation
 from .gradient_buffers import GradientBuffer, gradient_buffer
 from .registered import backward, backward_op, forward, forward_op
@@ -104,6 +105,8 @@ def apply_ffn(
     check_activation(activation)
     check_recompute(recompute)
     xs = [x] if isinstance(x, Tensor) else list(x)
+    check_memory("x", *xs)
+    check_memory("weights", *weights)
     _check_weights(weights)
     width = weights.up.shape[1]
     dtype = _compute_dtype(xs, weights)

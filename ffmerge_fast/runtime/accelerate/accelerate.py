@@ -42,7 +42,7 @@ def accelerate_(model: nn.Module, recompute: str = "activation", *, least: int |
     refuse_streamed(model, "accelerate_")
     reasons: dict[str, str] = {}
     ready: dict[nn.Module, object] = {}
-    for ffn in find_ffns(model):
+    for ffn in find_ffns(model, quantised=True):
         module = model.get_submodule(host_path(ffn))
         if module in ready:
             continue

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ...models.ffn_weights import weights_of
 from ...ops.shared_ffn.op import apply_ffn
+from ...support.tensors import has_memory
 
 LEAST, LEAST_FOR_ONE_TOKEN = 2**17, 2**21  # numbers of `up`, float32 on a CPU: below, torch's own calls take less time
 
@@ -70,7 +71,7 @@ class OpForm:
 
     def takes(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the op computes in the dtype of the modules, and is worth its Python."""
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or not has_memory(x):
             return False
         if torch.is_autocast_enabled(x.device.type):
             return True

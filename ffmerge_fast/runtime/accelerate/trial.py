@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...models.projections import delta_parameters, in_features
 from ...models.sublayers import FFNSublayer
 from ...ops.common.activations import FORWARD
+from ...support.tensors import has_memory
 from .forms import FFNInside, OpForm, WholeFFN, at, clear_hooks
 
 _TOLERANCE = 1e-4  # of the largest output, between two float32 computations of the same
@@ -45,6 +46,8 @@ def form_of(module: nn.Module, ffn: FFNSublayer, recompute: str) -> OpForm | str
             return f"a projection is a {type(part).__name__}"
         if part.weight.is_meta:
             return "its weights are on the meta device: load them first"
+        if not has_memory(part.weight):
+            return f"its weights are quantised or sharded ({type(part.weight).__name__})"
     if "forward" in module.__dict__:
         return "its forward was replaced"
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
