@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -146,18 +147,24 @@ class Inputs:
         if not args.data:
             raise FFMergeError("data: give --data (a text file or folder, SOURCE TARGET files, images or .npz)")
         kind = args.task or task_kind(model)
-        lengths = {"block": args.max_length} if kind == "lm" else {"max_length": args.max_length or 128}
-        return load_task(
+        lengths = {"block": args.max_length} if kind in ("lm", "masked") else {"max_length": args.max_length or 128}
+        task = load_task(
             model,
             self.processor if args.trust_remote_code and self.processor else args.model,
-            **{split: paths[0] if len(paths) == 1 else tuple(paths) for split, paths in splits.items() if paths},
+            **{split: _paths(paths) for split, paths in splits.items() if paths},
             kind=kind,
             stride=args.stride,
             num_beams=args.num_beams,
             prefix=args.prefix,
             metric=args.metric,
+            text_column=args.text_column,
+            languages=(args.source_lang, args.target_lang),
+            bos=not args.no_bos,
             **lengths,
         )
+        if task.described() and not (args.quiet or args.json):
+            print(f"data: {task.described()}", file=sys.stderr)
+        return task
 
     def _loading(self) -> dict[str, Any]:
         """Options of `from_pretrained`, once the family is known."""
@@ -183,6 +190,11 @@ class Inputs:
             raise FFMergeError("--ffn-up needs --ffn-layers and --ffn-down too (and --ffn-gate if the FFN is gated)")
         spec = FFNSpec(args.ffn_layers, args.ffn_up, args.ffn_down, args.ffn_gate, stack=args.ffn_stack)
         register_family(model_type(args.model).removeprefix(MERGED_TYPE_PREFIX), spec)
+
+
+def _paths(given: list[str]) -> str | tuple[Path, ...]:
+    """One path or name of a data set as it is, several as paths: never as texts."""
+    return given[0] if len(given) == 1 else tuple(map(Path, given))
 
 
 def _read_json(path: str, what: str) -> Any:

@@ -47,13 +47,19 @@ def loading_options(parser) -> None:
 
 def data_options(parser) -> None:
     group = parser.add_argument_group("data")
-    help_data = "text file or folder; SOURCE TARGET files; folder of images or .npz; a hub data set with --online"
+    help_data = "files or folders of text or records (JSON, CSV, Parquet); SOURCE TARGET files; images; a hub data set"
     group.add_argument("--data", nargs="+", metavar="PATH", help=help_data)
-    group.add_argument("--task", choices=("lm", "images", "translation"), help="default: what the model is for")
+    group.add_argument(
+        "--task", choices=("lm", "masked", "images", "translation"), help="default: what the model is for"
+    )
+    group.add_argument("--text-column", metavar="NAME", help="of records (default: the only one with text)")
     group.add_argument("--metric", help="perplexity, loss, accuracy or bleu (default: the task's first)")
     group.add_argument("--max-length", type=int, help="tokens per block or sentence (default: the context; 128)")
     group.add_argument("--stride", type=int, help="of the perplexity's sliding window (default: no overlap)")
+    group.add_argument("--no-bos", action="store_true", help="no beginning-of-text token before every block and window")
     group.add_argument("--prefix", default="", help="put before every source sentence")
+    group.add_argument("--source-lang", metavar="CODE", help="of a model of many languages, such as eng_Latn")
+    group.add_argument("--target-lang", metavar="CODE")
     group.add_argument("--num-beams", type=int, default=1, help="of translations")
     group.add_argument("--batch-size", type=int, default=16)
     group.add_argument("--eval-limit", type=int, metavar="N", help="evaluate on at most N examples")

@@ -64,18 +64,30 @@ def perplexity(model: nn.Module, ids: Tensor, window: int, stride: int | None = 
 
 
 def nll(
-    model: nn.Module, ids: Tensor, window: int, stride: int | None = None, batch_size: int = 8
+    model: nn.Module,
+    ids: Tensor,
+    window: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    bos: int | None = None,
 ) -> tuple[float, int]:
-    """Mean negative log-likelihood (nats) per scored token, and how many were scored; see `perplexity`."""
+    """Mean negative log-likelihood (nats) per scored token, and how many were scored; see `perplexity`.
+
+    With `bos` every window begins with that token, of which each other one is then scored.
+    """
     stride = stride or max(1, window // 2)
     _check_window(model, ids, window, stride)
+    opening = torch.tensor([] if bos is None else [bos], dtype=ids.dtype)
+    window -= len(opening)
+    stride = min(stride, window)
     total, count = torch.zeros((), dtype=torch.float64), 0
     with _scoring(model):
-        groups = list(_window_groups(len(ids), window, stride, batch_size))
+        groups = list(_window_groups(len(ids), window, stride, batch_size, unscored=1 - len(opening)))
         for starts, length, fresh in progress(groups, desc="perplexity", unit="batch"):
-            batch = to_device_and_dtype(torch.stack([ids[start : start + length] for start in starts]), model)
-            scores = model(input_ids=batch).logits[:, length - fresh - 1 : -1].float()  # [windows, fresh, vocabulary]
-            targets = batch[:, length - fresh :]
+            windows = torch.stack([torch.cat([opening, ids[start : start + length]]) for start in starts]).long()
+            batch = to_device_and_dtype(windows, model)
+            scores = model(input_ids=batch).logits[:, -fresh - 1 : -1].float()  # [windows, fresh, vocabulary]
+            targets = batch[:, -fresh:]
             total += F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum").double().cpu()
             count += targets.numel()
     return float(total) / count, count
@@ -149,7 +161,8 @@ def translate(
         for start in progress(range(0, len(order), batch_size), desc="translate", unit="batch"):
             chosen = order[start : start + batch_size]
             batch = to_device_and_dtype(encoder.pad_sources([ids[i] for i in chosen]), model)
-            output = model.generate(**batch, max_new_tokens=length, num_beams=num_beams, do_sample=False)
+            options = {"max_new_tokens": length, "num_beams": num_beams, "do_sample": False} | encoder.generation
+            output = model.generate(**batch, **options)
             texts = encoder.tokenizer.batch_decode(output, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 result[i] = text
@@ -168,14 +181,19 @@ def _translation_length(model: nn.Module, max_new_tokens: int | None, longest: i
     return min(wanted, positions - 1) if positions else wanted
 
 
-def _window_groups(tokens: int, window: int, stride: int, batch_size: int) -> Iterator[tuple[list[int], int, int]]:
-    """(starts, length, fresh): windows of equal length to run together, of which the last `fresh` tokens are scored."""
+def _window_groups(
+    tokens: int, window: int, stride: int, batch_size: int, unscored: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """(starts, length, fresh): windows of equal length to run together, of which the last `fresh` tokens are scored.
+
+    The first `unscored` tokens of a window have no context.
+    """
     waiting: list[int] = []
     done = 0
     for start in range(0, tokens, stride):
         end = min(start + window, tokens)
-        fresh = end - max(done, start + 1)
-        if start and fresh == min(stride, window - 1) and end - start == window:
+        fresh = end - max(done, start + unscored)
+        if start and fresh == min(stride, window - unscored) and end - start == window:
             waiting.append(start)
             if len(waiting) == batch_size:
                 yield waiting, window, fresh
@@ -186,7 +204,7 @@ def _window_groups(tokens: int, window: int, stride: int, batch_size: int) -> It
         if end == tokens:
             break
     if waiting:
-        yield waiting, window, min(stride, window - 1)
+        yield waiting, window, min(stride, window - unscored)
 
 
 def _check_window(model: nn.Module, ids: Tensor, window: int, stride: int) -> None:

@@ -7,18 +7,18 @@ from typing import Any
 from ...support.env import online, require
 from ...support.errors import FFMergeError
 from .images import ImageData
+from .records import texts_of
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
-_TEXT_COLUMNS = ("text", "content", "document")
 
 
-def load_hub(name: str, split: str, kind: str) -> Any:
+def load_hub(name: str, split: str, kind: str, column: str | None = None) -> Any:
     """Read "name" or "name:configuration" of the hub in the form the task `kind` wants.
 
     Returns:
-        Documents (kind "lm"), an `ImageData` ("images"), or pairs of sentences in the order of the languages in the
-        data set's `translation` column ("translation").
+        Texts of the column `column` (kinds "lm", "masked"; see `load_records`), an `ImageData` ("images"), or pairs of
+        sentences in the order of the languages in the data set's `translation` column ("translation").
 
     Raises:
         FFMergeError: no network allowed, no such data set or split, or no column of that kind.
@@ -28,13 +28,12 @@ def load_hub(name: str, split: str, kind: str) -> Any:
             f"data: {name} does not exist here; give a path, or allow Hugging Face data set names with FFMERGE_ONLINE=1"
         )
     rows = _load(name, split)
-    if kind == "lm":
-        return list(rows[_column(rows, _TEXT_COLUMNS, name)])
     if kind == "images":
         label = _column(rows, _LABEL_COLUMNS, name)
-        labels = list(rows[label])
-        classes = getattr(rows.features[label], "names", None) or [str(i) for i in range(max(labels) + 1)]
-        return ImageData(list(rows[_column(rows, _IMAGE_COLUMNS, name)]), labels, classes)
+        names = getattr(rows.features[label], "names", None)
+        return ImageData(list(rows[_column(rows, _IMAGE_COLUMNS, name)]), list(rows[label]), names)
+    if kind != "translation":
+        return texts_of(rows, column, name)
     pairs = list(rows[_column(rows, ("translation",), name)])
     source, target = list(pairs[0])[:2]
     return [(pair[source], pair[target]) for pair in pairs]

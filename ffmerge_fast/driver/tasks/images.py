@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,10 +16,16 @@ from torch import Tensor
 
 from ...support.env import require
 from ...support.errors import FFMergeError
-from .text import existing
+from .documents import existing
+from .records import choose_split, visible_files
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 _BEGINNING = 4096  # bytes of an image file by which it is recognised
+_SPLITS = {  # what folders of a split are called
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
 _CACHE_BYTES = 1 << 30  # preprocessed images of one split kept in memory
 
 
@@ -28,17 +35,21 @@ class ImageData:
     Args:
         images: encoded bytes, paths or PIL images.
         labels: one class index each.
-        classes: class names; index = label.
+        classes: class names; index = label. None: the data has labels without names.
+        by_name: whether the labels are no more than the order of the names.
     """
 
-    def __init__(self, images: Sequence[Any], labels: Sequence[int], classes: Sequence[str]):
+    def __init__(
+        self, images: Sequence[Any], labels: Sequence[int], classes: Sequence[str] | None, by_name: bool = False
+    ):
         if not len(images):
             raise FFMergeError("image data: no images; give a folder with one sub-folder per class, or an .npz file")
         if len(images) != len(labels):
             raise FFMergeError(f"image data: {len(images)} images but {len(labels)} labels; wanted equal numbers")
         self._images = images
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
-        self.classes = list(classes)
+        self.classes = None if classes is None else list(classes)
+        self.by_name = by_name
 
     def __len__(self) -> int:
         return len(self._images)
@@ -63,43 +74,82 @@ class ImageData:
     def select(self, indices: Sequence[int]) -> ImageData:
         """The images at `indices`, in that order."""
         indices = [int(i) for i in indices]
-        return ImageData([self._images[i] for i in indices], self.labels[indices].numpy(), self.classes)
+        images = [self._images[i] for i in indices]
+        return ImageData(images, self.labels[indices].numpy(), self.classes, self.by_name)
+
+    def for_model(self, model: Any, what: str) -> ImageData:
+        """The same images with the model's labels: by the classes' names, or by number where one side has no names.
+
+        Raises:
+            FFMergeError: a class that the model does not have, or names that cannot be compared with the model's.
+        """
+        config = getattr(model, "config", None)
+        count = getattr(config, "num_labels", None)
+        if count is None:
+            return self
+        known = {_plain(name): int(i) for i, name in (config.id2label or {}).items()}
+        nameless = all(re.fullmatch(r"label \d+", name) for name in known)
+        if nameless or self.classes is None:
+            self._check_numbers(count, what)
+            return self
+        used = self.labels.unique().tolist()
+        unknown = [self.classes[label] for label in used if _plain(self.classes[label]) not in known]
+        if unknown:
+            raise FFMergeError(
+                f"image data: the model has no class {unknown[0]!r} of the {what} data, it has "
+                f"{_few(config.id2label.values())}; name the classes as the model's config.json (label2id) does"
+            )
+        numbers = torch.tensor([known.get(_plain(name), -1) for name in self.classes])
+        names = [str(config.id2label[i]) for i in range(count)]
+        return ImageData(self._images, numbers[self.labels].numpy(), names)
+
+    def counts(self) -> str:
+        """How many images each class got, in words."""
+        numbers = self.labels.bincount(minlength=len(self.classes or ()))
+        names = self.classes or range(len(numbers))
+        found = [f"{name} {count}" for name, count in zip(names, numbers.tolist(), strict=True) if count]
+        return f"{len(self)} images, {len(found)} classes: {_few(found, 20)}"
+
+    def _check_numbers(self, count: int, what: str) -> None:
+        """The labels themselves are the model's: possible where no name says otherwise."""
+        if self.by_name and len(self.classes) != count:
+            raise FFMergeError(
+                f"image data: {len(self.classes)} classes in the {what} data ({_few(self.classes)}), but the model has "
+                f"{count} without names; give a folder for each, or names in its config.json (id2label, label2id)"
+            )
+        highest = int(self.labels.max())
+        if highest >= count:
+            raise FFMergeError(
+                f"image data: the {what} labels go up to {highest}, but the model has {count} classes (0 to "
+                f"{count - 1}); give the data the model was trained for"
+            )
 
 
 def load_images(path: str | os.PathLike, split: str = "train") -> ImageData:
-    """Images of a folder (sub-folder names are the classes, sorted) or of an .npz file.
+    """Images of a folder (sub-folder names are the classes) or of an .npz file.
 
     The .npz holds, for a split named s: `s_jpeg` uint8 (all files end to end), `s_offsets` int64 [n + 1], `s_labels`
-    [n]; and `classes`. A folder that itself has a sub-folder named `split` is read from there.
+    [n]; and, if it likes, `classes`. A folder may hold a folder of classes for each split, called train, validation
+    (val, valid, dev) or test. Validation and test stand in for one another, and so does the only split there is.
+    Hidden files and folders are passed over.
 
     Raises:
-        FFMergeError: nothing there, no images, no such split, or a damaged file.
+        FFMergeError: nothing there, no images, no such split, splits beside classes, or a damaged file.
     """
     path = existing(path, "image data")
     if path.is_dir():
-        return _load_folder(path / split if (path / split).is_dir() else path)
+        splits = _split_folders(path)
+        return _load_folder(splits[choose_split(splits, split, path)] if splits else path)
     if path.suffix != ".npz":
         raise FFMergeError(f"image data: {path} is neither a folder with one sub-folder per class nor an .npz file")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return _load_arrays(arrays, split, path)
+            there = [name for name in _SPLITS if f"{name}_jpeg" in arrays]
+            return _load_arrays(arrays, choose_split(there, split, path) if there else split, path)
     except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
         if isinstance(error, FFMergeError):
             raise
         raise FFMergeError(f"image data: {path} is damaged or no .npz file") from error
-
-
-def image_splits(path: str | os.PathLike) -> set[str]:
-    """Names of the splits that a file or folder of images holds by name; empty for a plain folder of classes."""
-    path = Path(path).expanduser()
-    names = ("train", "validation", "test")
-    if path.is_dir():
-        return {name for name in names if (path / name).is_dir()}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name for name in names if f"{name}_jpeg" in arrays}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError):
-        return set()  # load_images says what is wrong
 
 
 class PixelReader:
@@ -144,18 +194,49 @@ def _identity(image: Any) -> Any:
     return image if isinstance(image, (bytes, memoryview)) else [image.mode, image.tobytes()]
 
 
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """{split: its folder}; empty for a folder of classes."""
+    names = {alias: split for split, aliases in _SPLITS.items() for alias in aliases}
+    folders = _folders(folder)
+    found = [(names[path.name.lower()], path) for path in folders if path.name.lower() in names]
+    others = [path.name for path in folders if path.name.lower() not in names]
+    twice = len({split for split, _ in found}) < len(found)
+    if found and (others or twice):
+        raise FFMergeError(
+            f"image data: cannot tell splits from classes in {folder} ({_few(path.name for path in folders)}); wanted "
+            "one folder per class, or one per split (train, validation, test) with those in it"
+        )
+    return dict(found)
+
+
 def _load_folder(folder: Path) -> ImageData:
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
+    found = {path.name: [file for file in visible_files(path) if _is_image(file)] for path in _folders(folder)}
+    if not found:
         raise FFMergeError(f"image data: {folder} has no sub-folders; wanted one per class with the images in it")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in _SUFFIXES)
-        files += found
-        labels += [label] * len(found)
+    classes = sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
+    files = [file for name in classes for file in found[name]]
     if not files:
         raise FFMergeError(f"image data: no images in the sub-folders of {folder}; known are {', '.join(_SUFFIXES)}")
-    return ImageData(files, labels, classes)
+    labels = [label for label, name in enumerate(classes) for _ in found[name]]
+    return ImageData(files, labels, classes, by_name=True)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES
+
+
+def _plain(name: Any) -> str:
+    """A class's name as it is compared: "Traffic_light" is "traffic light"."""
+    return re.sub(r"[\s_-]+", " ", str(name)).strip().lower()
+
+
+def _few(names: Iterable[Any], most: int = 8) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _load_arrays(arrays: Any, split: str, path: Path) -> ImageData:
@@ -166,7 +247,7 @@ def _load_arrays(arrays: Any, split: str, path: Path) -> ImageData:
     ordered = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(jpeg) and bool(np.all(np.diff(offsets) >= 0))
     if not ordered or len(offsets) != len(labels) + 1:
         raise FFMergeError(f"image data: {split}_offsets of {path} do not fit its bytes and labels: a damaged file")
-    classes = arrays["classes"] if "classes" in arrays else range(int(labels.max(initial=0)) + 1)
+    classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
     files = memoryview(np.ascontiguousarray(jpeg))
     images = [files[start:end] for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
-    return ImageData(images, labels, [str(name) for name in classes])
+    return ImageData(images, labels, classes)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...checkpoint.trusted import load_processor
 from ...support.errors import FFMergeError
 from .. import evaluate
+from .documents import Document
 from .hub import load_hub
-from .images import ImageData, image_splits, load_images
-from .kinds import KINDS, ImageTask, TextTask, TranslationTask
+from .images import ImageData, load_images
+from .kinds import KINDS, ImageTask, MaskedTask, TextTask, TranslationTask
 from .task import Task
-from .text import PairEncoder, load_parallel, load_text, token_ids
+from .text import PairEncoder, load_parallel, load_text
+from .tokens import TokenStream, special_tokens
 
 _DEFAULT_BLOCK = 1024  # the papers' language models
 
@@ -36,16 +39,20 @@ def load_task(
     num_beams: int = 1,
     holdout: float = 0.1,
     metric: str | None = None,
+    text_column: str | None = None,
+    languages: tuple[str | None, str | None] = (None, None),
+    bos: bool = True,
 ) -> Task:
     """Bring data into the form one model needs.
 
     Args:
-        model: decides the kind of task, unless `kind` ("lm", "images", "translation") does.
+        model: decides the kind of task, unless `kind` ("lm", "masked", "images", "translation") does.
         processor: its tokenizer or image processor, or the folder that holds it.
-        train, validation, test: data of each split; at least one. Language models: a text file, a folder of text
-            files, or a list of texts. Images: a folder with one sub-folder per class, an .npz file, or an `ImageData`.
-            Translation: (source file, target file) or a list of sentence pairs. All: a data set name of the Hugging
-            Face hub if FFMERGE_ONLINE=1.
+        train, validation, test: data of each split; at least one. Language models: a file or folder of texts or of
+            records (JSON lines, JSON, CSV, Parquet, a saved data set), a list of such `pathlib.Path`s, or a list of
+            texts. Images: a folder with one sub-folder per class, an .npz file, or an `ImageData`, whose classes are
+            matched by name with the model's. Translation: (source file, target file) or a list of sentence pairs. All:
+            a data set name of the Hugging Face hub if FFMERGE_ONLINE=1.
         block: tokens per block of a language model; default its context, at most 1024.
         stride: of the sliding window of `evaluate`; default `block` (no overlap, fastest). The paper reports block / 2.
         max_length: tokens per sentence of a translation; longer ones are cut.
@@ -54,6 +61,10 @@ def load_task(
         holdout: share of `train` taken as validation data where only `train` is given: the last blocks of text, every
             n-th image or sentence pair. 0: none.
         metric: what `score` returns: "perplexity" or "loss"; "accuracy" or "loss"; "bleu" or "loss".
+        text_column: of records, that holds the texts; default the only one with strings.
+        languages: codes of source and target, for translation by a tokenizer of many languages.
+        bos: a beginning-of-text token that the tokenizer adds begins every block and window, as the model saw it in
+            training; else only each text, as the tokenizer gives it.
 
     Raises:
         FFMergeError: no data or not enough of it, unreadable or unequal files, a block beyond the model's context, a
@@ -65,36 +76,65 @@ def load_task(
         raise FFMergeError("data: got none, wanted at least one of train=, validation=, test=")
     if not 0 <= holdout < 1:
         raise FFMergeError(f"holdout: got {holdout}, wanted a share of 0 or more and less than 1")
-    kind = kind or task_kind(model)
-    if kind not in KINDS:
-        raise FFMergeError(f"kind: got {kind!r}, wanted one of {', '.join(KINDS)}")
+    kind = _checked_kind(model, kind) if kind else task_kind(model)
+    _check_options(kind, text_column, languages, bos)
     processor = _processor(processor, kind)
-    if kind == "lm":
+    if kind in ("lm", "masked"):
         block = block or min(evaluate.context_length(model) or _DEFAULT_BLOCK, _DEFAULT_BLOCK)
         evaluate.check_context(model, block, "block")
-        data = {split: token_ids(_read(load_text, source, split, kind), processor) for split, source in sources.items()}
-        return TextTask(_hold_out(data, lambda ids: _cut_text(ids, holdout, block)), block, stride, metric)
+        texts = {split: _texts(source, split, kind, text_column) for split, source in sources.items()}
+        make = _masked_task if kind == "masked" else partial(_text_task, stride=stride, bos=bos)
+        return make(texts, processor, block=block, holdout=holdout, metric=metric)
     if kind == "images":
-        data = {split: _images(source, split, sources) for split, source in sources.items()}
-        _check_labels(model, data)
+        data = {split: _images(source, split).for_model(model, split) for split, source in sources.items()}
         return ImageTask(_hold_out(data, lambda images: _every_nth(images, holdout)), processor, metric)
     evaluate.check_context(model, max_length, "max_length")
     data = {split: _pairs(source, split) for split, source in sources.items()}
-    encoder = PairEncoder(processor, max_length, prefix)
+    encoder = PairEncoder(processor, max_length, prefix, languages)
     return TranslationTask(_hold_out(data, lambda pairs: _every_nth(pairs, holdout)), encoder, num_beams, metric)
 
 
 def task_kind(model: nn.Module) -> str:
-    """ "lm", "images" or "translation", by the model's class and configuration."""
-    if getattr(model, "main_input_name", "") == "pixel_values" and "Classification" in type(model).__name__:
-        return "images"
+    """ "lm", "masked", "images" or "translation", by the model's class and configuration."""
+    kind = _kind_of(model)
+    if kind is None:
+        raise FFMergeError(
+            f"task: cannot tell that of {type(model).__name__}; wanted a causal or masked language model, an image "
+            f"classifier or an encoder-decoder of texts"
+        )
+    return kind
+
+
+def _kind_of(model: nn.Module) -> str | None:
+    name, inputs = type(model).__name__, getattr(model, "main_input_name", "input_ids")
     can_generate = getattr(model, "can_generate", None)
-    if getattr(model, "main_input_name", "input_ids") == "input_ids" and can_generate and can_generate():
+    if inputs == "pixel_values" and "Classification" in name:
+        return "images"
+    if inputs == "input_ids" and can_generate and can_generate():
         return "translation" if model.config.is_encoder_decoder else "lm"
-    raise FFMergeError(
-        f"kind: cannot tell the task of {type(model).__name__}; wanted a causal language model, an image classifier or "
-        f"an encoder-decoder of texts; pass kind= ({', '.join(KINDS)})"
-    )
+    return "masked" if inputs == "input_ids" and "ForMaskedLM" in name else None
+
+
+def _checked_kind(model: nn.Module, kind: str) -> str:
+    """`kind`, which has to be that of a model of transformers: none is scored as what it is not."""
+    if kind not in KINDS:
+        raise FFMergeError(f"kind: got {kind!r}, wanted one of {', '.join(KINDS)}")
+    found = _kind_of(model)
+    if kind != found and hasattr(model, "can_generate"):
+        remedy = f"give --task {found} (kind={found!r})" if found else "there is no task for it"
+        raise FFMergeError(f"task: got {kind!r}, but {type(model).__name__} is no model for that; {remedy}")
+    return kind
+
+
+def _check_options(kind: str, column: str | None, languages: tuple[str | None, str | None], bos: bool) -> None:
+    text = kind in ("lm", "masked")
+    for given, ok, name, what in (
+        (column is not None, text, "--text-column (text_column=)", "language models"),
+        (any(languages), kind == "translation", "--source-lang, --target-lang (languages=)", "translation"),
+        (not bos, kind == "lm", "--no-bos (bos=)", "causal language models"),
+    ):
+        if given and not ok:
+            raise FFMergeError(f"{name}: is for {what}, and this task is {kind}; leave it out")
 
 
 def _processor(processor: Any, kind: str) -> Any:
@@ -109,24 +149,53 @@ def _processor(processor: Any, kind: str) -> Any:
     return processor
 
 
-def _read(loader: Callable[[Any], Any], source: Any, split: str, kind: str) -> Any:
+def _read(loader: Callable[[Any], Any], source: Any, split: str, kind: str, column: str | None = None) -> Any:
     """`loader(source)`, or the hub where `source` is a string that names nothing here."""
     if isinstance(source, str) and not Path(source).expanduser().exists():
-        return load_hub(source, split, kind)
+        source = load_hub(source, split, kind, column)
+        return source if kind == "images" else load_text(source)
     return loader(source)
 
 
-def _images(source: Any, split: str, sources: Mapping[str, Any]) -> ImageData:
+def _images(source: Any, split: str) -> ImageData:
     if isinstance(source, ImageData):
         return source
-    return _read(lambda path: load_images(path, _split_of(path, split)), source, split, "images")
+    if not isinstance(source, (str, os.PathLike)):
+        raise FFMergeError(f"image data: got {type(source).__name__} for {split}, wanted one folder or .npz file")
+    return _read(lambda path: load_images(path, split), source, split, "images")
 
 
-def _split_of(path: str | os.PathLike, split: str) -> str:
-    """The part of a file or folder of images that serves as `split`; validation and test stand in for one another."""
-    there = image_splits(path)
-    other = {"validation": "test", "test": "validation"}.get(split, split)
-    return next((name for name in (split, other) if name in there), split if not there else "train")
+def _texts(source: Any, split: str, kind: str, column: str | None) -> list[Document]:
+    return _read(lambda given: load_text(given, split, column), source, split, kind, column)
+
+
+def _text_task(
+    texts: Mapping[str, list[Document]],
+    tokenizer: Any,
+    block: int,
+    stride: int | None,
+    holdout: float,
+    metric: str | None,
+    bos: bool,
+) -> TextTask:
+    adds_bos = bos and special_tokens(tokenizer)[0] == [tokenizer.bos_token_id]
+    streams = _streams(texts, tokenizer, "front" if adds_bos else None, holdout, block - adds_bos)
+    return TextTask(streams, block, stride, metric, tokenizer.bos_token_id if adds_bos else None)
+
+
+def _masked_task(
+    texts: Mapping[str, list[Document]], tokenizer: Any, block: int, holdout: float, metric: str | None
+) -> MaskedTask:
+    before, after = special_tokens(tokenizer)
+    streams = _streams(texts, tokenizer, "all", holdout, block - len(before) - len(after))
+    return MaskedTask(streams, block, tokenizer, metric, before, after)
+
+
+def _streams(
+    documents: Mapping[str, Any], tokenizer: Any, bare: str | None, holdout: float, block: int
+) -> dict[str, TokenStream]:
+    streams = {split: TokenStream(texts, tokenizer, bare) for split, texts in documents.items()}
+    return _hold_out(streams, lambda stream: stream.hold_out(holdout, max(1, block)))
 
 
 def _pairs(source: Any, split: str) -> list[tuple[str, str]]:
@@ -137,21 +206,12 @@ def _pairs(source: Any, split: str) -> list[tuple[str, str]]:
         if isinstance(source, os.PathLike) or Path(source).expanduser().exists():
             raise FFMergeError(f"parallel data: got one path, {source}; wanted two, source and target")
         return load_hub(source, split, "translation")
-    pairs = [tuple(pair) for pair in source]
-    if not pairs or any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs):
+    pairs = [pair if isinstance(pair, paths) else tuple(pair) for pair in source]
+    if not pairs or any(
+        isinstance(pair, paths) or len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs
+    ):
         raise FFMergeError("parallel data: wanted (source file, target file) or a list of (source, target) sentences")
     return pairs
-
-
-def _check_labels(model: nn.Module, data: Mapping[str, ImageData]) -> None:
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
-    for split, images in data.items():
-        highest = int(images.labels.max())
-        if classes is not None and highest >= classes:
-            raise FFMergeError(
-                f"image data: the {split} labels go up to {highest}, but the model has {classes} classes (0 to "
-                f"{classes - 1}); give the data the model was trained for"
-            )
 
 
 def _hold_out(data: dict[str, Any], cut: Callable[[Any], tuple[Any, Any]]) -> dict[str, Any]:
@@ -159,14 +219,6 @@ def _hold_out(data: dict[str, Any], cut: Callable[[Any], tuple[Any, Any]]) -> di
         return data
     kept, held = cut(data["train"])
     return {"train": kept} if held is None else {"train": kept, "validation": held}
-
-
-def _cut_text(ids: Tensor, holdout: float, block: int) -> tuple[Tensor, Tensor | None]:
-    blocks = len(ids) // block
-    held = round(blocks * holdout)
-    if not held or held == blocks:
-        return ids, None
-    return ids[: (blocks - held) * block], ids[(blocks - held) * block :]
 
 
 def _every_nth(examples: Any, holdout: float) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ class Task:
     """Batches and metrics of one kind of data; made by `load_task`.
 
     Attributes:
-        kind: "lm", "images" or "translation".
+        kind: "lm", "masked", "images" or "translation".
         metric: key of `evaluate`'s result that `score` returns.
         higher_is_better: whether a larger `score` is better.
         splits: names of the splits there are.
@@ -67,8 +67,9 @@ class Task:
     ) -> Iterator[dict[str, Tensor]]:
         """Dicts for `model(**batch)`, on the CPU, labels included; padding has attention_mask 0 and label -100.
 
-        The order depends on `seed` and the epoch only. Starting late costs nothing, and of `world` ranks each takes
-        every `world`-th batch.
+        The order depends on `seed` and the epoch only; a text of more than 4 million characters is not shuffled as one
+        but a part after the other, so that no more is tokenised than is used. Starting late costs nothing more, and of
+        `world` ranks each takes every `world`-th batch.
 
         Args:
             shuffle: a new order every epoch; a last batch that is not full is left out then.
@@ -76,19 +77,22 @@ class Task:
             start: batches of this rank to pass over.
             limit: only the first so many examples.
         """
-        examples = min(self.size(split), limit or self.size(split))
         batch_size = batch_size or self.batch_size
         if batch_size < 1:
             raise FFMergeError(f"batch_size: got {batch_size}, wanted at least 1")
-        count = max(1, examples // batch_size) if shuffle else -(-examples // batch_size)
-        order, ordered = torch.arange(examples), None
-        for index in itertools.count(start * world + rank, world):
-            epoch, position = divmod(index, count)
-            if epochs is not None and epoch >= epochs:
-                return
-            if shuffle and epoch != ordered:
-                order, ordered = _permutation(examples, seed, epoch), epoch
-            yield self._batch(split, order[position * batch_size : (position + 1) * batch_size])
+        index, before = start * world + rank, 0  # of this rank's next batch; batches before the part
+        for epoch in itertools.count() if epochs is None else range(epochs):
+            for part in self._parts(split, batch_size, limit):
+                count = len(part) // batch_size if shuffle else -(-len(part) // batch_size)
+                count = max(count, part.start == 0)
+                if index < before + count:
+                    order = torch.arange(part.start, part.stop)
+                    order = order[_permutation(len(part), seed, epoch, part.start)] if shuffle else order
+                while index < before + count:
+                    position = index - before
+                    yield self._batch(split, order[position * batch_size : (position + 1) * batch_size])
+                    index += world
+                before += count
 
     def evaluate(
         self, model: nn.Module, split: str = "validation", batch_size: int | None = None, limit: int | None = None
@@ -96,9 +100,17 @@ class Task:
         """Metrics on one split: always `self.metric`, the loss where it costs nothing more, and what was counted."""
         raise NotImplementedError
 
+    def described(self) -> str:
+        """What the data turned out to be, where that is not plain from its place; else empty."""
+        return ""
+
     def score(self, model: nn.Module, split: str = "validation", limit: int | None = None) -> float:
         """`evaluate(...)[self.metric]`: what `search` and `finetune` compare."""
         return self.evaluate(model, split, limit=limit)[self.metric]
+
+    def _parts(self, split: str, batch_size: int, limit: int | None) -> Iterator[range]:
+        """The examples, at most `limit`, in ranges of which each is shuffled on its own."""
+        yield range(min(self.size(split), limit or self.size(split)))
 
     def _examples(self) -> Any:
         """What `content_hash` takes of the examples."""
@@ -119,6 +131,6 @@ class Task:
         return self._data[name]
 
 
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+def _permutation(n: int, seed: int, epoch: int, part: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + part * 1_000_000_007) % 2**63)
     return torch.randperm(n, generator=generator)

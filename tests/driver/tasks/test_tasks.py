@@ -152,7 +152,12 @@ def test_translation(folder, tmp_path):
         ("gpt2", dict(train=["abcdefgh"], block=2, metric="bleu"), "wanted perplexity or loss"),
         ("gpt2", dict(train=["abc"], holdout=1.0), "holdout: got 1.0"),
         ("gpt2", dict(train=["abc"], kind="speech"), "kind: got 'speech'"),
-        ("bert", dict(train=["abc"]), "cannot tell the task of BertForMaskedLM.*pass kind="),
+        ("bert", dict(train=["abc"], kind="lm"), "BertForMaskedLM is no model for that; give --task masked .kind='mas"),
+        ("gpt2", dict(train=["abc"], kind="masked"), "GPT2LMHeadModel is no model for that; give --task lm"),
+        ("whisper", dict(train=["abc"]), "cannot tell that of WhisperForConditionalGeneration"),
+        ("gpt2", dict(train=["abc"], languages=("a", None)), "--source-lang.* is for translation, .*this task is lm"),
+        ("marian", dict(train=[("a", "b")], bos=False), "--no-bos.* is for causal language models"),
+        ("marian", dict(train=[("a", "b")], languages=("a", "b"), max_length=8), "knows no languages; leave them out"),
         ("marian", dict(train=[("a", "b")], max_length=100), "max_length: got 100"),
         ("marian", dict(train=["a", "b", "c"], max_length=8), "wanted .source file, target file. or a list"),
         ("marian", dict(train=[], max_length=8), "wanted .source file, target file. or a list"),
@@ -178,11 +183,16 @@ def test_missing_split_and_processor(folder, tmp_path):
 
 
 def test_kinds_by_model():
-    kinds = {name: task_kind(tiny_model(name)) for name in ("gpt2", "llama", "vit", "deit", "marian", "t5")}
-    assert set(kinds.values()) == {"lm", "images", "translation"}
-    assert kinds["deit"] == "images" and kinds["t5"] == "translation" and kinds["llama"] == "lm"
-    for name in ("bert", "whisper", "sequential"):
-        with pytest.raises(FFMergeError, match="cannot tell the task"):
+    kinds = {name: task_kind(tiny_model(name)) for name in ("gpt2", "llama", "vit", "deit", "marian", "t5", "bert")}
+    assert set(kinds.values()) == {"lm", "masked", "images", "translation"}
+    assert (
+        kinds["bert"] == "masked"
+        and kinds["deit"] == "images"
+        and kinds["t5"] == "translation"
+        and kinds["llama"] == "lm"
+    )
+    for name in ("whisper", "sequential"):
+        with pytest.raises(FFMergeError, match="task: cannot tell"):
             task_kind(tiny_model(name))
 
 

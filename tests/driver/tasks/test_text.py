@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ffmerge_fast import FFMergeError
-from ffmerge_fast.driver.tasks.text import PairEncoder, load_parallel, load_text, text_blocks, token_ids
+from ffmerge_fast.driver.tasks.text import PairEncoder, load_parallel, load_text
+from ffmerge_fast.driver.tasks.tokens import TokenStream
 from tests.helpers.training import tiny_tokenizer
 
 
@@ -27,20 +28,16 @@ def test_folder_is_read_recursively_and_sorted_without_binary_and_hidden_files(t
     (tmp_path / ".git/config").write_text("hidden")
     (tmp_path / "image.bin").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "zeros").write_bytes(b"a\0b")
-    assert load_text(tmp_path) == ["first", "second"]
-    assert load_text(tmp_path / "a.md") == ["first"]
-    assert load_text(["one", "two"]) == ["one", "two"]
+    assert _texts(tmp_path) == ["first", "second"]
+    assert _texts(tmp_path / "a.md") == ["first"]
+    assert _texts(["one", "two"]) == ["one", "two"]
 
 
 def test_documents_are_joined_by_the_end_token(tokenizer, ending_tokenizer):
     one, two = (tokenizer(text)["input_ids"] for text in ("ab", "c"))
-    assert token_ids(["ab", "c"], tokenizer).tolist() == [*one, 1, *two]
-    assert token_ids(["ab", "c"], ending_tokenizer).tolist() == [*one, 1, *two, 1]
-
-
-def test_blocks_are_the_text_in_order(tokenizer):
-    blocks = text_blocks(["abcdefg", "hij"], tokenizer, 4)
-    assert tokenizer.batch_decode(blocks) == ["abcd", "efg</s>"]
+    texts = load_text(["ab", "c"])
+    assert TokenStream(texts, tokenizer).first().tolist() == [*one, 1, *two]
+    assert TokenStream(texts, ending_tokenizer).first().tolist() == [*one, 1, *two, 1]
 
 
 @pytest.mark.parametrize(
@@ -48,17 +45,26 @@ def test_blocks_are_the_text_in_order(tokenizer):
     [
         (lambda d: d / "none.txt", "none.txt does not exist"),
         (lambda d: _file(d, b""), "no text in .*file; give"),
-        (lambda d: _file(d, b"\xff\xfe"), "file cannot be read: is not UTF-8"),
+        (lambda d: _file(d, b"a\xff\xfe"), "file is no text: not UTF-8"),
+        (lambda d: _file(d, b"a\0b"), "file is no text: there are NUL"),
+        (lambda d: _file(d, b"\x1f\x8bno gzip"), "file cannot be read: "),
+        (lambda d: d / "nul\0", "is no path"),
         (lambda d: d, "no text in"),
         (lambda d: [], "no text in the list"),
         (lambda d: ["a", 1], "list of strings"),
-        (lambda d: ["abc"], "3 tokens do not fill one block of 4"),
+        (lambda d: [str(_file(d, b"text"))], "file is the name of a file, not a text"),
+        (lambda d: [_file(d, b"text"), d / "none"], "none does not exist"),
+        (lambda d: [_file(d, b"text"), "text"], "list with other things"),
     ],
 )
-def test_bad_text(tmp_path, tokenizer, make, words):
+def test_bad_text(tmp_path, make, words):
     with pytest.raises(FFMergeError, match=words) as caught:
-        text_blocks(make(tmp_path), tokenizer, 4)
+        load_text(make(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def _texts(source) -> list[str]:
+    return [document.text() for document in load_text(source)]
 
 
 def _file(folder, content):
