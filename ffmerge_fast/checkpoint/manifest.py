@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
 from ..support.files import one_line
+from .contents import MANIFEST
 
-MANIFEST = "ffmerge.json"
 _VERSION = 1  # of the manifest
 # Of the largest reference logit: machines and versions round differently; `.to(bf16)` rounds more than loading does.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -29,7 +30,7 @@ def describe(model: nn.Module, folder: Path) -> dict[str, Any]:
     files = {p.name: _sha256(p) for pattern in ("*.safetensors", "*.py") for p in sorted(folder.glob(pattern))}
     manifest = {"version": _VERSION, "groups": groups_of(model), "files": files, "shared": hashes_of_shared(model)}
     if hasattr(model, "config"):
-        manifest["reference"] = _reference(model)
+        manifest |= _reference(model)
     return manifest
 
 
@@ -123,7 +124,19 @@ def _ramp(*shape: int) -> Tensor:
 
 
 def _reference(model: nn.Module) -> dict[str, Any]:
-    return {"logits": _reference_logits(model), "torch": torch.__version__}
+    """{"reference": logits}, or {"no_reference": why}: not every class takes an input that we can make up."""
+    try:
+        logits = _reference_logits(model)
+        reason = "" if all(map(math.isfinite, logits)) else "its logits are not finite"
+    except Exception as error:  # whatever the class raises
+        reason = one_line(error)
+    if not reason:
+        return {"reference": {"logits": logits, "torch": torch.__version__}}
+    warnings.warn(
+        f"{type(model).__name__} is saved without reference logits, which `verify` would compare: {reason}",
+        stacklevel=2,
+    )
+    return {"no_reference": reason}
 
 
 def _reference_logits(model: nn.Module, count: int = 64) -> list[float]:

@@ -62,7 +62,10 @@ def save_model(args: Any, inputs: Any, model: Any, extras: dict[str, str] | None
     from ..checkpoint.folder import save_pretrained
 
     if is_first_rank():
-        save_pretrained(model, args.out, inputs.processor, args.overwrite, args.max_shard_size, extras)
+        trust = getattr(args, "trust_remote_code", False)
+        save_pretrained(
+            model, args.out, inputs.processor, args.overwrite, args.max_shard_size, extras, args.model, trust
+        )
 
 
 def write_plan(path: str | None, plan: Any) -> None:

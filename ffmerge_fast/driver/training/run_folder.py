@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...support import distributed
 from ...support.errors import FFMergeError
-from ...support.files import write_text
+from ...support.files import remove_leftovers, write_text
 from . import state as training_state
 from .state import BEST, CHECKPOINT
 
@@ -141,7 +141,7 @@ class RunFolder:
             raise FFMergeError(f"output_dir: {self.root} cannot be made: {error.strerror}") from error
         if not os.access(self.root, os.W_OK):
             raise FFMergeError(f"output_dir: {self.root} cannot be written: no permission")
-        training_state.remove_leftovers(self.root)
+        remove_leftovers(self.root)
 
     def _check_settings(self, saved: dict[str, Any]) -> None:
         for name, value in self.settings.items():

@@ -64,7 +64,7 @@ def save_checkpoint(
         FFMergeError: it cannot be written (no space, no permission).
     """
     path = root / f"{CHECKPOINT}-{state['step']}"
-    with new_folder(path, overwrite=True) as folder:
+    with new_folder(path, overwrite=True, known=_is_ours) as folder:
         write_tensors(folder / _MODEL, model)
         write_tensors(folder / _OPTIMIZER, optimizer)
         write_tensors(folder / _RNG, rng)
@@ -74,8 +74,12 @@ def save_checkpoint(
 
 def save_best(root: Path, step: int, model: dict[str, Tensor]) -> None:
     """Write `best-<step>`, the weights only."""
-    with new_folder(root / f"{BEST}-{step}", overwrite=True) as folder:
+    with new_folder(root / f"{BEST}-{step}", overwrite=True, known=_is_ours) as folder:
         write_tensors(folder / _MODEL, model)
+
+
+def _is_ours(file: Path) -> bool:
+    return str(file) in (_MODEL, _OPTIMIZER, _RNG, _STATE)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -154,13 +158,6 @@ def prune(root: Path, prefix: str, keep: Iterable[int | None]) -> None:
     keep = set(keep)
     for step, path in folders(root, prefix).items():
         if step not in keep:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def remove_leftovers(root: Path) -> None:
-    """Remove half-written folders of a killed run."""
-    for path in root.glob(".*.tmp"):
-        if re.fullmatch(rf"\.({CHECKPOINT}|{BEST})-\d+\.[0-9a-f]+\.tmp", path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
