@@ -35,8 +35,8 @@ def place(tmp_path, model, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     shutil.copytree(model, "m")
-    for name in ("text", "s", "clone/thesis.txt", "repository/.git/HEAD", "stage/m.txt", "full/x"):
-        Path(name).parent.mkdir(exist_ok=True)
+    for name in ("text", "s", "clone/thesis.txt", "repository/.git/HEAD", "full/x"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("mine")
     for name in ("clone", "repository"):
         shutil.copytree(model, name, dirs_exist_ok=True)
@@ -95,12 +95,12 @@ def test_folders(capsys, place, command):
     for bad in (*BAD, "", "full", ".", "m", "text", "pipe"):
         assert refuse(capsys, *put(FOLDERS[command], bad)).startswith("error: "), bad
     reasons = {
-        ".": "is or holds the working folder|is or holds the model's own", "..": "is or holds", "m": "the model's own folder",
+        ".": "is or holds the model's own", "..": "is or holds the model's own", "m": "the model's own folder",
         "clone": "holds thesis.txt", "repository": "holds .git/HEAD", "full": "holds x", "text": "is a file",
     }  # fmt: skip
     for bad, reason in reasons.items():
         line = refuse(capsys, *put(FOLDERS[command], bad), "--overwrite")
-        assert any(part in line for part in reason.split("|")), line
+        assert reason in line, line
 
 
 @pytest.mark.parametrize("command", WORK)
