@@ -20,13 +20,11 @@ from ..support.env import online, require
 from ..support.errors import FFMergeError
 from ..support.files import new_folder, write_json, write_tensors, write_text
 from ..support.tensors import check_weights, not_inference
+from .beside import EXTRAS, MANIFEST, carry_over, check_out, contents, known_in
 from .contents import WEIGHTS, check_model
-from .manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
+from .manifest import check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
 from .trusted import load_model
 from .written import check_written
-
-EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
-
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
@@ -38,6 +36,8 @@ def save_pretrained(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     extras: dict[str, str] | None = None,
+    source: str | os.PathLike | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write `model` with every shared weight once, and everything needed to load and verify it.
 
@@ -46,13 +46,17 @@ def save_pretrained(
             model.safetensors, loaded by `from_pretrained(folder, model=the same module, unmerged)`.
         folder: written beside, then renamed: it is complete or absent.
         tokenizer: tokenizer or image processor to save along.
-        overwrite: replace a folder that has content.
+        overwrite: replace a folder that holds a saved model, and nothing else.
         max_shard_size: largest weight file ("5GB").
         extras: {file name: text} for the `_ffmerge` folder (plan, statistics' settings, report).
+        source: folder that the model came from: what belongs to it beside the weights (processors, chat templates,
+            vocabularies, licences) is copied, unless `tokenizer` wrote it; a warning names what is not.
+        trust_remote_code: copy its Python files, too.
 
     Raises:
-        FFMergeError: folder not empty or not writable, disk full (what was there before stays); a merged model whose
-            class is not transformers' own; NaN or Inf in a weight; what was written is not the model.
+        FFMergeError: folder not empty, the source, a mount point, with files that are no part of a saved model, not
+            writable, disk full (what was there before stays); a merged model whose class is not transformers' own; NaN
+            or Inf in a weight; what was written is not the model.
     """
     check_weights(model)
     if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
@@ -60,7 +64,8 @@ def save_pretrained(
             f"{type(model).__name__} is merged in memory only, as it is not a class of transformers itself; call "
             "expand_ before saving, or keep its state dict"
         )
-    with new_folder(folder, overwrite) as beside:
+    check_out(folder, overwrite, source)
+    with new_folder(folder, overwrite, known_in(folder)) as beside:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(beside, max_shard_size=max_shard_size)
         else:
@@ -69,7 +74,9 @@ def save_pretrained(
             tokenizer.save_pretrained(beside)
         for name, text in (extras or {}).items():
             write_text(beside / EXTRAS / name, text)
-        write_json(beside / MANIFEST, describe(model, beside))
+        if source is not None and os.path.isdir(source):
+            carry_over(Path(source), beside, trust_remote_code)
+        write_json(beside / MANIFEST, describe(model, beside) | {"contents": contents(beside)})
         check_written(beside, model)
 
 

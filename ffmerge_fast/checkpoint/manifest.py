@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
 from ..support.files import one_line
+from .beside import MANIFEST
 from .contents import is_file_name, parse
 
-MANIFEST = "ffmerge.json"
 _VERSION = 1  # of the manifest
 _BYTES, _VOCABULARIES = {".safetensors", ".py", ".jinja", ".model", ".spm", ".tiktoken"}, {"merges.txt", "vocab.txt"}
 _OF_A_SAVE = {"transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "is_local", "local_files_only"}
@@ -40,7 +41,7 @@ def describe(model: nn.Module, folder: Path) -> dict[str, Any]:
         "shared": hashes_of_shared(model),
     }
     if hasattr(model, "config"):
-        manifest["reference"] = _reference(model)
+        manifest |= _reference(model)
     return manifest
 
 
@@ -168,7 +169,19 @@ def _ramp(*shape: int) -> Tensor:
 
 
 def _reference(model: nn.Module) -> dict[str, Any]:
-    return {"logits": _reference_logits(model), "torch": torch.__version__}
+    """{"reference": logits}, or {"no_reference": why}: not every class takes an input that we can make up."""
+    try:
+        logits = _reference_logits(model)
+        reason = "" if all(map(math.isfinite, logits)) else "its logits are not finite"
+    except Exception as error:  # whatever the class raises
+        reason = one_line(error)
+    if not reason:
+        return {"reference": {"logits": logits, "torch": torch.__version__}}
+    warnings.warn(
+        f"{type(model).__name__} is saved without reference logits, which `verify` would compare: {reason}",
+        stacklevel=2,
+    )
+    return {"no_reference": reason}
 
 
 def _reference_logits(model: nn.Module, count: int = 64) -> list[float]:

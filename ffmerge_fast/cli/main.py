@@ -20,6 +20,7 @@ from ..support.progress import set_quiet
 from . import commands
 from .inputs import Inputs
 from .options import common_options
+from .outputs import check_outputs
 from .results import is_first_rank, one_line
 
 # In the order of use; other files of commands/ follow.
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     _set_up(args)
     try:
+        check_outputs(args)
         result = args.run(args, Inputs(args))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,6 +10,7 @@ from ..merging.settings import ANCHORS, METHODS, RECOVERIES
 from ..projecting.settings import INITS, OFFLOADS, SHARES, STATES, Widths
 from ..projecting.settings import METHODS as METHODS_OF_IMPORTANCE
 from ..support.settings import options
+from .outputs import NewFile, NewFolder, WorkFolder
 
 
 def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:
@@ -85,7 +86,7 @@ def collect_options(parser) -> None:
     group = parser.add_argument_group("statistics")
     group.add_argument("--tokens", type=int, default=10_000, help="calibration tokens (default 10000)")
     group.add_argument("--features", default="pre", choices=("pre", "post"), help="before or after the activation")
-    group.add_argument("--cache-dir", help="keep running sums here, so that a killed run goes on")
+    group.add_argument("--cache-dir", type=WorkFolder, help="keep running sums here, so that a killed run goes on")
     fresh_option(group, "begin anew, whatever --cache-dir (and search's --resume) holds")
     memory_option(group)
 
@@ -110,8 +111,8 @@ def method_option(parser) -> None:
 
 
 def out_options(parser) -> None:
-    parser.add_argument("out", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that has content")
+    parser.add_argument("out", type=NewFolder, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a saved model")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file")
 
 
@@ -120,7 +121,7 @@ def search_options(parser) -> None:
     help_evaluate = "the metric, or proxy: the shared FFNs' errors on --data, without evaluating the model"
     group.add_argument("--evaluate", default="metric", choices=("metric", "proxy"), help=help_evaluate)
     group.add_argument("--proxy-tokens", type=int, default=2048, metavar="N", help="that the proxy takes (2048)")
-    group.add_argument("--resume", help="JSON file that keeps the metric's scores")
+    group.add_argument("--resume", type=NewFile, help="JSON file that keeps the metric's scores")
 
 
 def recover_options(parser) -> None:
@@ -179,7 +180,7 @@ def finetune_options(parser) -> None:
         eval_every="steps (default: once, at the end)",
         save_every="steps; a killed run goes on from the last",
     )
-    group.add_argument("--work-dir", help="log and checkpoints (default: OUT.finetune)")
+    group.add_argument("--work-dir", type=WorkFolder, help="log and checkpoints (default: OUT.finetune)")
     fresh_option(group, "begin anew: what an earlier run left in the work folder is removed")
 
 

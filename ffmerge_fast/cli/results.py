@@ -66,7 +66,10 @@ def save_model(args: Any, inputs: Any, model: Any, extras: dict[str, str] | None
     if is_first_rank():
         if inputs.processor is None:
             warnings.warn(f"{args.model} holds no tokenizer or image processor, nor does {args.out}", stacklevel=2)
-        save_pretrained(model, args.out, inputs.processor, args.overwrite, args.max_shard_size, extras)
+        trust = getattr(args, "trust_remote_code", False)
+        save_pretrained(
+            model, args.out, inputs.processor, args.overwrite, args.max_shard_size, extras, args.model, trust
+        )
 
 
 def write_plan(path: str | None, plan: Any) -> None:

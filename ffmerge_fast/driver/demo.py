@@ -82,7 +82,7 @@ def demo(out: Path, seed: int = 0, overwrite: bool = False) -> tuple[dict[str, A
     started = time.monotonic()
     rows: list[Row] = []
     pictures: list[tuple[str, CorrelationStats, MergePlan]] = []
-    with new_folder(out, overwrite or (out / _MARK).exists()) as folder, _one_thread():
+    with new_folder(out, overwrite or (out / _MARK).exists(), _is_ours) as folder, _one_thread():
         for build in (_digits, _stdlib):
             torch.manual_seed(seed)
             case = build(seed)
@@ -137,6 +137,10 @@ def _run(case: _Case, folder: Path, seed: int) -> tuple[list[Row], CorrelationSt
     return rows, stats, best
 
 
+def _is_ours(file: Path) -> bool:
+    return len(file.parts) > 2 and file.parts[0] in _MODELS or str(file) in (_MARK, "correlation.png", "report.md")
+
+
 def _train(model: nn.Module, case: _Case, steps: int, lr: float, seed: int, optimizer=None) -> None:
     settings = dict(batch_size=case.batch_size, schedule="linear", warmup=min(20, steps // 5), seed=seed)
     finetune(model, case.task, steps, lr, optimizer=optimizer, **settings)
@@ -182,9 +186,7 @@ def _digits(seed: int) -> _Case:
         hidden_dropout_prob=0.0,
         initializer_range=0.05,
     )
-    return _Case(
-        "vit-digits", ViTForImageClassification(config), _DigitsTask(splits), steps=300, lr=2e-3, batch_size=64
-    )
+    return _Case(_MODELS[0], ViTForImageClassification(config), _DigitsTask(splits), steps=300, lr=2e-3, batch_size=64)
 
 
 def _stdlib(seed: int) -> _Case:
@@ -213,10 +215,11 @@ def _stdlib(seed: int) -> _Case:
         eos_token_id=0,
         initializer_range=0.05,
     )
-    return _Case("gpt2-stdlib", GPT2LMHeadModel(config), task, steps=300, lr=4e-3, batch_size=16, tokenizer=tokenizer)
+    return _Case(_MODELS[1], GPT2LMHeadModel(config), task, steps=300, lr=4e-3, batch_size=16, tokenizer=tokenizer)
 
 
 _MARK = "ffmerge-demo.json"
+_MODELS = "vit-digits", "gpt2-stdlib"
 _END = "<|endoftext|>"
 _CONTEXT, _HELD = 64, 12_800
 

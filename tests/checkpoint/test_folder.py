@@ -11,6 +11,7 @@ from torch import nn
 
 import ffmerge_fast as ff
 from ffmerge_fast.checkpoint import folder
+from ffmerge_fast.support import files
 from ffmerge_fast.support.files import new_folder
 from tests.helpers.tiny_models import FAMILIES, PLAIN, logits, tiny_inputs, tiny_model
 
@@ -324,6 +325,7 @@ def test_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     model, target = merged_model("gpt2"), tmp_path / "folder"
     ff.save_pretrained(model, target)
     before, rename = content(target), type(target).rename
+    monkeypatch.setattr(files, "_exchanged_at_once", lambda *folders: False)  # as on other systems
 
     def rename_but_not_the_new(self, to):
         if self.name.endswith(".tmp"):
@@ -353,10 +355,35 @@ def test_folder_with_content_needs_overwrite(tmp_path):
     with pytest.raises(ff.FFMergeError, match="exists and is not empty; .*overwrite"):
         ff.save_pretrained(merged_model("vit"), target)
     assert content(target) == before
-    (target / "old.txt").write_text("of the old folder")
-    ff.save_pretrained(merged_model("vit"), target, overwrite=True)
+    ff.save_pretrained(merged_model("vit"), target, overwrite=True, extras={"a.txt": "a"})
     assert type(ff.from_pretrained(target)).__name__ == "FFMergedViTForImageClassification"
-    assert not (target / "old.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    for foreign in ("notes.md", ".git/HEAD", "data/a.json", "table.csv", "config.json.orig"):
+        (target / foreign).parent.mkdir(exist_ok=True)
+        (target / foreign).write_text("mine")
+        before = content(target)
+        with pytest.raises(ff.FFMergeError, match=f"holds {foreign}, no part of a saved model"):
+            ff.save_pretrained(merged_model("gpt2"), target, overwrite=True)
+        assert content(target) == before and [p.name for p in tmp_path.iterdir()] == ["folder"]
+        (target / foreign).unlink()
+    ff.save_pretrained(merged_model("gpt2"), target, overwrite=True)
+    assert type(ff.from_pretrained(target)).__name__ == "FFMergedGPT2LMHeadModel"
+
+
+def test_a_folder_that_appears_meanwhile_stays(tmp_path):
+    target = tmp_path / "folder"
+
+    class Rival:  # as another process that is done first
+        def save_pretrained(self, beside):
+            target.mkdir()
+            (target / "theirs").write_text("theirs")
+
+    for overwrite, message in ((False, "exists and is not empty"), (True, "holds theirs, no part of a saved model")):
+        with pytest.raises(ff.FFMergeError, match=message):
+            ff.save_pretrained(merged_model("gpt2"), target, Rival(), overwrite=overwrite)
+        assert content(target) == {"theirs": b"theirs"} and [p.name for p in tmp_path.iterdir()] == ["folder"]
+        (target / "theirs").unlink()
+        target.rmdir()
 
 
 def test_linked_folder_is_replaced_where_it_lies(tmp_path):

@@ -355,8 +355,11 @@ def test_bad_folders(capsys, folder, tmp_path):
     (tmp_path / "full" / "kept.txt").write_text("mine")
     assert "--overwrite" in refuse(capsys, "merge", folder, tmp_path / "full", *average)
     assert (tmp_path / "full" / "kept.txt").read_text() == "mine"
-    run(capsys, "merge", folder, tmp_path / "full", *average, "--overwrite")
-    assert not (tmp_path / "full" / "kept.txt").exists()
+    assert "holds kept.txt" in refuse(capsys, "merge", folder, tmp_path / "full", *average, "--overwrite")
+    assert (tmp_path / "full" / "kept.txt").read_text() == "mine"
+    (tmp_path / "full" / "kept.txt").unlink()
+    for _ in range(2):
+        run(capsys, "merge", folder, tmp_path / "full", *average, "--overwrite")
     assert "merged already" in refuse(capsys, "merge", tmp_path / "full", tmp_path / "twice", *average)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ..options import argument, choice_options, collect_options, data_options, model_options, validation_option
+from ..outputs import NewFile
 from ..results import Result, is_first_rank
 
 HELP = "correlate the FFN features of a model on data"
 OPTIONS = (
     model_options,
-    argument("out", help="statistics file to write"),
+    argument("out", type=NewFile, help="statistics file to write"),
     choice_options,
     data_options,
     validation_option,

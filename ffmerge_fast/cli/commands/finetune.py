@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..options import data_options, finetune_options, model_options, out_options, validation_option
+from ..outputs import work_folder
 from ..results import Result, save_model, trained
 
 HELP = "fine-tune a (merged) model"
@@ -15,11 +14,9 @@ def run(args, inputs) -> Result:
     from ...driver.training.finetune import finetune
     from ...integrations.fsdp2 import copy_whole_
     from ...support.distributed import is_distributed
-    from ...support.files import check_new_folder
 
-    check_new_folder(args.out, args.overwrite)
     model, task = inputs.model, inputs.task
-    work = Path(args.work_dir or f"{args.out}.finetune")
+    work = work_folder(args)
     result = finetune(
         model,
         task,

@@ -13,9 +13,7 @@ OPTIONS = (model_options, argument("work_dir", help="its work folder (OUT.projec
 
 def run(args, inputs) -> Result:
     from ...driver.project_run import fold_run
-    from ...support.files import check_new_folder
 
-    check_new_folder(args.out, args.overwrite)
     folded = fold_run(inputs.model, Path(args.work_dir))
     save_model(args, inputs, folded)
     count = sum(p.numel() for p in folded.parameters())

@@ -35,13 +35,13 @@ OPTIONS = (
 def run(args, inputs) -> Result:
     from ...checkpoint.folder import EXTRAS
     from ...driver.merge_run import merge_and_recover_
-    from ...support.files import check_new_folder
+    from ...support.files import check_space
 
     recoveries = () if args.recover == "none" else args.recover.split("+")
     if args.delta_rank and "distill" not in recoveries:
         raise FFMergeError(f"--delta-rank: got --recover {args.recover}, wanted --recover distill or refit+distill")
-    check_new_folder(args.out, args.overwrite)
     model, plan = inputs.model, inputs.plan
+    check_space(args.out, plan.nbytes_after)
     merged = merge_and_recover_(
         model, plan, recoveries, batches=inputs.calibration_batches, options=_recovery_options(args)
     )

@@ -6,6 +6,7 @@ import csv
 
 from ...support.tables import format_table
 from ..options import argument, choice_options, loading_options, memory_option, method_option, sizes
+from ..outputs import NewFile
 from ..results import Result, plan_values, write_plan
 
 HELP = "choose and align layers from statistics"
@@ -16,9 +17,9 @@ OPTIONS = (
     choice_options,
     method_option,
     memory_option,
-    argument("--out", help="plan file to write"),
+    argument("--out", type=NewFile, help="plan file to write"),
     argument("--sweep", type=sizes, metavar="2,3,4", help="rank all windows of these sizes"),
-    argument("--csv", help="write the sweep here"),
+    argument("--csv", type=NewFile, help="write the sweep here"),
 )
 
 

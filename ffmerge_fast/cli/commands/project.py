@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...support.errors import FFMergeError
 from ..options import data_options, finetune_options, model_options, out_options, project_options, validation_option
+from ..outputs import work_folder
 from ..results import Result, save_model, trained
 
 HELP = "train a smaller model whose weights are projections of the model's, and write it"
@@ -14,13 +15,11 @@ OPTIONS = (model_options, out_options, project_options, data_options, validation
 
 def run(args, inputs) -> Result:
     from ...driver.project_run import project_and_train
-    from ...support.files import check_new_folder
 
-    check_new_folder(args.out, args.overwrite)
     if args.distill and args.teacher:
         raise FFMergeError("--distill, --teacher: give one of them; --distill takes the base model as the teacher")
     model, task = inputs.model.requires_grad_(False), inputs.task
-    work = Path(args.work_dir or f"{args.out}.project")
+    work = Path(work_folder(args))
     proj, result = project_and_train(
         model,
         task,

@@ -15,6 +15,7 @@ from ..options import (
     statistics_option,
     validation_option,
 )
+from ..outputs import NewFile
 from ..results import Result, plan_values, write_plan
 
 HELP = "try every window on validation data and plan the best"
@@ -27,7 +28,7 @@ OPTIONS = (
     data_options,
     validation_option,
     collect_options,
-    argument("--out", help="plan file to write"),
+    argument("--out", type=NewFile, help="plan file to write"),
     search_options,
 )
 

@@ -14,9 +14,11 @@ def run(args, inputs) -> Result:
     from ...checkpoint.folder import verify
 
     values = verify(args.folder)
+    difference = values["logit_difference"]
+    logits = "no reference logits were saved" if difference is None else f"logits differ by {difference:.2g}"
     groups = "; ".join(f"{g['stack']} {g['layers']}" for g in values["groups"]) or "none"
     text = (
         f"{args.folder} is what was saved: shared FFNs {groups}; {values['parameters']:,} parameters, "
-        f"{format_bytes(values['bytes'])}; logits differ by {values['logit_difference']:.2g}"
+        f"{format_bytes(values['bytes'])}; {logits}"
     )
     return Result(values, text)

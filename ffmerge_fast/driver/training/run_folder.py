@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...support import distributed
 from ...support.digests import content_hash
 from ...support.errors import FFMergeError
-from ...support.files import json_text, write_text
+from ...support.files import json_text, remove_leftovers, write_text
 from ...support.resume import Signature, in_use
 from ...support.tensors import is_usable
 from . import state as training_state
@@ -166,7 +166,7 @@ class RunFolder:
         if not os.access(self.root, os.W_OK):
             raise FFMergeError(f"output_dir: {self.root} cannot be written: no permission")
         self._context.enter_context(in_use(self.root, "output_dir"))
-        training_state.remove_leftovers(self.root)
+        remove_leftovers(self.root)
 
     def _clear(self) -> None:
         for kind in (CHECKPOINT, BEST):

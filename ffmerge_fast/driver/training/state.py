@@ -69,7 +69,7 @@ def save_checkpoint(
         FFMergeError: it cannot be written (no space, no permission).
     """
     path = root / f"{CHECKPOINT}-{state['step']}"
-    with new_folder(path, overwrite=True) as folder:
+    with new_folder(path, overwrite=True, known=_is_ours) as folder:
         for file, tensors in ((_MODEL, model), (_OPTIMIZER, optimizer), (_RNG, rng)):
             write_sealed_tensors(folder / file, tensors, _origin(path, file, state["run"]))
         write_sealed_json(folder / _STATE, state, indent=2)
@@ -79,8 +79,16 @@ def save_checkpoint(
 def save_best(root: Path, step: int, model: dict[str, Tensor], run: str) -> None:
     """Write `best-<step>`, the weights only."""
     path = root / f"{BEST}-{step}"
-    with new_folder(path, overwrite=True) as folder:
+    with new_folder(path, overwrite=True, known=_is_ours) as folder:
         write_sealed_tensors(folder / _MODEL, model, _origin(path, _MODEL, run))
+
+
+def _is_ours(file: Path) -> bool:
+    return str(file) in (_MODEL, _OPTIMIZER, _RNG, _STATE)
+
+
+def _is_ours(file: Path) -> bool:
+    return str(file) in (_MODEL, _OPTIMIZER, _RNG, _STATE)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -179,13 +187,6 @@ def prune(root: Path, prefix: str, keep: Iterable[int | None]) -> None:
     keep = set(keep)
     for step, path in folders(root, prefix).items():
         if step not in keep:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def remove_leftovers(root: Path) -> None:
-    """Remove half-written folders of a killed run."""
-    for path in root.glob(".*.tmp"):
-        if re.fullmatch(rf"\.({CHECKPOINT}|{BEST})-\d+\.[0-9a-f]+\.tmp", path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
