@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ffmerge_fast as ff
+from ffmerge_fast.checkpoint import beside
 from ffmerge_fast.cli.main import main
 from tests.helpers.tiny_models import tiny_model
 

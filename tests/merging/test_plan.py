@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -302,7 +303,7 @@ NONE = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), NONE, ids=str)
+@pytest.mark.parametrize(("change", "message"), NONE, ids=lambda value: re.sub(r" at 0x\w+", "", str(value)))
 def test_plans_that_are_none_are_refused_on_reading(gpt2, change, message):
     _, stats = gpt2
     values = json.loads(json.dumps(ff.plan(stats, layers="2-4").to_dict()))
