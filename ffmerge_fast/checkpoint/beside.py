@@ -68,8 +68,12 @@ def contents(folder: Path) -> list[str]:
 
 
 def weight_bytes(folder: str | os.PathLike) -> int:
-    """What the weights in a folder take on disk."""
-    return sum(file.stat().st_size for file in Path(folder).iterdir() if _like(file.name, _WEIGHTS) and file.is_file())
+    """What the weights in a folder take on disk; a second format of them does not count."""
+    sizes = {".safetensors": 0, ".bin": 0}
+    for file in Path(folder).iterdir():
+        if file.suffix in sizes and _like(file.name, _WEIGHTS) and file.is_file():
+            sizes[file.suffix] += file.stat().st_size
+    return sizes[".safetensors"] or sizes[".bin"]
 
 
 def carry_over(source: Path, folder: Path, code: bool = False) -> None:

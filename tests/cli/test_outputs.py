@@ -118,7 +118,7 @@ def test_two_outputs_in_one_place(capsys, place):
     assert "keep them apart" in refuse(capsys, *search, "--out", "folder/../x", "--resume", "x")
 
 
-@pytest.mark.parametrize("command, share", [("export", 1), ("finetune", 2), ("merge", 1 / 3)])
+@pytest.mark.parametrize("command, share", [("export", 1), ("finetune", 1), ("merge", 1 / 3)])
 def test_a_disk_that_is_too_small(capsys, place, monkeypatch, command, share):
     size = os.path.getsize("m/model.safetensors")
     for free, message in ((size * share - 2, "are free on its disk"), (size * share, "loaded before")):
