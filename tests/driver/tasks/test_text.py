@@ -48,7 +48,6 @@ def test_documents_are_joined_by_the_end_token(tokenizer, ending_tokenizer):
         (lambda d: _file(d, b"a\xff\xfe"), "file is no text: not UTF-8"),
         (lambda d: _file(d, b"a\0b"), "file is no text: there are NUL"),
         (lambda d: _file(d, b"\x1f\x8bno gzip"), "file cannot be read: "),
-        (lambda d: d / "nul\0", "is no path"),
         (lambda d: d, "no text in"),
         (lambda d: [], "no text in the list"),
         (lambda d: ["a", 1], "list of strings"),
