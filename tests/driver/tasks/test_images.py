@@ -1,6 +1,7 @@
 """Image folders and .npz files, and their pixels."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,3 +130,73 @@ def test_unreadable_image_is_named(folder):
         ImageData([b"nothing"], [0], ["a"])[0]
     with pytest.raises(FFMergeError, match="1 images but 2 labels"):
         ImageData([b""], [0, 1], ["a"])
+
+
+def classes(root, names, count=1):
+    """Folder `root` with a folder of `count` pictures of each name; their grey values count from 1."""
+    for i, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for j in range(count):
+            picture(1 + i * count + j).save(root / name / f"{j}.png")
+    return root
+
+
+def model_of(**names):
+    config = SimpleNamespace(num_labels=len(names), id2label={label: name for name, label in names.items()})
+    return SimpleNamespace(config=config)
+
+
+NAMED = model_of(cat=0, dog=1, traffic_light=2)
+NAMELESS = model_of(LABEL_0=0, LABEL_1=1)
+
+
+def grey_and_label(data):
+    return [(int(np.asarray(image).mean()), label) for image, label in (data[i] for i in range(len(data)))]
+
+
+def test_labels_are_the_models_by_name(tmp_path):
+    data = load_images(classes(tmp_path / "a", ["Traffic light", "dog"])).for_model(NAMED, "test")
+    assert grey_and_label(data) == [(1, 2), (2, 1)] and data.classes == ["cat", "dog", "traffic_light"]
+    assert data.counts() == "2 images, 2 classes: dog 1, traffic_light 1"
+    (tmp_path / "a/aaa").mkdir()  # empty, unknown: nobody's label
+    assert grey_and_label(load_images(tmp_path / "a").for_model(NAMED, "test")) == [(1, 2), (2, 1)]
+    npz = load_images(write_npz(tmp_path / "x.npz", classes=np.array(["dog", "traffic-light", "cat"])))
+    assert npz.for_model(NAMED, "test").labels.tolist() == [1, 2, 0]
+    npz = load_images(write_npz(tmp_path / "y.npz", classes=None))
+    assert npz.for_model(NAMED, "test").labels.tolist() == [0, 1, 2]
+    numbers = load_images(classes(tmp_path / "n", ["10", "9"])).for_model(NAMELESS, "test")
+    assert grey_and_label(numbers) == [(2, 0), (1, 1)]  # in the order of numbers
+
+
+def test_names_that_are_not_the_models(tmp_path):
+    bird = load_images(classes(tmp_path / "a", ["bird", "cat"]))
+    with pytest.raises(FFMergeError, match="no class 'bird' of the test data, it has cat, dog, traffic_light; name"):
+        bird.for_model(NAMED, "test")
+    one = load_images(classes(tmp_path / "b", ["cat"]))
+    with pytest.raises(FFMergeError, match=r"1 classes in the test data \(cat\), but the model has 2 without names"):
+        one.for_model(NAMELESS, "test")
+
+
+def test_splits_under_their_usual_names(tmp_path):
+    classes(tmp_path / "a/train", ["cat", "dog"], 2)
+    classes(tmp_path / "a/val", ["cat", "dog"])
+    (tmp_path / "a/__MACOSX").mkdir()
+    sizes = [len(load_images(tmp_path / "a", split)) for split in ("train", "validation", "test")]
+    assert sizes == [4, 2, 2]
+    classes(tmp_path / "b/dev", ["cat", "dog"])
+    assert load_images(tmp_path / "b", "train").classes == ["cat", "dog"]  # the only one there is
+    classes(tmp_path / "c/val", ["cat"])
+    classes(tmp_path / "c/test", ["cat"])
+    with pytest.raises(FFMergeError, match="c has no train split, only test, validation; give"):
+        load_images(tmp_path / "c")
+    (tmp_path / "a/extra").mkdir()
+    with pytest.raises(FFMergeError, match="cannot tell splits from classes in .*extra, train, val"):
+        load_images(tmp_path / "a")
+
+
+def test_hidden_copies_are_no_images(folder):
+    for hidden in ("cat/.ipynb_checkpoints", "cat/__MACOSX", "dog/.thumbnails"):
+        (folder / hidden).mkdir()
+        picture(1).save(folder / hidden / "1.png")
+    picture(1).save(folder / "cat/._200.png")
+    assert load_images(folder).labels.tolist() == [0, 1, 1]

@@ -48,7 +48,6 @@ def test_documents_are_joined_by_the_end_token(tokenizer, ending_tokenizer):
         (lambda d: _file(d, b"a\xff\xfe"), "file is no text: not UTF-8"),
         (lambda d: _file(d, b"a\0b"), "file is no text: there are NUL"),
         (lambda d: _file(d, b"\x1f\x8bno gzip"), "file cannot be read: "),
-        (lambda d: d / "nul\0", "is no path"),
         (lambda d: d, "no text in"),
         (lambda d: [], "no text in the list"),
         (lambda d: ["a", 1], "list of strings"),
@@ -105,3 +104,45 @@ def test_prefix(tokenizer):
     batch = PairEncoder(tokenizer, prefix="to de: ")(["a"])
     assert tokenizer.decode(batch["input_ids"][0]) == "to de: a</s>"
     assert torch.equal(batch["attention_mask"], torch.ones_like(batch["input_ids"]))
+
+
+@pytest.fixture(scope="module")
+def multilingual(tmp_path_factory):
+    """A tokenizer of many languages: NLLB's."""
+    from transformers import NllbTokenizer
+
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdefgh"]
+    tokenizer = NllbTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["eng_Latn", "deu_Latn"]})
+    return tokenizer
+
+
+def test_languages_are_set_for_labels_and_translations(multilingual):
+    from ffmerge_fast.driver.evaluate import translate
+
+    encoder = PairEncoder(multilingual, languages=("eng_Latn", "deu_Latn"))
+    batch = encoder(["a"], ["b"])
+    english, german = multilingual.convert_tokens_to_ids(["eng_Latn", "deu_Latn"])
+    assert batch["input_ids"][0, 0] == english and batch["labels"][0, 0] == german
+    seen = {}
+
+    class Model(torch.nn.Linear):
+        def generate(self, input_ids, **options):
+            seen.update(options)
+            return input_ids
+
+    translate(Model(1, 1), encoder, ["a b"])
+    assert seen["forced_bos_token_id"] == german
+
+
+@pytest.mark.parametrize(
+    "languages, words",
+    [
+        ((None, None), "needs both"),
+        (("eng_Latn", None), "needs both"),
+        (("eng_Latn", "xyz_Latn"), "not know 'xyz_Latn'"),
+    ],
+)
+def test_languages_that_are_missing_or_unknown(multilingual, languages, words):
+    with pytest.raises(FFMergeError, match=words):
+        PairEncoder(multilingual, languages=languages)
