@@ -11,7 +11,7 @@ from typing import Any
 
 from ..support.errors import FFMergeError
 from ..support.timing import timed
-from .results import one_line
+from .needs import check_kind
 
 
 class Inputs:
@@ -138,6 +138,7 @@ class Inputs:
         if not args.data:
             raise FFMergeError("data: give --data (a text file or folder, SOURCE TARGET files, images or .npz)")
         kind = args.task or task_kind(model)
+        check_kind(args, kind)
         lengths = {"block": args.max_length} if kind == "lm" else {"max_length": args.max_length or 128}
         return load_task(
             model,
@@ -174,6 +175,7 @@ class Inputs:
 
 def _read_json(path: str, what: str) -> Any:
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FFMergeError(f"{what}: {path} cannot be read ({one_line(error)})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise FFMergeError(f"{what}: {path} cannot be read ({reason}); give a file that ffmerge wrote") from error

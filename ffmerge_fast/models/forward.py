@@ -27,14 +27,31 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     """The batch's tensors on the device of the model's first parameter."""
     if not isinstance(batch, (Tensor, Mapping, tuple, list)):
         raise FFMergeError(f"batches: got a {type(batch).__name__}, wanted dicts, tuples or tensors")
+    _check_ids(batch, model)
     device = next(model.parameters()).device
     return _with_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def to_device_and_dtype(batch: Any, model: nn.Module) -> Any:
     """The batch's tensors on the model's device, floating-point ones in its dtype too; other objects as they are."""
+    _check_ids(batch, model)
     like = next(p for p in model.parameters() if p.is_floating_point())
     return _with_tensors(batch, lambda tensor: tensor.to(like if tensor.is_floating_point() else like.device))
+
+
+def _check_ids(batch: Any, model: nn.Module) -> None:
+    """Raise FFMergeError for a token that the model has no embedding of; on a GPU that would end the process."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.device.type != "cpu" or not ids.numel():
+        return
+    embeddings = None
+    with contextlib.suppress(AttributeError, NotImplementedError):  # no model of transformers, or one without ids
+        embeddings = model.get_input_embeddings().num_embeddings
+    if embeddings is not None and not 0 <= (worst := int(ids.max() if ids.min() >= 0 else ids.min())) < embeddings:
+        raise FFMergeError(
+            f"input_ids: got token {worst}, wanted one of the model's {embeddings} (0 to {embeddings - 1}); give the "
+            "tokenizer that belongs to the model"
+        )
 
 
 def _with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

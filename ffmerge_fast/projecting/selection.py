@@ -107,7 +107,11 @@ def _widths_for(
         widths = {s: _scaled(width, d_model / layout.d_model) for s, width in layout.stacks().items()}
         count = sum(math.prod(layout.shape(n, shape, d_model, widths)) for n, shape in unique.items())
         candidates.append((abs(count - keep * total), d_model, widths))
-    _, d_model, widths = min(candidates, key=lambda c: c[0])
+    far, d_model, widths = min(candidates, key=lambda c: c[0])
+    if far > keep * total:  # twice of what was asked for
+        raise FFMergeError(
+            f"keep: got {keep}, wanted at least {(far + keep * total) / total:.2g}, of the smallest widths"
+        )
     return d_model, widths
 
 

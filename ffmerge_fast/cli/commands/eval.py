@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-from ...support.errors import FFMergeError
 from ..options import data_options, model_options, stream_options
 from ..results import Result
 
@@ -13,8 +12,6 @@ OPTIONS = (model_options, data_options, stream_options)
 
 
 def run(args, inputs) -> Result:
-    if args.stream_budget and not args.stream:
-        raise FFMergeError("--stream-budget: is of streamed weights; give --stream disk or --stream host too")
     model = inputs.model
     with _streaming(args, model):
         values = inputs.test_task.evaluate(model, "test", args.batch_size, limit=args.eval_limit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...support.errors import FFMergeError
 from ..options import data_options, finetune_options, model_options, out_options, project_options, validation_option
 from ..results import Result, save_model, trained
 
@@ -17,8 +16,6 @@ def run(args, inputs) -> Result:
     from ...support.files import check_new_folder
 
     check_new_folder(args.out, args.overwrite)
-    if args.distill and args.teacher:
-        raise FFMergeError("--distill, --teacher: give one of them; --distill takes the base model as the teacher")
     model, task = inputs.model.requires_grad_(False), inputs.task
     work = Path(args.work_dir or f"{args.out}.project")
     proj, result = project_and_train(
