@@ -110,7 +110,7 @@ def method_option(parser) -> None:
 
 
 def out_options(parser) -> None:
-    parser.add_argument("out", type=folder, help="folder to write")
+    parser.add_argument("out", type=path, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that has content")
     parser.add_argument("--max-shard-size", type=size, default="5GB", help="largest weight file")
 
@@ -138,7 +138,9 @@ def recover_options(parser) -> None:
     group.add_argument(
         "--recover-steps", type=number(int, STEPS), default=400, metavar="N", help="of distill (default 400)"
     )
-    group.add_argument("--recover-lr", type=number(float, more_than=0), default=1e-3, help="of distill (default 1e-3)")
+    group.add_argument(
+        "--recover-lr", type=number(float, more_than=0, at_most=1000), default=1e-3, help="of distill (default 1e-3)"
+    )
     help_deltas = "distill gives each layer low-rank deltas W + A B of rank R (default 0: none), saved with the model"
     group.add_argument("--delta-rank", type=number(int, at_least=0), default=0, metavar="R", help=help_deltas)
 
@@ -156,7 +158,7 @@ def project_options(parser) -> None:
     group.add_argument(
         "--calibration", type=number(int, at_least=1), default=32, metavar="N", help="batches to measure them on"
     )
-    group.add_argument("--weight-decay-on-projections", type=number(float, at_least=0), default=0.0)
+    group.add_argument("--weight-decay-on-projections", type=number(float, at_least=0, at_most=1000), default=0.0)
     group.add_argument("--state", default="fp32", choices=STATES, help="moments of P and R")
     group.add_argument("--offload-base", choices=OFFLOADS, help="where the base's weights wait")
     group.add_argument("--distill", action="store_true", help="from the base model itself, by --alpha")
@@ -178,7 +180,7 @@ def finetune_options(parser) -> None:
         max_grad_norm=None,
         autocast=None,
     )
-    group.add_argument("--teacher", type=folder, help="folder of a model to distil from")
+    group.add_argument("--teacher", type=path, help="folder of a model to distil from")
     settings_options(
         group,
         TrainingSettings,

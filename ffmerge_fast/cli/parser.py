@@ -11,6 +11,7 @@ from .. import __version__
 from . import commands
 from .needs import check_needs
 from .options import common_options
+from .results import say
 
 # In the order of use; other files of commands/ follow.
 _ORDER = "demo inspect collect plan search merge finetune project fold eval export verify env".split()
@@ -59,6 +60,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file=None) -> None:
+        """argparse's own passes over what cannot be written."""
+        if file is not None:
+            file.write(message)
+        elif message:
+            say(message.rstrip())
 
 
 def _without_defaults(verb: argparse.ArgumentParser) -> dict[str, object]:

@@ -20,7 +20,7 @@ _MAY_CHANGE = ("eval_every", "higher_is_better", "restore_best", "save_every", "
 class TrainingSettings:
     """Settings of `finetune`. Those that decide the result must stay as they were when a run is resumed."""
 
-    lr: float = option(5e-5, "highest learning rate", also=["learning_rate"], more_than=0)
+    lr: float = option(5e-5, "highest learning rate", also=["learning_rate"], more_than=0, at_most=1000)
     schedule: str = option("inverse_sqrt", "how the learning rate falls after the warmup", SCHEDULES)
     warmup: int = option(0, "steps in which the learning rate rises from 0 to lr", at_least=0)
     lr_end: float = option(0.0, "floor of the linear and cosine schedules", at_least=0)
@@ -28,7 +28,7 @@ class TrainingSettings:
     timescale: int | None = option(
         None, "of inverse_sqrt, in steps (default: warmup, or 10000 without one)", at_least=1
     )
-    weight_decay: float = option(0.0, "on matrices only, not on norms and biases", at_least=0)
+    weight_decay: float = option(0.0, "on matrices only, not on norms and biases", at_least=0, at_most=1000)
     betas: tuple[float, float] = option((0.9, 0.999), "decay of AdamW's two moments")
     eps: float = option(1e-8, "of AdamW", more_than=0)
     accumulate: int = option(1, "micro-batches per step", also=["gradient_accumulation_steps"], at_least=1)
