@@ -23,10 +23,12 @@ from ..models.ties import is_merged
 from ..support.env import online, require
 from ..support.errors import FFMergeError
 from ..support.files import new_folder, one_line, write_json, write_tensors, write_text
+from ..support.sizes import parse_bytes
 from .manifest import MANIFEST, check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
 
 EXTRAS = "_ffmerge"  # statistics, plan, report: may be deleted
 _WEIGHTS = "model.safetensors"
+_POINTER = b"version https://git-lfs."
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -37,7 +39,7 @@ def save_pretrained(
     folder: str | os.PathLike,
     tokenizer: Any = None,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     extras: dict[str, str] | None = None,
 ) -> None:
     """Write `model` with every shared weight once, and everything needed to load and verify it.
@@ -48,7 +50,7 @@ def save_pretrained(
         folder: written beside, then renamed: it is complete or absent.
         tokenizer: tokenizer or image processor to save along.
         overwrite: replace a folder that has content.
-        max_shard_size: largest weight file ("5GB").
+        max_shard_size: bytes of the largest weight file, or text such as "5GB".
         extras: {file name: text} for the `_ffmerge` folder (plan, statistics' settings, report).
 
     Raises:
@@ -57,12 +59,13 @@ def save_pretrained(
     """
     if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
         raise FFMergeError(
-            f"{type(model).__name__} is merged in memory only, as it is not a class of transformers itself; call "
-            "expand_ before saving, or keep its state dict"
+            f"{type(model).__name__} is merged in memory only, tied by hand or not a class of transformers itself; "
+            "call expand_ before saving, share layers by merge_, or keep the state dict"
         )
+    shard = parse_bytes(max_shard_size, "max_shard_size")
     with new_folder(folder, overwrite) as beside:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(beside, max_shard_size=max_shard_size)
+            _save_transformers(model, beside, shard)
         else:
             _save_plain(model, beside)
         if tokenizer is not None:
@@ -70,6 +73,18 @@ def save_pretrained(
         for name, text in (extras or {}).items():
             write_text(beside / EXTRAS / name, text)
         write_json(beside / MANIFEST, describe(model, beside))
+
+
+def _save_transformers(model: nn.Module, folder: Path, shard: int) -> None:
+    try:
+        model.save_pretrained(folder, max_shard_size=shard)
+    except RuntimeError as error:
+        if "shared tensors" not in str(error):
+            raise
+        raise FFMergeError(
+            f"{type(model).__name__} has weights that are one tensor, though its class ties none of them: share layers "
+            "by merge_, or give each its own copy"
+        ) from error
 
 
 def _save_plain(model: nn.Module, folder: Path) -> None:
@@ -171,6 +186,8 @@ def _check_folder(path: Path, hashes: bool) -> None:
     if not weights:
         raise FFMergeError(f"{path} holds no weights (*.safetensors); give a folder written by save_pretrained")
     for file in weights:
+        if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(_POINTER):
+            raise FFMergeError(f"{file} is a pointer of git LFS, not the weights; get them with: git lfs pull")
         if file.suffix == ".safetensors":
             _check_readable(file)
     manifest = path / MANIFEST

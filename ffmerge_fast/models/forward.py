@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..support.errors import FFMergeError
@@ -40,8 +41,10 @@ def to_device_and_dtype(batch: Any, model: nn.Module) -> Any:
 
 
 def _check_ids(batch: Any, model: nn.Module) -> None:
-    """Raise FFMergeError for a token that the model has no embedding of; on a GPU that would end the process."""
+    """Raise FFMergeError for lists, and for tokens without an embedding, which on a GPU would end the process."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if isinstance(batch, Mapping) and isinstance(ids, list):
+        raise FFMergeError("batches: got lists for input_ids, wanted tensors; tokenise with return_tensors='pt'")
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.device.type != "cpu" or not ids.numel():
         return
     embeddings = None
@@ -63,7 +66,26 @@ def _with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a dict, a tuple or a tensor."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a dict, a tuple or a tensor.
+
+    Raises:
+        FFMergeError: the model itself fails on it.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple) else model(batch)
+    except (FFMergeError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FFMergeError(
+            f"the model fails on a batch of {_described(batch)} ({type(error).__name__}: {reason}); see that "
+            "model(**batch) runs, with the tokens and layers that the model has"
+        ) from error
+
+
+def _described(batch: Any) -> str:
+    named = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else (batch,)))
+    shapes = [f"{name} {list(value.shape)}" for name, value in named.items() if isinstance(value, Tensor)]
+    return ", ".join(shapes) or "no tensors"

@@ -218,7 +218,9 @@ def _check_projection(path: str, module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise FFMergeError(f"{path} is a {type(module).__name__}: wanted a linear projection with a 2-d weight")
-    if not weight.is_floating_point():
+    if hasattr(module, "weight_orig"):
+        raise FFMergeError(f"{path} is masked by torch.nn.utils.prune: call prune.remove(module, 'weight') first")
+    if not weight.is_floating_point() or weight.element_size() < 2:  # integers, float8
         raise FFMergeError(
             f"{path} is quantised ({weight.dtype}): load the model in fp32, bf16 or fp16, merge, then quantise"
         )

@@ -77,7 +77,7 @@ def fingerprint(model: nn.Module, ffns: FFNs, read: Callable[[Tensor], Tensor] =
     where it is, well below a forward pass.
 
     Raises:
-        FFMergeError: the model is streamed.
+        FFMergeError: the model is streamed, or its weights are not in memory.
     """
     refuse_streamed(model, "statistics, plans and scores of a model")
     digest = hashlib.sha256()
@@ -85,7 +85,13 @@ def fingerprint(model: nn.Module, ffns: FFNs, read: Callable[[Tensor], Tensor] =
         digest.update(repr((ffn.key, ffn.signature)).encode())
         for name, weight in model.get_submodule(ffn.path).named_parameters():
             digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(_checksums(read(weight)).numpy().tobytes())
+            values = read(weight)
+            if values.is_meta:
+                raise FFMergeError(
+                    f"{ffn.path}.{name} is not in memory (on 'meta', or offloaded by accelerate): load the model "
+                    "without device_map"
+                )
+            digest.update(_checksums(values).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
