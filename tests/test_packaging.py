@@ -121,7 +121,7 @@ def test_readme_projection_runs(names):
 
 
 def test_readme_command_lines_parse():
-    from ffmerge_fast.cli.main import parser
+    from ffmerge_fast.cli.parser import parser
 
     lines = [line.partition("  #")[0] for line in README.splitlines() if line.startswith("ffmerge ")]
     commands = [shlex.split(line)[1:] for line in lines]

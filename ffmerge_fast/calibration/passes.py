@@ -70,6 +70,8 @@ class Passes:
             name: of the work, for the bar and the errors.
             skip: batches to leave out at the start.
         """
+        if isinstance(batches, (Mapping, Tensor, str)):
+            raise FFMergeError(f"batches: got one {type(batches).__name__}, wanted an iterable of them; give [batch]")
         number = -1
         with self._bar(name) as bar:
             for number, batch in enumerate(batches):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ..support.errors import FFMergeError
 from ..support.files import one_line
 
+_POINTER = b"version https://git-lfs."
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of older versions' checkpoints: masks, positions and frequencies that classes compute today.
 OLD_BUFFERS = re.compile(
@@ -60,6 +61,8 @@ def check_model(folder: Path) -> None:
     for index in folder.glob("*.index.json"):
         _named_in(index)
     for file in weights:
+        if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(_POINTER):
+            raise FFMergeError(f"{file} is a pointer of git LFS, not the weights; get them with: git lfs pull")
         if file.suffix == ".safetensors":
             _check_readable(file)
     if (file := folder / "generation_config.json").exists():

@@ -19,6 +19,7 @@ from ..models.ties import is_merged
 from ..support.env import online, require
 from ..support.errors import FFMergeError
 from ..support.files import new_folder, write_json, write_tensors, write_text
+from ..support.sizes import parse_bytes
 from ..support.tensors import check_weights, not_inference
 from .beside import EXTRAS, MANIFEST, carry_over, check_out, contents, known_in
 from .contents import WEIGHTS, check_model
@@ -34,7 +35,7 @@ def save_pretrained(
     folder: str | os.PathLike,
     tokenizer: Any = None,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     extras: dict[str, str] | None = None,
     source: str | os.PathLike | None = None,
     trust_remote_code: bool = False,
@@ -47,7 +48,7 @@ def save_pretrained(
         folder: written beside, then renamed: it is complete or absent.
         tokenizer: tokenizer or image processor to save along.
         overwrite: replace a folder that holds a saved model, and nothing else.
-        max_shard_size: largest weight file ("5GB").
+        max_shard_size: bytes of the largest weight file, or text such as "5GB".
         extras: {file name: text} for the `_ffmerge` folder (plan, statistics' settings, report).
         source: folder that the model came from: what belongs to it beside the weights (processors, chat templates,
             vocabularies, licences) is copied, unless `tokenizer` wrote it; a warning names what is not.
@@ -61,13 +62,14 @@ def save_pretrained(
     check_weights(model)
     if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
         raise FFMergeError(
-            f"{type(model).__name__} is merged in memory only, as it is not a class of transformers itself; call "
-            "expand_ before saving, or keep its state dict"
+            f"{type(model).__name__} is merged in memory only, tied by hand or not a class of transformers itself; "
+            "call expand_ before saving, share layers by merge_, or keep the state dict"
         )
+    shard = parse_bytes(max_shard_size, "max_shard_size")
     check_out(folder, overwrite, source)
     with new_folder(folder, overwrite, known_in(folder)) as beside:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(beside, max_shard_size=max_shard_size)
+            _save_transformers(model, beside, shard)
         else:
             _save_plain(model, beside)
         if tokenizer is not None:
@@ -78,6 +80,18 @@ def save_pretrained(
             carry_over(Path(source), beside, trust_remote_code)
         write_json(beside / MANIFEST, describe(model, beside) | {"contents": contents(beside)})
         check_written(beside, model)
+
+
+def _save_transformers(model: nn.Module, folder: Path, shard: int) -> None:
+    try:
+        model.save_pretrained(folder, max_shard_size=shard)
+    except RuntimeError as error:
+        if "shared tensors" not in str(error):
+            raise
+        raise FFMergeError(
+            f"{type(model).__name__} has weights that are one tensor, though its class ties none of them: share layers "
+            "by merge_, or give each its own copy"
+        ) from error
 
 
 def _save_plain(model: nn.Module, folder: Path) -> None:

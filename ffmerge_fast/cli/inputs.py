@@ -12,7 +12,7 @@ from typing import Any
 
 from ..support.errors import FFMergeError
 from ..support.timing import timed
-from .results import one_line
+from .needs import check_kind
 
 
 class Inputs:
@@ -147,6 +147,7 @@ class Inputs:
         if not args.data:
             raise FFMergeError("data: give --data (a text file or folder, SOURCE TARGET files, images or .npz)")
         kind = args.task or task_kind(model)
+        check_kind(args, kind)
         lengths = {"block": args.max_length} if kind in ("lm", "masked") else {"max_length": args.max_length or 128}
         task = load_task(
             model,
@@ -199,6 +200,7 @@ def _paths(given: list[str]) -> str | tuple[Path, ...]:
 
 def _read_json(path: str, what: str) -> Any:
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FFMergeError(f"{what}: {path} cannot be read ({one_line(error)})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise FFMergeError(f"{what}: {path} cannot be read ({reason}); give a file that ffmerge wrote") from error

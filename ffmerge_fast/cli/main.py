@@ -1,100 +1,78 @@
-"""The `ffmerge` command: finds its verbs, parses arguments, runs a verb, prints what it gives. No logic lives here.
-
-Nothing that is imported before a verb runs needs torch, so that help, --version and usage errors are answered at once.
-"""
+"""The `ffmerge` command: whatever happens between its arguments and its answer ends here, in one line and a status."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import logging
+import contextlib
 import os
-import pkgutil
 import sys
 import traceback
-import warnings
 
-from .. import __version__
-from ..support.env import allow_network
-from ..support.progress import set_quiet
-from . import commands
-from .inputs import Inputs
-from .options import common_options
-from .outputs import check_outputs
-from .results import is_first_rank, one_line
-
-# In the order of use; other files of commands/ follow.
-_ORDER = "demo inspect collect plan search merge finetune project fold eval export verify env".split()
+from ..support.errors import FFMergeError
+from .results import one_line, say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a mistake or failure (one line on stderr), 2 for usage."""
-    args = parser().parse_args(argv)
-    _set_up(args)
+    """Run one command; returns the exit status.
+
+    0; 1 for a mistake or failure (one line on stderr); 130 after Ctrl-C; 141, as of any command that SIGPIPE ends,
+    where nobody reads the answer. Usage errors raise SystemExit(2), help and --version SystemExit(0).
+    """
     try:
-        check_outputs(args)
-        result = args.run(args, Inputs(args))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        try:
+            _run(argv)
+        finally:
+            _write()  # help was printed, perhaps
+    except KeyboardInterrupt as stop:
+        return _ended(130, str(stop) or "interrupted")
+    except BrokenPipeError:
+        return _ended(141)
     except Exception as error:
-        if args.verbose:
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    finally:
-        _close_distributed()
-    if is_first_rank():
-        result.print(args.json)
+        return _ended(1, f"error: {one_line(error)}")
     return 0
 
 
-def command_names() -> list[str]:
-    """The verbs: one per file of commands/."""
-    found = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
-    return sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+def _run(argv: list[str] | None) -> None:
+    """Parse, set up, run and print; the imports are here so that what goes wrong in them is answered too."""
+    from .inputs import Inputs
+    from .outputs import check_outputs
+    from .parser import parse
+    from .process import leave_job, set_up
+
+    args = parse(argv)
+    try:
+        set_up(args)
+        check_outputs(args)
+        result = args.run(args, Inputs(args))
+        from ..support.distributed import rank  # with torch, which the set-up has imported
+
+        if rank() == 0:
+            _write(f"{result.shown(args.json)}\n")
+    except Exception:
+        if args.verbose:
+            traceback.print_exc()
+        raise
+    finally:
+        leave_job()
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; the arguments it gives have the verb's `run`."""
-    parser = argparse.ArgumentParser(
-        "ffmerge", description="Make trained Transformers smaller: merge feed-forward sublayers, project whole models."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in command_names():
-        command = importlib.import_module(f"{commands.__name__}.{name}")
-        verb = verbs.add_parser(name, help=command.HELP, description=command.HELP)
-        for add in (*command.OPTIONS, common_options):
-            add(verb)
-        verb.set_defaults(run=command.run)
-    return parser
+def _write(text: str = "") -> None:
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise FFMergeError(f"standard output cannot be written ({error.strerror})") from error
 
 
-def _set_up(args: argparse.Namespace) -> None:
-    set_quiet(args.quiet or args.json)
-    if args.online:
-        allow_network()
-    else:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if args.quiet or args.json or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it too
-    if not args.verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.showwarning = lambda message, *_, **__: args.quiet or print(f"warning: {message}", file=sys.stderr)
-    import torch
-
-    torch.manual_seed(args.seed)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():  # under torchrun
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-
-
-def _close_distributed() -> None:
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _ended(status: int, line: str = "") -> int:
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # what cannot be written must not fail again at exit
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if line:
+        say(line)
+    return status

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ..support.errors import FFMergeError
+from . import values
 
 
 class NewFile(str):
@@ -22,11 +23,26 @@ class WorkFolder(str):
 
 
 _READ = ("model", "data", "eval_data", "statistics", "plan", "teacher", "importance")  # options that name inputs
-# At least so much of the model's bytes is written to OUT; FFNs have about two thirds of a model, and one of them is left.
+# At least so much of the model's bytes goes to OUT: FFNs have about two thirds of a model, and one of them is left.
 _LEAST = {"export": 1.0, "finetune": 1.0, "merge": 1 / 3}
 
 
-def work_folder(args: argparse.Namespace) -> WorkFolder:
+def new_file(text: str) -> NewFile:
+    """A type of argument."""
+    return NewFile(values.file(text))
+
+
+def new_folder(text: str) -> NewFolder:
+    """A type of argument."""
+    return NewFolder(values.path(text))
+
+
+def work_folder(text: str) -> WorkFolder:
+    """A type of argument."""
+    return WorkFolder(values.folder(text))
+
+
+def work_folder_of(args: argparse.Namespace) -> WorkFolder:
     """Where a command that trains keeps log and checkpoints."""
     return WorkFolder(args.work_dir or f"{args.out}.{args.command}")
 
@@ -39,7 +55,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     written = {f"--{name}".replace("_", "-"): value for name, value in vars(args).items()}
     written = {name: value for name, value in written.items() if isinstance(value, (NewFile, NewFolder, WorkFolder))}
     if getattr(args, "work_dir", "") is None:
-        written["--work-dir"] = work_folder(args)
+        written["--work-dir"] = work_folder_of(args)
     for value in written.values():
         if isinstance(value, NewFile):
             check_new_file(value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,21 +17,34 @@ class Result(NamedTuple):
     values: dict[str, Any]  # for --json
     text: str
 
-    def print(self, as_json: bool) -> None:
+    def shown(self, as_json: bool) -> str:
         from ..support.files import json_text
 
-        print(json_text(self.values, indent=1) if as_json else self.text)
+        return json_text(self.values, indent=1) if as_json else self.text
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one of several that writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
+def say(line: str) -> None:
+    """One line on standard error, if anybody can be told."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(line, file=sys.stderr)
 
 
 def one_line(error: Exception) -> str:
-    """An error's message in one line, with its kind unless it is ours."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if isinstance(error, FFMergeError) else f"{type(error).__name__}: {message}"
+    """What to say of an error that ends a command: ours as it is, others in our words."""
+    message = " ".join(str(error).split())
+    if isinstance(error, FFMergeError):
+        return message
+    if isinstance(error, MemoryError) or any(words in message.lower() for words in _OUT_OF_MEMORY):
+        return f"there is too little memory ({message or 'none was left'}); give smaller batches, or free some"
+    if isinstance(error, ImportError):
+        return f"a package cannot be imported ({message}); install it again, with enough memory free"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}); check the path and its permissions"
+    return f"this is a bug ({type(error).__name__}: {message}); please report what --verbose shows"
+
+
+_OUT_OF_MEMORY = ("out of memory", "cannot allocate memory", "can't allocate memory", "failed to map segment")
 
 
 def plan_values(plan: Any) -> dict[str, Any]:
@@ -62,8 +77,9 @@ def trained(out: str, work: Any, metric: str, run: Any) -> Result:
 def save_model(args: Any, inputs: Any, model: Any, extras: dict[str, str] | None = None) -> None:
     """Write the folder that `out_options` name, by one of several processes."""
     from ..checkpoint.folder import save_pretrained
+    from ..support.distributed import rank
 
-    if is_first_rank():
+    if rank() == 0:
         if inputs.processor is None:
             warnings.warn(f"{args.model} holds no tokenizer or image processor, nor does {args.out}", stacklevel=2)
         trust = getattr(args, "trust_remote_code", False)
@@ -74,7 +90,8 @@ def save_model(args: Any, inputs: Any, model: Any, extras: dict[str, str] | None
 
 def write_plan(path: str | None, plan: Any) -> None:
     """Write a plan file where one is asked for, by one of several processes."""
+    from ..support.distributed import rank
     from ..support.files import write_json
 
-    if path and is_first_rank():
+    if path and rank() == 0:
         write_json(path, plan.to_dict(), indent=None)

@@ -115,7 +115,8 @@ def _collect_here(
             taker.hook()
             for number, _ in taker.passes.over(cache.watched(batches), "collect", done.get("batches", 0)):
                 taker.end_batch(number)
-                cache.save_if_due(stats)
+                if taker.settled():  # so that neither a save nor going on from one changes what is rounded
+                    cache.save_if_due(stats)
         cache.save(stats)
     stats.data = cache.data
 
@@ -144,6 +145,16 @@ class _FeatureTaker:
                 state.end_batch()
             except FFMergeError as error:
                 raise FFMergeError(f"batch {number}, {stack}: {error}") from error
+
+    def settled(self) -> bool:
+        """Whether no features wait to be multiplied; one stack's are with another's, so that this comes to pass."""
+        waiting = {stack for stack, state in self.stats.states.items() if state.waits()}
+        running = {stack for stack, tokens in self.passes.counts.items() if tokens < self.passes.max_tokens}
+        if running <= waiting:
+            return not waiting
+        for stack in waiting:
+            self.stats.states[stack].settle()
+        return True
 
     def _receive(self, ffn: FFNSublayer, x: Tensor) -> None:
         x = x[..., -ffn.d_ff :]  # of a fused gate and up, the up half

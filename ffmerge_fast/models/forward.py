@@ -28,14 +28,33 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     """The batch's tensors on the device of the model's first parameter."""
     if not isinstance(batch, (Tensor, Mapping, tuple, list)):
         raise FFMergeError(f"batches: got a {type(batch).__name__}, wanted dicts, tuples or tensors")
+    _check_ids(batch, model)
     device = next(model.parameters()).device
     return _with_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def to_device_and_dtype(batch: Any, model: nn.Module) -> Any:
     """The batch's tensors on the model's device, floating-point ones in its dtype too; other objects as they are."""
+    _check_ids(batch, model)
     like = next(p for p in model.parameters() if p.is_floating_point())
     return _with_tensors(batch, lambda tensor: tensor.to(like if tensor.is_floating_point() else like.device))
+
+
+def _check_ids(batch: Any, model: nn.Module) -> None:
+    """Raise FFMergeError for lists, and for tokens without an embedding, which on a GPU would end the process."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if isinstance(batch, Mapping) and isinstance(ids, list):
+        raise FFMergeError("batches: got lists for input_ids, wanted tensors; tokenise with return_tensors='pt'")
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.device.type != "cpu" or not ids.numel():
+        return
+    embeddings = None
+    with contextlib.suppress(AttributeError, NotImplementedError):  # no model of transformers, or one without ids
+        embeddings = model.get_input_embeddings().num_embeddings
+    if embeddings is not None and not 0 <= (worst := int(ids.max() if ids.min() >= 0 else ids.min())) < embeddings:
+        raise FFMergeError(
+            f"input_ids: got token {worst}, wanted one of the model's {embeddings} (0 to {embeddings - 1}); give the "
+            "tokenizer that belongs to the model"
+        )
 
 
 def _with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -54,7 +73,26 @@ def _with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a dict, a tuple or a tensor."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a dict, a tuple or a tensor.
+
+    Raises:
+        FFMergeError: the model itself fails on it.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple) else model(batch)
+    except (FFMergeError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FFMergeError(
+            f"the model fails on a batch of {_described(batch)} ({type(error).__name__}: {reason}); see that "
+            "model(**batch) runs, with the tokens and layers that the model has"
+        ) from error
+
+
+def _described(batch: Any) -> str:
+    named = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else (batch,)))
+    shapes = [f"{name} {list(value.shape)}" for name, value in named.items() if isinstance(value, Tensor)]
+    return ", ".join(shapes) or "no tensors"

@@ -217,8 +217,11 @@ def _check_projection(path: str, module: nn.Module, quantised: bool) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise FFMergeError(f"{path} is a {type(module).__name__}: wanted a linear projection with a 2-d weight")
+    if hasattr(module, "weight_orig"):
+        raise FFMergeError(f"{path} is masked by torch.nn.utils.prune: call prune.remove(module, 'weight') first")
     wrapped = not has_memory(weight) and not is_sharded(weight)  # such a class may claim to be floating
-    if not weight.is_floating_point() or (wrapped and not quantised):
+    whole_numbers = not weight.is_floating_point() or weight.element_size() < 2  # integers, float8
+    if whole_numbers or (wrapped and not quantised):
         kind = type(weight).__name__ if wrapped else weight.dtype
         raise FFMergeError(f"{path} is quantised ({kind}): load the model in fp32, bf16 or fp16, merge, then quantise")
 

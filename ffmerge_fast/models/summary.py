@@ -78,13 +78,22 @@ def fingerprint(model: nn.Module, ffns: FFNs, read: Callable[[Tensor], Tensor] =
 
     Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
     where it is, well below a forward pass.
+
+    Raises:
+        FFMergeError: the model's weights are not in memory.
     """
     digest = hashlib.sha256()
     for ffn in ffns:
         digest.update(repr((ffn.key, ffn.signature)).encode())
         for name, weight in model.get_submodule(ffn.path).named_parameters():
             digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(_checksums(read(weight)).numpy().tobytes())
+            values = read(weight)
+            if values.is_meta:
+                raise FFMergeError(
+                    f"{ffn.path}.{name} is not in memory (on 'meta', or offloaded by accelerate): load the model "
+                    "without device_map"
+                )
+            digest.update(_checksums(values).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

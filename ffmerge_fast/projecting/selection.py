@@ -154,7 +154,9 @@ def _sizes_for(model: nn.Module, layout: ModelAxes, keep: float, attention: str,
 
     least = _step(layout, attention)
     step = _fine_step(layout.d_model, least)
-    _, wished = sizes_of(step)[0]
+    far, wished = sizes_of(step)[0]
+    if far > 1:  # more than twice of what was asked for
+        raise FFMergeError(f"keep: got {keep}, wanted at least {keep * (1 + far):.2g}, of the smallest widths")
     fault = wished.fault(model, layout)
     if not fault:
         return wished

@@ -21,8 +21,12 @@ OFFLOADS = {"cpu": "host", "disk": "disk"}  # the words of `offload_base` for th
 class Widths:
     """How much smaller a model shall get: the share of its parameters, or the widths themselves."""
 
-    keep: float | None = option(None, "share of the parameters to keep, such as 0.5; or the widths")
-    d_model: int | None = option(None, "width of the residual stream")
-    d_ff: int | Mapping[str, int] | None = option(None, "neurons of each FFN, or of each stack's: {stack: neurons}")
+    keep: float | None = option(
+        None, "share of the parameters to keep, such as 0.5; or the widths", more_than=0, at_most=1
+    )
+    d_model: int | None = option(None, "width of the residual stream", at_least=1)
+    d_ff: int | Mapping[str, int] | None = option(
+        None, "neurons of each FFN, or of each stack's: {stack: neurons}", at_least=1
+    )
     attention: str = option("heads", "what gets fewer with d_model", choices=ATTENTION_MODES)
     untie_embeddings: bool | None = option(None, "give the head a table of its own")

@@ -201,11 +201,25 @@ def _nulled(value: Any) -> Any:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a `new_file` of tensors, by safetensors."""
+    """Write a `new_file` of tensors, by safetensors; equal content is equal byte by byte."""
     from safetensors.torch import save_file
 
     with new_file(path) as beside:
         save_file(tensors, beside, metadata)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(beside)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give a safetensors file's metadata the order of its keys; safetensors writes them in no order."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # else as it is: these are the same characters in another order
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 @contextlib.contextmanager

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 from .errors import FFMergeError
 
 Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that mean something; NaN, infinity and whole numbers beyond 64 bits never do."""
+
+    at_least: float | None = None
+    more_than: float | None = None
+    at_most: float | None = None
+    less_than: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        limits = (self.at_least, self.more_than, self.at_most, self.less_than)
+        least, more, most, less = (value if limit is None else limit for limit in limits)
+        within = least <= value <= most and (more < value or self.more_than is None)
+        finite = abs(value) < 2**63 if isinstance(value, Integral) else math.isfinite(value)
+        return finite and within and (value < less or self.less_than is None)
+
+    def __str__(self) -> str:
+        words = {"at_least": "at least", "more_than": "more than", "at_most": "at most", "less_than": "less than"}
+        limits = [f"{word} {getattr(self, name):g}" for name, word in words.items() if getattr(self, name) is not None]
+        return " and ".join(limits) or "a finite number of at most 64 bits"
 
 
 class Option(NamedTuple):
@@ -21,25 +45,43 @@ class Option(NamedTuple):
     default: Any
     help: str
     choices: tuple[Any, ...]
+    range: Range
 
 
-def option(default: Any, help: str, choices: Iterable[Any] = (), also: Iterable[str] = ()) -> Any:
+def option(default: Any, help: str, choices: Iterable[Any] = (), also: Iterable[str] = (), **limits: float) -> Any:
     """A dataclass field with its help text.
 
     Args:
         choices: the values there are, None apart.
         also: names that others give it, answered with ours.
+        limits: of a number, see `Range`.
     """
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "also": tuple(also)})
+    metadata = {"help": help, "choices": tuple(choices), "also": tuple(also), "range": Range(**limits)}
+    return field(default=default, metadata=metadata)
 
 
 def options(settings: Any) -> tuple[Option, ...]:
     """The options of a settings class, in their order."""
     types = get_type_hints(settings)
     return tuple(
-        Option(f.name, _value_type(types[f.name]), f.default, f.metadata["help"], f.metadata.get("choices", ()))
+        Option(
+            f.name, _value_type(types[f.name]), f.default, *(f.metadata[name] for name in ("help", "choices", "range"))
+        )
         for f in fields(settings)
     )
+
+
+def check(settings: Any) -> None:
+    """Raise FFMergeError for a value that is none of its option's choices, or a number out of its range."""
+    for known in options(type(settings)):
+        value = getattr(settings, known.name)
+        if known.choices and value not in (None, *known.choices):
+            wanted = ", ".join(map(repr, known.choices)) + (" or None" if known.default is None else "")
+            raise FFMergeError(f"{known.name}: got {value!r}, wanted one of {wanted}")
+        if known.type in (int, float) and value is not None and not isinstance(value, Real):
+            raise FFMergeError(f"{known.name}: got {value!r}, wanted a number, {known.range}")
+        if isinstance(value, Real) and value not in known.range:
+            raise FFMergeError(f"{known.name}: got {value}, wanted {known.range}")
 
 
 def documented(cls: type) -> type:

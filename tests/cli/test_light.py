@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ffmerge_fast.cli.main import command_names
+from ffmerge_fast.cli.parser import command_names
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "numpy", "scipy", "safetensors", "transformers"}

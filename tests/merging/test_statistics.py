@@ -152,3 +152,13 @@ def test_a_failed_save_leaves_the_old_file(good, monkeypatch):
     with pytest.raises(ff.FFMergeError, match=f"{good} could not be written .*No space left"):
         collected(seeds=[7]).save(good)
     assert good.read_bytes() == before and [f.name for f in good.parent.iterdir()] == [good.name]
+
+
+def test_equal_statistics_are_equal_files(tmp_path):
+    """safetensors writes metadata in another order each time."""
+    stats = collected()
+    for number in range(8):
+        stats.save(tmp_path / f"{number}")
+    collected().save(tmp_path / "again")
+    ff.CorrelationStats.load(tmp_path / "0").save(tmp_path / "loaded")
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1

@@ -217,6 +217,7 @@ def test_a_merged_model_trains_like_the_formula():
         ("gpt2", dict(), "give either keep="),
         ("gpt2", dict(keep=0.5, d_model=8), "give either keep="),
         ("gpt2", dict(keep=1.5), "keep: got 1.5, wanted a share"),
+        ("gpt2", dict(keep=1e-9), "keep: got 1e-09, wanted at least 0."),
         ("gpt2", dict(d_model=24), "d_model: got 24, wanted an integer from 1 to the base model's 16"),
         ("llama", dict(d_ff=0), r"d_ff \(decoder\): got 0"),
         ("gpt2", dict(d_model=12), "d_model: got 12, wanted a multiple of 8 .whole heads of 8."),

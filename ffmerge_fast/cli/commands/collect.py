@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ..options import argument, choice_options, collect_options, data_options, model_options, validation_option
-from ..outputs import NewFile
-from ..results import Result, is_first_rank
+from ..outputs import new_file
+from ..results import Result
 
 HELP = "correlate the FFN features of a model on data"
 OPTIONS = (
     model_options,
-    argument("out", type=NewFile, help="statistics file to write"),
+    argument("out", type=new_file, help="statistics file to write"),
     choice_options,
     data_options,
     validation_option,
@@ -18,8 +18,10 @@ OPTIONS = (
 
 
 def run(args, inputs) -> Result:
+    from ...support.distributed import rank
+
     stats = inputs.statistics
-    if is_first_rank():
+    if rank() == 0:
         stats.save(args.out)
     counted = ", ".join(f"{stack} {n:,} tokens" for stack, n in stats.tokens.items())
     pairs = sum(map(len, stats.settings["pairs"].values()))

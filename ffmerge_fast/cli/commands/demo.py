@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ..options import argument
 from ..results import Result
+from ..values import path
 
 HELP = "train, merge and tune two small models on this machine, without downloads"
 OPTIONS = (
-    argument("out", nargs="?", default="ffmerge-demo", help="folder to write"),
+    argument("out", type=path, nargs="?", default="ffmerge-demo", help="folder to write"),
     argument("--overwrite", action="store_true"),
 )
 

@@ -15,8 +15,6 @@ OPTIONS = (model_options, data_options, stream_options)
 def run(args, inputs) -> Result:
     from ...support.tensors import check_weights
 
-    if args.stream_budget and not args.stream:
-        raise FFMergeError("--stream-budget: is of streamed weights; give --stream disk or --stream host too")
     model = inputs.model
     check_weights(model)
     with _streaming(args, model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..options import data_options, finetune_options, model_options, out_options, validation_option
-from ..outputs import work_folder
+from ..outputs import work_folder_of
 from ..results import Result, save_model, trained
 
 HELP = "fine-tune a (merged) model"
@@ -16,7 +16,7 @@ def run(args, inputs) -> Result:
     from ...support.distributed import is_distributed
 
     model, task = inputs.model, inputs.task
-    work = work_folder(args)
+    work = work_folder_of(args)
     result = finetune(
         model,
         task,

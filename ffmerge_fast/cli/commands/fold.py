@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ..options import argument, model_options, out_options
 from ..results import Result, save_model
+from ..values import path
 
 HELP = "write the small model of a run of `project` that was stopped"
-OPTIONS = (model_options, argument("work_dir", help="its work folder (OUT.project)"), out_options)
+OPTIONS = (model_options, argument("work_dir", type=path, help="its work folder (OUT.project)"), out_options)
 
 
 def run(args, inputs) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...support.errors import FFMergeError
 from ..options import (
     argument,
     choice_options,
@@ -16,6 +15,7 @@ from ..options import (
     validation_option,
 )
 from ..results import Result, plan_values, save_model
+from ..values import file
 
 HELP = "merge FFNs and write the smaller model"
 OPTIONS = (
@@ -24,7 +24,7 @@ OPTIONS = (
     choice_options,
     method_option,
     statistics_option,
-    argument("--plan", help="file written by `ffmerge plan` or `search`"),
+    argument("--plan", type=file, help="file written by `ffmerge plan` or `search`"),
     data_options,
     validation_option,
     collect_options,
@@ -38,8 +38,6 @@ def run(args, inputs) -> Result:
     from ...support.files import check_space
 
     recoveries = () if args.recover == "none" else args.recover.split("+")
-    if args.delta_rank and "distill" not in recoveries:
-        raise FFMergeError(f"--delta-rank: got --recover {args.recover}, wanted --recover distill or refit+distill")
     model, plan = inputs.model, inputs.plan
     check_space(args.out, plan.nbytes_after)
     merged = merge_and_recover_(

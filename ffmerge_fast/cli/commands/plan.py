@@ -5,21 +5,22 @@ from __future__ import annotations
 import csv
 
 from ...support.tables import format_table
-from ..options import argument, choice_options, loading_options, memory_option, method_option, sizes
-from ..outputs import NewFile
+from ..options import WINDOW, argument, choice_options, loading_options, memory_option, method_option
+from ..outputs import new_file
 from ..results import Result, plan_values, write_plan
+from ..values import file, numbers, path
 
 HELP = "choose and align layers from statistics"
 OPTIONS = (
-    argument("statistics", help="file written by `ffmerge collect`"),
-    argument("--model", help="the model's folder, for --method weights"),
+    argument("statistics", type=file, help="file written by `ffmerge collect`"),
+    argument("--model", type=path, help="the model's folder, for --method weights"),
     loading_options,
     choice_options,
     method_option,
     memory_option,
-    argument("--out", type=NewFile, help="plan file to write"),
-    argument("--sweep", type=sizes, metavar="2,3,4", help="rank all windows of these sizes"),
-    argument("--csv", type=NewFile, help="write the sweep here"),
+    argument("--out", type=new_file, help="plan file to write"),
+    argument("--sweep", type=numbers(WINDOW), metavar="2,3,4", help="rank all windows of these sizes"),
+    argument("--csv", type=new_file, help="write the sweep here"),
 )
 
 

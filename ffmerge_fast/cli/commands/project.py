@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...support.errors import FFMergeError
 from ..options import data_options, finetune_options, model_options, out_options, project_options, validation_option
-from ..outputs import work_folder
+from ..outputs import work_folder_of
 from ..results import Result, save_model, trained
 
 HELP = "train a smaller model whose weights are projections of the model's, and write it"
@@ -16,10 +15,8 @@ OPTIONS = (model_options, out_options, project_options, data_options, validation
 def run(args, inputs) -> Result:
     from ...driver.project_run import project_and_train
 
-    if args.distill and args.teacher:
-        raise FFMergeError("--distill, --teacher: give one of them; --distill takes the base model as the teacher")
     model, task = inputs.model.requires_grad_(False), inputs.task
-    work = Path(work_folder(args))
+    work = Path(work_folder_of(args))
     proj, result = project_and_train(
         model,
         task,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...support.tables import format_table
 from ...support.timing import timed
 from ..options import (
+    WINDOW,
     anchor_option,
     argument,
     collect_options,
@@ -15,20 +16,21 @@ from ..options import (
     statistics_option,
     validation_option,
 )
-from ..outputs import NewFile
+from ..outputs import new_file
 from ..results import Result, plan_values, write_plan
+from ..values import number
 
 HELP = "try every window on validation data and plan the best"
 OPTIONS = (
     model_options,
-    argument("--window", type=int, required=True, help="number of adjacent layers"),
+    argument("--window", type=number(int, WINDOW), required=True, help="number of adjacent layers"),
     anchor_option,
     method_option,
     statistics_option,
     data_options,
     validation_option,
     collect_options,
-    argument("--out", type=NewFile, help="plan file to write"),
+    argument("--out", type=new_file, help="plan file to write"),
     search_options,
 )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from ...support.sizes import format_bytes
 from ..options import argument
 from ..results import Result
+from ..values import path
 
 HELP = "check hashes, ties and reference logits of a folder"
-OPTIONS = (argument("folder", help="folder written by ffmerge"),)
+OPTIONS = (argument("folder", type=path, help="folder written by ffmerge"),)
 
 
 def run(args, inputs) -> Result:

@@ -86,6 +86,9 @@ class Accumulators(Protocol):
     def push(self, key: Key, x: Tensor, mask: Tensor | None, sums: LayerSums, seen: Iterable[Key]) -> None:
         """Add one layer's tokens; `seen` are the layers of this batch so far, this one included."""
 
+    def held(self) -> int:
+        """Number of layers whose features wait."""
+
     def discard_open_batch(self) -> None:
         """Forget features that wait: a batch was left incomplete, and partners no longer hold the same tokens."""
 

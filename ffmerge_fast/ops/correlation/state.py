@@ -110,6 +110,15 @@ class CorrelationState:
             raise FFMergeError(f"end_batch: layers {missing} were not pushed in this batch; push every layer once")
         self._moments.end_batch()
 
+    def waits(self) -> bool:
+        """Whether features wait for more tokens before they are multiplied."""
+        return self._moments.accumulators.held() > 0
+
+    def settle(self) -> None:
+        """Multiply what waits; the sums that follow are rounded otherwise than without."""
+        self._no_open_batch()
+        self._moments.accumulators.settle()
+
     def check_batch(self, features: Mapping[Key, Tensor], mask: Tensor | None = None) -> None:
         """Raise FFMergeError unless `features` are one whole batch of this state; changes nothing."""
         if self._batch.tokens:
