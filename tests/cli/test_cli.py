@@ -441,3 +441,23 @@ def test_every_command_knows_the_common_options(capsys):
         text = capsys.readouterr().out
         for option in ("--json", "--verbose", "--quiet", "--seed", "--device", "--dtype"):
             assert re.search(rf"{option}\b", text), (name, option)
+
+
+def test_several_files_are_read_and_never_their_names(capsys, folder, text, tmp_path):
+    words = text.read_text().split()
+    for name, part in (("part 1.txt", words[:500]), ("part 2.txt", words[500:1000])):
+        (tmp_path / name).write_text(" ".join(part))
+    paths = sorted(tmp_path.glob("*.txt"))
+    options = ("eval", folder, "--max-length", 32, "--data")
+    tokens = run(capsys, *options, *paths)["tokens"]
+    assert tokens == 1001 - 32  # both, the end token between them; of each window the first is not scored
+    (tmp_path / "a.csv").write_text("title,body\n" + "w1 w2,w3 w4\n" * 40)
+    assert run(capsys, *options, tmp_path / "a.csv", "--text-column", "body")["tokens"] == 40 * 3 - 1 - 4
+    for more, words in (
+        ([*paths, tmp_path / "none.txt"], "none.txt does not exist"),
+        ([tmp_path / "a.csv"], "several columns with text (title, body); name one by --text-column"),
+        ([paths[0], "--text-column", "body"], "part 1.txt has no columns"),
+        ([paths[0], "--target-lang", "de"], "--target-lang (languages=): is for translation"),
+        ([paths[0], "--task", "masked"], "give --task lm"),
+    ):
+        assert words in refuse(capsys, *options, *more)
