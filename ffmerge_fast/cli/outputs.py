@@ -22,7 +22,7 @@ class WorkFolder(str):
 
 
 _READ = ("model", "data", "eval_data", "statistics", "plan", "teacher", "importance")  # options that name inputs
-# At least so much of the model's bytes is written to OUT; FFNs have about two thirds of a model, and one of them is left.
+# At least so much of the model's bytes is written to OUT; FFNs have about two thirds of a model, one of them is left.
 _LEAST = {"export": 1.0, "finetune": 1.0, "merge": 1 / 3}
 
 
