@@ -54,7 +54,7 @@ def load_model(folder: str | os.PathLike, trust: bool, leave_out: list[str], opt
     except FFMergeError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds; each ends as one line here
-        if "trust_remote_code" in str(error):
+        if "custom code" in str(error):
             raise FFMergeError(f"{folder} needs code that lies in it: load it {_CODE}") from error
         raise FFMergeError(f"{folder} cannot be loaded: {one_line(error)}") from error
     if getattr(loaded, "_hf_peft_config_loaded", False):  # of the hub; a folder's is found before
