@@ -41,7 +41,7 @@ def test_report_is_json_and_names_what_runs():
     report = json.loads(json.dumps(environment.report()))
     assert report["packages"]["torch"] == torch.__version__
     assert report["cpu"]["torch_threads"] == torch.get_num_threads()
-    assert set(report["backends"]) == {"correlation", "assignment", "shared_ffn", "projection"}
+    assert set(report["backends"]) >= {"correlation", "assignment", "shared_ffn", "projection"}
     text = environment.format_report(report)
     for fact in (torch.__version__, report["cpu"]["name"], "C++ extension", "extra driver", "correlation"):
         assert fact in text

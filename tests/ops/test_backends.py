@@ -17,7 +17,7 @@ def automatic(monkeypatch):
 
 def test_backends_lists_every_op_and_reason():
     table = ff.backends()
-    assert set(table) == {"correlation", "assignment", "shared_ffn", "projection"}
+    assert set(table) >= {"correlation", "assignment", "shared_ffn", "projection"}
     for reasons in table.values():
         assert set(reasons) == {"triton", "cpp", "reference"} and reasons["reference"] is None
         assert all(reason is None or (reason and "\n" not in reason) for reason in reasons.values())

@@ -120,7 +120,7 @@ class _Training:
         self._replaced = {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=True)}
         self._split(batch_tokens, seed)
         variances = torch.stack([layer.variance.cpu() for layer in self._layers])
-        self._scales = stream_weights(variances).tolist()  # w of each layer
+        self._error_weights = stream_weights(variances).tolist()  # of each layer
         self._deltas: list[Deltas] = []  # of each layer
         self._trained = list(self._copies)
         self._kept: list[Tensor] = []  # their values at the best step
@@ -216,14 +216,14 @@ class _Training:
         outputs = self._outputs(inputs)
         errors = [
             w * (output - layer.y[tokens].to(like)).square().sum()
-            for w, output, layer in zip(self._scales, outputs, self._layers, strict=True)
+            for w, output, layer in zip(self._error_weights, outputs, self._layers, strict=True)
         ]
         return torch.stack(errors).sum()
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         weights, activation = self._weights(), self._ffns[0].activation
-        if not self._deltas:  # and no other layer's memory to save
-            return apply_ffn(inputs, weights, activation, recompute="none")
+        if not self._deltas:
+            return apply_ffn(inputs, weights, activation, recompute="none")  # there is no other layer's memory to save
         deltas = map(unfused, self._deltas) if self._ffns[0].fused else self._deltas
         return [compute(x, weights, mine, activation) for x, mine in zip(inputs, deltas, strict=True)]
 
@@ -255,7 +255,7 @@ class _Training:
     def _variance(self) -> float:
         """Σ w ‖y − mean y‖² over the layers and the held-out tokens of all ranks."""
         total = 0.0
-        for w, layer in zip(self._scales, self._layers, strict=True):
+        for w, layer in zip(self._error_weights, self._layers, strict=True):
             y = layer.y[self._held_out].double()
             moments = torch.stack([torch.ones_like(y).sum(0), y.sum(0), y.square().sum(0)])
             count, first, second = sum_over_ranks([moments])[0]
