@@ -25,7 +25,7 @@ class Flow:
     out: Tensor | None = None  # out of the block
 
     def stream(self, pre_norm: bool) -> Tensor:
-        """The residual stream that y is added to, in its shape: blocks may flatten their tokens before the FFN (OPT)."""
+        """The residual stream that y is added to, in y's shape: OPT flattens its tokens before the FFN."""
         if not pre_norm:
             return at_least_float32(self.x)
         return at_least_float32(self.out).reshape(self.y.shape) - at_least_float32(self.y)

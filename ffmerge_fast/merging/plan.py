@@ -147,7 +147,13 @@ class MergePlan:
             for g in self.groups
         ]
         search = [list(entry) for entry in self.search]
-        return {"format": FORMAT, "model": self.model.to_dict(), "method": self.method, "groups": groups, "search": search}
+        return {
+            "format": FORMAT,
+            "model": self.model.to_dict(),
+            "method": self.method,
+            "groups": groups,
+            "search": search,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MergePlan:

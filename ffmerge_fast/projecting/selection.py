@@ -154,13 +154,15 @@ def _sizes_for(model: nn.Module, layout: ModelAxes, keep: float, attention: str,
 
     least = _step(layout, attention)
     step = _fine_step(layout.d_model, least)
-    _, wished = sizes_of(step)[0]
+    off, wished = sizes_of(step)[0]
+    if off > 1:  # twice of what was asked for
+        raise FFMergeError(f"keep: got {keep}, wanted at least {(off + 1) * keep:.2g}, of the smallest widths")
     fault = wished.fault(model, layout)
     if not fault:
         return wished
     found: list[tuple[float, Sizes]] = []
-    for step in dict.fromkeys(math.lcm(least, 2**power) for power in reversed(range(step.bit_length()))):
-        smaller = (entry for entry in sizes_of(step) if entry[1].d_model < layout.d_model)
+    for finer in dict.fromkeys(math.lcm(least, 2**power) for power in reversed(range(step.bit_length()))):
+        smaller = (entry for entry in sizes_of(finer) if entry[1].d_model < layout.d_model)
         found += itertools.islice((entry for entry in smaller if not entry[1].fault(model, layout)), 1)
         if found and found[-1][0] <= 1 / 16:
             break

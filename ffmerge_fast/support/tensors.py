@@ -68,7 +68,7 @@ def check_memory(name: str, *tensors: Tensor | None) -> None:
 
 
 def not_inference(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function work inside of torch.inference_mode as under no_grad, so that what it makes can be changed later."""
+    """Let a function work inside of torch.inference_mode as under no_grad: what it makes can be changed later."""
 
     @wraps(function)
     def under_no_grad(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -58,7 +58,9 @@ def test_one_width_only():
     model = transformers.Phi3ForCausalLM(config)
     with pytest.raises(ff.FFMergeError, match="^d_model: got 24, .*short_factor.*; nearest that work: 48$"):
         ff.project(model, d_model=24, d_ff=48)
-    with pytest.raises(ff.FFMergeError, match="^keep: got 0.5, but Phi3ForCausalLM cannot have other widths .*short_fac"):
+    with pytest.raises(
+        ff.FFMergeError, match="^keep: got 0.5, but Phi3ForCausalLM cannot have other widths .*short_fac"
+    ):
         ff.project(model, keep=0.5)
     assert ff.hard_prune(model, d_ff=48).config.intermediate_size == 48
 

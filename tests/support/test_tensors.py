@@ -84,10 +84,19 @@ def test_a_metric_that_is_not_finite_is_said_and_never_best(tmp_path):
         out = tmp_path / str(higher)
         with pytest.warns(UserWarning, match="evaluate: the metric at step") as told:
             result = ff.finetune(
-                model, batches(model), 4, evaluate=lambda m: next(metrics), eval_every=1, higher_is_better=higher, output_dir=out
+                model,
+                batches(model),
+                4,
+                evaluate=lambda m, metrics=metrics: next(metrics),
+                eval_every=1,
+                higher_is_better=higher,
+                output_dir=out,
             )
         assert (result.best_metric, result.best_step) == (2.0, 4)
-        wanted = [f"evaluate: the metric at step {i} is {v}: it is not chosen" for i, v in enumerate(("nan", "inf", "-inf"), 1)]
+        wanted = [
+            f"evaluate: the metric at step {i} is {v}: it is not chosen"
+            for i, v in enumerate(("nan", "inf", "-inf"), 1)
+        ]
         assert [str(w.message) for w in told] == wanted
         rows = [strict(line) for line in (out / "log.jsonl").read_text().splitlines()]
         assert [row["metric"] for row in rows if "metric" in row] == [None, None, None, 2.0]
@@ -120,7 +129,9 @@ def test_json_has_no_nan():
 
 
 def test_what_has_memory():
-    assert all(map(has_memory, (torch.ones(2), nn.Parameter(torch.ones(2)), torch.ones(0), torch.ones(2, device="meta"))))
+    assert all(
+        map(has_memory, (torch.ones(2), nn.Parameter(torch.ones(2)), torch.ones(0), torch.ones(2, device="meta")))
+    )
     assert has_memory(torch.ones(2).as_subclass(type("Named", (torch.Tensor,), {})))
     assert not has_memory(wrapper(2)) and not has_memory(nn.Parameter(wrapper(2)))
 
