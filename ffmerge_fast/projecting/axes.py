@@ -87,9 +87,9 @@ class ModelAxes:
         """The axes of a transformers model: read once, to be handed down from there.
 
         Raises:
-            FFMergeError: not a transformers model; a family that `find_ffns` does not know, or whose attention is none
-                of the known forms (also: grouped, of a width that follows d_model); FFNs of
-                unequal width in one stack; low-rank deltas.
+            FFMergeError: not a transformers model; a family that `find_ffns` does not know; attention of no known
+                form, or grouped and of a width that follows d_model; FFNs of unequal width in one stack; low-rank
+                deltas.
         """
         _check_kind(model)
         ffns = find_ffns(model)
