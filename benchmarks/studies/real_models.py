@@ -54,11 +54,11 @@ def run(shared: Path, case: Case, work: Path, limit: int | None = None) -> dict:
     """
     model, statistics = str(shared / "models" / case.name), str(work / "statistics.safetensors")
     train, validation, test = ([str(shared / p) for p in paths] for paths in (case.train, case.validation, case.test))
-    options = [*case.options, *(["--eval-limit", str(limit)] if limit else [])]
-    calibration = ["--data", *train, *(["--eval-data", *validation] if validation else []), *options]
-    tested = ["--data", *test, *options]
-    collected = _ffmerge("collect", model, statistics, "--window", case.window, *calibration)
-    found = _ffmerge("search", model, "--statistics", statistics, "--window", case.window, *calibration)
+    few = ["--eval-limit", str(limit)] if limit else []
+    scored = ["--data", *train, *(["--eval-data", *validation] if validation else []), *few]
+    tested = ["--data", *test, *case.options, *few]
+    collected = _ffmerge("collect", model, statistics, "--window", case.window, "--data", *train, *case.options)
+    found = _ffmerge("search", model, "--statistics", statistics, "--window", case.window, *scored)
     row = {"model": case.name, "tokens": sum(collected["tokens"].values()), "window": found["layers"]}
     before = _ffmerge("eval", model, *tested)
     row |= {"metric": found["metric"], "before": before[found["metric"]]}

@@ -70,8 +70,7 @@ class Passes:
             name: of the work, for the bar and the errors.
             skip: batches to leave out at the start.
         """
-        if isinstance(batches, (Mapping, Tensor, str)):
-            raise FFMergeError(f"batches: got one {type(batches).__name__}, wanted an iterable of them; give [batch]")
+        check_batches(batches)
         number = -1
         with self._bar(name) as bar:
             for number, batch in enumerate(batches):
@@ -93,6 +92,12 @@ class Passes:
 
     def _bar(self, name: str):
         return progress(desc=name, unit="batch")
+
+
+def check_batches(batches: Any) -> None:
+    """Raise FFMergeError for one batch where several are wanted."""
+    if isinstance(batches, (Mapping, Tensor, str)):
+        raise FFMergeError(f"batches: got one {type(batches).__name__}, wanted an iterable of them; give [batch]")
 
 
 class FFNPasses(Passes):

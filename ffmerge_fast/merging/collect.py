@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.passes import FFNPasses
+from ..calibration.passes import FFNPasses, check_batches
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns
 from ..models.summary import ModelSummary
 from ..models.ties import groups_among
@@ -104,6 +104,7 @@ def _collect_here(
     model: nn.Module, stats: CorrelationStats, batches: Iterable[Any], cache: RunningSums, max_memory: int | str | None
 ) -> None:
     """Count this process's tokens, from where the cache left off."""
+    check_batches(batches)
     done = _resume_(stats, cache, max_memory)
     if done.get("complete") and "data" not in done:  # kept by an earlier version
         return

@@ -178,8 +178,9 @@ class MergePlan:
                 for g in values["groups"]
             ]
             search = [(str(layers), math.nan if score is None else float(score)) for layers, score in values["search"]]
-            unsealed(values)
-            return cls(ModelSummary.from_dict(values["model"]), values["method"], groups, search)
+            made = cls(ModelSummary.from_dict(values["model"]), values["method"], groups, search)
+            unsealed(values)  # after what says more than "edited or damaged"
+            return made
         except DamagedError as error:
             raise FFMergeError(f"plan: {error}; make it again with `ffmerge plan`") from error
         except FFMergeError:

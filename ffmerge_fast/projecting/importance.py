@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.passes import check_batches
 from ..models.summary import ModelSummary
 from ..support.digests import weights_hash
 from ..support.distributed import is_distributed, sum_over_ranks
@@ -197,6 +198,7 @@ def _activation_(
     if kept is not None:
         made.scores, made.tokens = kept.scores, kept.tokens
     with ActivationPasses(model, layout, made.features, squared=made.method == "wanda") as passes:
+        check_batches(batches)
         for number, _ in passes.over(cache.watched(batches), "importance", skip=done.get("batches", 0)):
             tokens, sums = passes.sums(number)
             made.tokens += tokens

@@ -12,7 +12,8 @@ import torch
 
 import ffmerge_fast as ff
 from ffmerge_fast.checkpoint.trusted import load_processor
-from ffmerge_fast.cli.main import command_names, main, parser
+from ffmerge_fast.cli.main import main
+from ffmerge_fast.cli.parser import command_names, parser
 from ffmerge_fast.models import families
 from tests.helpers.tiny_models import logits, tiny_inputs, tiny_model
 

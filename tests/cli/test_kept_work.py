@@ -104,11 +104,12 @@ def test_work_folders(capsys, folder, text, other, tmp_path, verb):  # noqa: F81
 
 def test_another_base_or_other_importances_of_a_projection_are_refused(capsys, folder, text, other, tmp_path):  # noqa: F811
     options = ("--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--work-dir", tmp_path / "work")
-    options += (*_data(text), "--d-model", 8, "--d-ff", 12, "--attention", "head_dim", "--calibration", 2)
+    given = (*options, *_data(text), "--d-model", 8, "--d-ff", 12, "--attention", "head_dim")
+    options = (*given, "--calibration", 2)
     run(capsys, "project", folder, tmp_path / "out", *options)
     model = ff.from_pretrained(folder)
     ff.importance(model, method="magnitude").save(tmp_path / "scores")
-    line = refuse(capsys, "project", folder, tmp_path / "x", *options, "--importance", tmp_path / "scores")
+    line = refuse(capsys, "project", folder, tmp_path / "x", *given, "--importance", tmp_path / "scores")
     assert "made with other importance" in line
     line = refuse(capsys, "project", folder, tmp_path / "x", *options, "--calibration", 3)
     assert "made with other calibration: 2 there, 3 now" in line

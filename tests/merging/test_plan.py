@@ -346,6 +346,7 @@ def test_a_plan_whose_summary_was_edited_is_checked_against_the_model(gpt2):
         ffn["d_ff"] = 4
     for layer in "234":
         values["groups"][0]["permutations"][layer] = list(range(4))
+    del values["checksum"]  # as of an earlier version
     with pytest.raises(ff.FFMergeError, match="^plan: permutations: layer 2 .* of its 32 neurons"):
         ff.merge(model, MergePlan.from_dict(values))
 

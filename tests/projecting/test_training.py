@@ -40,9 +40,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, dtype):
     run(2, output_dir=tmp_path)
     resumed = run(4, output_dir=tmp_path)
     assert equal(weights(resumed.student), weights(whole.student))
-    with pytest.raises(
-        ff.FFMergeError, match="resume: projector.d_ff was {'decoder': 12} .* and is {'decoder': 16} now"
-    ):
+    with pytest.raises(ff.FFMergeError, match="resume: .* was made with other weights"):
         _, proj = projector(model=model, d_ff=16)
         ff.finetune(
             proj.student, data, 4, lr=1e-2, schedule="linear", warmup=1, decay_steps=4, accumulate=2,
@@ -103,6 +101,9 @@ class _Endless:
 
     def __init__(self, model):
         self.model = model
+
+    def signature(self):
+        return {"data": "random"}
 
     def batches(self, split, batch_size, *, shuffle, seed, rank, world, epochs=1, start=0):
         return (tiny_inputs(self.model, batch=batch_size, seed=i) for i in itertools.count(start * world + rank, world))

@@ -112,7 +112,7 @@ def test_scores_that_are_not_numbers():
 
     found = ff.search(model, stats, window=3, evaluate=sometimes)
     assert math.isnan(found.search[1][1]) and not math.isnan(dict(found.search)[found.layers])
-    with pytest.raises(ff.FFMergeError, match="every window's score is NaN; check `evaluate`"):
+    with pytest.raises(ff.FFMergeError, match="every window's score is NaN or Inf; check `evaluate`"):
         ff.search(model, stats, window=3, evaluate=lambda m: float("nan"))
     assert not ff.is_merged(model)
 
