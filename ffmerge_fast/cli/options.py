@@ -10,7 +10,7 @@ from ..merging.settings import ANCHORS, METHODS, RECOVERIES
 from ..projecting.settings import INITS, OFFLOADS, SHARES, STATES, Widths
 from ..projecting.settings import METHODS as METHODS_OF_IMPORTANCE
 from ..support.settings import Range, options
-from .outputs import new_file, new_folder, work_folder
+from .outputs import file_to_write, folder_to_write, work_folder
 from .values import file, number, path, size
 
 WINDOW = Range(at_least=2)  # layers
@@ -122,7 +122,7 @@ def method_option(parser) -> None:
 
 
 def out_options(parser) -> None:
-    parser.add_argument("out", type=new_folder, help="folder to write")
+    parser.add_argument("out", type=folder_to_write, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a saved model")
     parser.add_argument("--max-shard-size", type=size, default="5GB", help="largest weight file")
 
@@ -134,7 +134,7 @@ def search_options(parser) -> None:
     group.add_argument(
         "--proxy-tokens", type=number(int, at_least=2), default=2048, metavar="N", help="that the proxy takes (2048)"
     )
-    group.add_argument("--resume", type=new_file, help="JSON file that keeps the metric's scores")
+    group.add_argument("--resume", type=file_to_write, help="JSON file that keeps the metric's scores")
 
 
 def recover_options(parser) -> None:

@@ -27,18 +27,18 @@ _READ = ("model", "data", "eval_data", "statistics", "plan", "teacher", "importa
 _LEAST = {"export": 1.0, "finetune": 1.0, "merge": 1 / 3}
 
 
-def new_file(text: str) -> NewFile:
-    """A type of argument."""
+def file_to_write(text: str) -> NewFile:
+    """A type of argument: the path of a file that a command writes."""
     return NewFile(values.file(text))
 
 
-def new_folder(text: str) -> NewFolder:
-    """A type of argument."""
+def folder_to_write(text: str) -> NewFolder:
+    """A type of argument: the path of a folder that a command writes as a whole."""
     return NewFolder(values.path(text))
 
 
 def work_folder(text: str) -> WorkFolder:
-    """A type of argument."""
+    """A type of argument: the path of a folder that a command keeps files in."""
     return WorkFolder(values.folder(text))
 
 

@@ -146,6 +146,6 @@ def test_every_option_that_is_written_says_so():
         if action.dest in kinds and (verb, action.dest) not in {("fold", "work_dir"), ("demo", "out")}
     }
     assert len(found) > 10 and all(
-        kind in (outputs.new_file, outputs.new_folder, outputs.work_folder) for kind in found.values()
+        kind in (outputs.file_to_write, outputs.folder_to_write, outputs.work_folder) for kind in found.values()
     ), found
-    assert options.new_file is outputs.new_file
+    assert options.file_to_write is outputs.file_to_write

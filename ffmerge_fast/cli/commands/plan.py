@@ -6,7 +6,7 @@ import csv
 
 from ...support.tables import format_table
 from ..options import WINDOW, argument, choice_options, loading_options, memory_option, method_option
-from ..outputs import new_file
+from ..outputs import file_to_write
 from ..results import Result, plan_values, write_plan
 from ..values import file, numbers, path
 
@@ -18,9 +18,9 @@ OPTIONS = (
     choice_options,
     method_option,
     memory_option,
-    argument("--out", type=new_file, help="plan file to write"),
+    argument("--out", type=file_to_write, help="plan file to write"),
     argument("--sweep", type=numbers(WINDOW), metavar="2,3,4", help="rank all windows of these sizes"),
-    argument("--csv", type=new_file, help="write the sweep here"),
+    argument("--csv", type=file_to_write, help="write the sweep here"),
 )
 
 
@@ -37,8 +37,8 @@ def _sweep(args, inputs) -> Result:
 
     rows = sweep(inputs.statistics, args.sweep, args.anchor)
     if args.csv:
-        with new_file(args.csv) as beside, open(beside, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+        with new_file(args.csv) as beside, open(beside, "w", newline="") as table:
+            writer = csv.DictWriter(table, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
     return Result({"sweep": rows}, format_table(list(rows[0]), [list(row.values()) for row in rows]))

@@ -16,7 +16,7 @@ from ..options import (
     statistics_option,
     validation_option,
 )
-from ..outputs import new_file
+from ..outputs import file_to_write
 from ..results import Result, plan_values, write_plan
 from ..values import number
 
@@ -30,7 +30,7 @@ OPTIONS = (
     data_options,
     validation_option,
     collect_options,
-    argument("--out", type=new_file, help="plan file to write"),
+    argument("--out", type=file_to_write, help="plan file to write"),
     search_options,
 )
 
