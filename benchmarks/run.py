@@ -28,20 +28,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def time_cases(cases: list[Case], args: argparse.Namespace, versions: dict[str, str] | None = None) -> int:
-    """Time the cases with `args.runs`, print their table and write it to `args.output`; 1 where a result was wrong."""
+    """Time the cases with `args.runs`, write each to `args.output` when it is done; 1 where one was wrong or failed."""
     device = getattr(args, "device", "cpu")
     header = measure.machine(device)
     print("\n".join(f"# {key}: {value}" for key, value in {**header, **(versions or {})}.items()))
+    path = args.output or RESULTS / f"{measure.slug(header['machine'])}.csv"
     rows, red = [], 0
     for case in cases:
         try:
-            rows += time_case(case, device, args.runs)
-        except measure.RedGate as error:
+            timed = time_case(case, device, args.runs)
+        except Exception as error:  # a GPU is lent for minutes: one case must not cost the others
             red += 1
-            print(f"RED {case.op} {case.name}: {error}", file=sys.stderr)
+            print(f"RED {case.op} {case.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        write(path, header, timed)
+        rows += timed
     print(table(rows))
-    path = args.output or RESULTS / f"{measure.slug(header['machine'])}.csv"
-    write(path, header, rows)
     if rows:
         print(f"# written: {path}")
     return 1 if red else 0

@@ -99,7 +99,7 @@ def projection_step_case(
     """A whole step of an FFN; the error is that of the step's change of the weights."""
 
     def build(device: str) -> Job:
-        setting = projection_step.Setting.random(d, f, kept, batches, tokens, dtype)
+        setting = projection_step.Setting.random(d, f, kept, batches, tokens, dtype, device)
         limit = 1e-4 if dtype == torch.float32 else 0.1
         memory = partial(projection_step.extra_memory, setting)
         return Job(projection_step.candidates(setting), projection_step.Gate(setting), limit, memory)

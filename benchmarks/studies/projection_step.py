@@ -35,11 +35,15 @@ class Setting:
     output_grads: list[Tensor]  # [T, d'] each
 
     @staticmethod
-    def random(d: int, f: int, kept: tuple[int, int], batches: int, tokens: int, dtype: torch.dtype) -> Setting:
+    def random(
+        d: int, f: int, kept: tuple[int, int], batches: int, tokens: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> Setting:
         generator = torch.Generator().manual_seed(0)
         up, down = (torch.randn(shape, generator=generator).mul(0.02).to(dtype) for shape in ((f, d), (d, f)))
         chosen = [torch.randperm(n, generator=generator)[:r].sort().values for n, r in zip((d, f), kept, strict=True)]
         data = torch.randn(2 * batches, tokens, kept[0], generator=generator).to(dtype)
+        up, down, *chosen = (t.to(device) for t in (up, down, *chosen))
+        data = data.to(device)
         return Setting(up, down, *chosen, list(data[:batches]), list(data[batches:] / tokens))
 
     def to(self, dtype: torch.dtype) -> Setting:
@@ -126,9 +130,9 @@ class Naive(Plain):
         wide = torch.promote_types(setting.up.dtype, torch.float32)
         self.parts = [
             [
-                nn.Parameter(torch.eye(len(w), dtype=wide)[rows]),
-                nn.Parameter(torch.eye(w.shape[1], dtype=wide)[:, columns]),
-                nn.Parameter(torch.zeros(len(rows), len(columns), dtype=wide)),
+                nn.Parameter(torch.eye(len(w), dtype=wide, device=w.device)[rows]),
+                nn.Parameter(torch.eye(w.shape[1], dtype=wide, device=w.device)[:, columns]),
+                nn.Parameter(torch.zeros(len(rows), len(columns), dtype=wide, device=w.device)),
             ]
             for w, rows, columns in setting.sides()
         ]
@@ -247,7 +251,7 @@ class _Config:
 
 
 def _projection(name: str, entry: str, kept: Tensor, width: int) -> Projection:
-    return Projection(name, entry, Choice(torch.zeros(1, dtype=torch.int64), kept[None], width))
+    return Projection(name, entry, Choice(torch.zeros(1, dtype=torch.int64, device=kept.device), kept[None], width))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_launches_bind_and_other_token_counts_compile_nothing(compute, monkeypat
 
     compiled = set()
 
-    def compile_only(kernel, grid, device, *arguments, **options):
+    def compile_only(kernel, grid, device, *arguments, describes=False, **options):
         compiled.add(id(kernel.warmup(*arguments, grid=grid, **options)))
 
     monkeypatch.setattr(triton_backend, "launch", compile_only)

@@ -26,9 +26,9 @@ def test_correlation(dtype, masked):
             ff.ops.correlation_accumulate_(state, {key: value[rows] for key, value in x.items()}, part)
     kept = [value.double() if mask is None else value[mask].double() for value in x.values()]
     expected = torch.corrcoef(torch.cat(kept, 1).T)[:63, 63:]
-    assert (state.correlation(0, 1) - expected).abs().max() <= 1e-6
+    assert (state.correlation(0, 1) - expected).abs().max() <= 5e-6  # "auto" splits into bfloat16 halves
     back = ff.CorrelationState({0: 63, 1: 100}, [(0, 1)]).load_state_dict_(state.state_dict())
-    assert (back.correlation(0, 1) - expected.cpu()).abs().max() <= 1e-6
+    assert (back.correlation(0, 1) - expected.cpu()).abs().max() <= 5e-6
     assert state.merge_(back).count(0) == 2 * len(kept[0])
     with pytest.raises(ff.FFMergeError, match="but the state is on cuda:0"):
         state.push(0, x[0].cpu())

@@ -51,21 +51,27 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **options) -> None:
-    """Launch a kernel on `device`; scratch memory (tensor descriptors) comes from torch, as CUDA graphs want it."""
-    launch = kernel[grid]
-    if device.type != "cuda":
-        launch(*arguments, **options)
+def launch(
+    kernel, grid: tuple[int, ...], device: torch.device, *arguments, describes: bool = False, **options
+) -> None:
+    """Launch a kernel on `device`.
+
+    describes: whether it makes tensor descriptors, whose memory then comes from torch, as CUDA graphs want it.
+    """
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, device, *arguments, describes=describes, **options)
+    if not describes or device.type != "cuda":
+        kernel[grid](*arguments, **options)
         return
 
     def run():
         import triton
 
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-        launch(*arguments, **options)
+        kernel[grid](*arguments, **options)
 
-    with torch.cuda.device(device):
-        contextvars.copy_context().run(run)  # so that a caller's own allocator stays
+    contextvars.copy_context().run(run)  # so that a caller's own allocator stays
 
 
 @contextmanager

@@ -25,9 +25,15 @@ def config(kernel: str, device: torch.device, closed_form: Callable[[int], Confi
     """
     if device.type != "cuda":  # the interpreter
         return closed_form(_SHARED)
+    name, shared = _gpu(device)
+    return _shipped(name).get(kernel) or closed_form(shared)
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[str, int]:
+    """Its name, and shared memory of one block in bytes."""
     properties = torch.cuda.get_device_properties(device)
-    shipped = _shipped(properties.name).get(kernel)
-    return shipped or closed_form(getattr(properties, "shared_memory_per_block_optin", _SHARED))
+    return properties.name, getattr(properties, "shared_memory_per_block_optin", _SHARED)
 
 
 def file_name(gpu: str) -> str:

@@ -143,7 +143,10 @@ class Moments:
         """Σ (x_a - mean_a)ᵀ(x_b - mean_b), a new matrix [d_a, d_b]: count times covariance."""
         products, (a, b) = self.accumulators.product(pair), (self.layers[key] for key in pair)
         mean_a, sum_b = (a.sum / a.count).to(products.dtype), b.sum.to(products.dtype)
-        return torch.addr(products, mean_a, sum_b, alpha=-1)
+        comoments = torch.addr(products, mean_a, sum_b, alpha=-1)
+        if a is b:  # what split products leave out, low half times low half, adds up where both sides are one feature
+            comoments.diagonal().copy_(a.sumsq - a.sum.square() / a.count)
+        return comoments
 
     def move_pivots_(self, pivots: Mapping[Key, Tensor]) -> None:
         """Express sums and products around new pivots; layers that are not named keep theirs."""

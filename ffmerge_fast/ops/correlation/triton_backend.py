@@ -144,6 +144,7 @@ class TensorCorePacking(RowPacking):
             (schedule.programs,),
             self.device,
             *(a, b, c, schedule.problems, schedule.tiles, len(products), tokens),
+            describes=True,
             SPLIT=self._split,
             VECTOR=schedule.vector,
             INTERPRETED=env.triton_interpreter(),

@@ -137,6 +137,7 @@ def _fused_hidden(x: Tensor, weights: FFNWeights, activation: str, outs: list[Te
         device,
         *(x, up, gate, *map(_vector, (weights.up_bias, weights.gate_bias)), hidden, *kept),
         *(m, n, depth, *x.stride(), *up.stride(), *_strides(gate)),
+        describes=bool(tma),
         ACTIVATION=activation,
         TMA=tma,
         INTERPRETED=env.triton_interpreter(),
