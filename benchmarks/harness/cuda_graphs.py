@@ -27,6 +27,7 @@ def calls(run: Callable[[], Any], count: int, device: str) -> Callable[[], Any]:
         graph.replay()
         return result
 
+    replay.captured = run  # a graph knows addresses only: what `run` reads must live as long
     return replay
 
 

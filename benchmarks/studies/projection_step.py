@@ -251,7 +251,7 @@ class _Config:
 
 
 def _projection(name: str, entry: str, kept: Tensor, width: int) -> Projection:
-    return Projection(name, entry, Choice(torch.zeros(1, dtype=torch.int64, device=kept.device), kept[None], width))
+    return Projection(name, entry, Choice(torch.zeros(1, dtype=torch.int64), kept[None].cpu(), width))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

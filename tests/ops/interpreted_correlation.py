@@ -75,6 +75,25 @@ def test_matches_plain_rounding(tokens, width_a, width_b, dtype):
             check_against_plain(accumulate(x, [(0, 1)], compute=compute), x)
 
 
+@pytest.mark.parametrize("compute", ["bf16", "bf16x3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_high_halves_may_go_to_cublas(compute, dtype, monkeypatch):
+    calls = []
+
+    def addmm(products, a, b):
+        calls.append(b.shape)
+        products.add_(a.float() @ b.float())
+
+    monkeypatch.setattr(triton_backend, "_addmm_adds_to_float32", lambda accumulator: True)
+    monkeypatch.setattr(triton_backend, "_addmm_to_float32_", addmm)
+    monkeypatch.setattr(triton_backend, "_PIECE", 100)
+    x = {i: features(130, width, i, 0.5 * i, dtype) for i, width in enumerate((100, 64, 40))}
+    with nan_poisoned_empty():
+        check_against_plain(accumulate(x, [(0, 1), (0, 2), (1, 1)], compute=compute), x)
+    pieces = [100, 30] if compute == "bf16x3" else [130]
+    assert calls == [(tokens, width) for width in (64, 40) for tokens in pieces]
+
+
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_auto_is_float32_grade(mean, dtype):

@@ -30,17 +30,17 @@ def test_in_the_interpreter():
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [False, True], ids=["bf16", "bf16x3"])
+@pytest.mark.parametrize("split, high", [(False, 1), (True, 1), (True, 0)], ids=["bf16", "bf16x3", "low halves"])
 @pytest.mark.parametrize("vector", [1, 4])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_products_compile_for_hopper(config, split, vector):
+def test_products_compile_for_hopper(config, split, high, vector):
     from ffmerge_fast.ops.correlation import triton_kernels as kernels
 
     config = dict(config)
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
     sides = {"a": ("*bf16",) * kernels.PAIRS, "b": ("*bf16",) * kernels.PAIRS, "c": ("*fp32",) * kernels.PAIRS}
     arguments = sides | {"problems": "*i32", "tiles": "*i32", "pairs": "i32", "tokens": "i32"}
-    constants = {"SPLIT": split, "VECTOR": vector, "INTERPRETED": False, **config}
+    constants = {"SPLIT": split, "HIGH": high, "VECTOR": vector, "INTERPRETED": False, **config}
     kernel = kernels._correlation_accumulate_pairs_kernel
     shared, ptx, registers, stack = compile_for_hopper(kernel, arguments, constants, **options)
     print(f"shared {shared}, registers {registers}, stack {stack}")

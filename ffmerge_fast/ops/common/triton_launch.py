@@ -51,9 +51,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def launch(
-    kernel, grid: tuple[int, ...], device: torch.device, *arguments, describes: bool = False, **options
-) -> None:
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, describes: bool = False, **options) -> None:
     """Launch a kernel on `device`.
 
     describes: whether it makes tensor descriptors, whose memory then comes from torch, as CUDA graphs want it.

@@ -145,6 +145,7 @@ def _correlation_accumulate_pairs_kernel(
     pairs,
     tokens,
     SPLIT: tl.constexpr,
+    HIGH: tl.constexpr,  # 1; with SPLIT also 0: high·high is left out, tiles without low halves are left alone
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -192,13 +193,14 @@ def _correlation_accumulate_pairs_kernel(
                 if SPLIT:
                     low_a = _flagged(flags_a, row, width_a, BLOCK_M)
                     low_b = _flagged(flags_b, column, width_b, BLOCK_N)
-                for begin in range(0, steps, STEPS):
+                products = low_a + low_b + HIGH
+                for begin in range(0, tl.where(products > 0, steps, 0), STEPS):
                     length = tl.minimum(steps - begin, STEPS)
                     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     if SPLIT:
                         end_a = low_a * length  # low·high, then high·low, then high·high
                         end_b = end_a + low_b * length
-                        for step in range(0, end_b + length):
+                        for step in range(0, end_b + length * HIGH):
                             done = tl.where(step < end_a, 0, tl.where(step < end_b, end_a, end_b))
                             k = (begin + step - done) * BLOCK_K
                             x = rows_a.load([k, row + tl.where(step < end_a, half_a, 0)])
