@@ -5,6 +5,7 @@ This file travels inside every merged checkpoint (written by ffmerge_fast), so t
 the same class, whose blocks share the modules listed in `config.ffmerge["groups"]`. Classes are made on first use.
 """
 
+import copy
 import inspect
 import json
 import re
@@ -76,7 +77,7 @@ def share_(model, groups):
     deltas it has "delta_rank": 8 and "projections": ["h.{i}.mlp.c_fc", "h.{i}.mlp.c_proj"] as well.
     """
     base = _base_model(model)
-    for group in groups:
+    for group in _present(base, groups):
         for paths in _paths(group):
             if "delta_rank" in group:
                 add_deltas_(base, paths, group["delta_rank"])
@@ -86,6 +87,12 @@ def share_(model, groups):
                 _set(base, path, shared)
     aliases = _alias_names(model, groups)
     model._keys_to_ignore_on_save = sorted({*(model._keys_to_ignore_on_save or ()), *aliases})
+
+
+def _present(base, groups):
+    """The groups without those of a stack that this class does not have: T5EncoderModel has no decoder."""
+    absent = [stack for stack in ("encoder", "decoder") if not hasattr(base, stack)]
+    return [group for group in groups if group["modules"][0].partition(".")[0] not in absent]
 
 
 def _paths(group):
@@ -117,12 +124,22 @@ def can_adopt(model):
 
 def adopt_(model, ffmerge):
     """Turn a model of a stock class into its FFMerged class in place; `ffmerge` is the config section."""
-    config, model_class = model.config, _ours(type(model))
+    config, model_class = _own_config(model), _ours(type(model))
     config.__class__ = _ours(type(config))
     config.ffmerge = ffmerge
-    config.auto_map = auto_map(type(config))
+    config.auto_map = auto_map(type(config), model_class)
+    register(type(config))
     share_(model, ffmerge["groups"])
     model.__class__ = model_class
+
+
+def _own_config(model):
+    """A copy of the config in its place: other models may have been made of the same object."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
+    return own
 
 
 def release_(model):
@@ -136,16 +153,30 @@ def release_(model):
     config.__class__ = type(config).__bases__[0]
 
 
-def auto_map(config_class):
-    """config.json's auto_map: every Auto class of the family, pointing into this file."""
-    classes = {name: f"{_file()}.{model.__name__}" for name, model in _auto_models(config_class).items()}
+def auto_map(config_class, model_class):
+    """config.json's auto_map: every Auto class of the family, pointing into this file.
+
+    Of several classes behind one Auto class it can name one: that of the model, where it is among them.
+    """
+    found = _auto_models(config_class).items()
+    chosen = {name: model_class if model_class in models else models[0] for name, models in found}
+    classes = {name: f"{_file()}.{model.__name__}" for name, model in chosen.items()}
     return {"AutoConfig": f"{_file()}.{config_class.__name__}", **classes}
 
 
 def register(config_class):
-    """Make the Auto classes of this process know the family, so that no trust_remote_code is needed."""
-    for name, model in _auto_models(config_class).items():
-        getattr(transformers, name).register(config_class, model, exist_ok=True)
+    """Make the Auto classes of this process know the family, so that no trust_remote_code is needed.
+
+    Of several classes behind one of them transformers takes the one that config.architectures names. Trainer and
+    pipelines look for the name of a model's class in tables of names: there it stands beside its stock class.
+    """
+    merged_type = TYPE_PREFIX + config_class.model_type
+    for name, models in _auto_models(config_class).items():
+        auto = getattr(transformers, name)
+        auto.register(config_class, models[0], exist_ok=True)
+        if len(models) > 1:
+            auto._model_mapping.register(config_class, tuple(models), exist_ok=True)
+        auto._model_mapping._model_mapping[merged_type] = models[0].__name__
 
 
 def _file():
@@ -161,7 +192,7 @@ def _alias_names(model, groups):
     base = _base_model(model)
     prefix = "" if base is model else model.base_model_prefix + "."
     names = set()
-    for group in groups:
+    for group in _present(base, groups):
         inside = "shared." if "delta_rank" in group else ""
         for first, *others in _paths(group):
             parameters = [n for n, _ in base.get_submodule(first).named_parameters()]
@@ -170,23 +201,28 @@ def _alias_names(model, groups):
 
 
 def _auto_models(config_class):
-    """{name of an Auto class: FFMerged class} for the family of `config_class`."""
+    """{name of an Auto class: FFMerged classes} for the family of `config_class`."""
     stock, found = config_class.__bases__[0], {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
         if mapping is None or not hasattr(transformers, name) or stock not in mapping:
             continue
-        model = mapping[stock]
-        model = model[0] if isinstance(model, (tuple, list)) else model
-        if getattr(model, "config_class", None) is stock and hasattr(transformers, model.__name__):
-            found[name] = _ours(model)
+        models = mapping[stock]
+        models = models if isinstance(models, (tuple, list)) else [models]
+        ours = [_ours(m) for m in models if m.config_class is stock and hasattr(transformers, m.__name__)]
+        if ours:
+            found[name] = ours
+    whole = found.get("AutoModelForSeq2SeqLM", [None])[0]
+    if any(key.endswith("decoder.embed_tokens.weight") for key in getattr(whole, "_tied_weights_keys", None) or ()):
+        found.pop("AutoModelForCausalLM", None)  # files have the embedding under the whole model's name only
     return found
 
 
 def _auto_class(model_class):
-    """The Auto class that a saved model of this class is loaded with."""
-    names = [n for n, m in _auto_models(model_class.config_class).items() if m is model_class]
-    return next((n for n in names if n not in ("AutoModelForPreTraining", "AutoModelWithLMHead")), "AutoModel")
+    """The Auto class that a saved model of this class is loaded with; None where none has it."""
+    names = [n for n, models in _auto_models(model_class.config_class).items() if model_class in models]
+    names.sort(key=lambda n: n in ("AutoModelForPreTraining", "AutoModelWithLMHead"))
+    return names[0] if names else None
 
 
 def _ours(stock):
@@ -213,12 +249,18 @@ def __getattr__(name):
 
 
 def _make_config(name, stock):
+    """Its model_type is the stock one, by which libraries know what to do; config.json alone says "ffmerge_<type>"."""
+
+    def get_config_dict(cls, *args, **kwargs):
+        config_dict, kwargs = super(made, cls).get_config_dict(*args, **kwargs)
+        return _stock_values(config_dict), kwargs
+
     def from_dict(cls, config_dict, **kwargs):
-        config_dict = {key: value for key, value in config_dict.items() if key != "transformers_weights"}
-        return super(made, cls).from_dict(config_dict, **kwargs)
+        return super(made, cls).from_dict(_stock_values(config_dict), **kwargs)
 
     def to_json_string(self, use_diff=True, **kwargs):
-        values = json.loads(super(made, self).to_json_string(use_diff, **kwargs)) | {"transformers_weights": REFUSAL}
+        values = json.loads(super(made, self).to_json_string(use_diff, **kwargs))
+        values |= {"model_type": TYPE_PREFIX + stock.model_type, "transformers_weights": REFUSAL}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     made = type(
@@ -227,13 +269,21 @@ def _make_config(name, stock):
         {
             "__module__": __name__,
             "__doc__": f"{stock.__name__} of a model with shared FFNs.",
-            "model_type": TYPE_PREFIX + stock.model_type,
             "_auto_class": "AutoConfig",
+            "get_config_dict": classmethod(get_config_dict),
             "from_dict": classmethod(from_dict),
             "to_json_string": to_json_string,
         },
     )
     return made
+
+
+def _stock_values(config_dict):
+    """What stands in a merged config.json for the stock config class."""
+    values = {key: value for key, value in config_dict.items() if key != "transformers_weights"}
+    if "model_type" in values:
+        values["model_type"] = values["model_type"].removeprefix(TYPE_PREFIX)
+    return values
 
 
 def _make_model(name, stock):

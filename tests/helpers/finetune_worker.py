@@ -13,7 +13,12 @@ from tests.helpers.training import delta_gpt2, lm_batches, tied_gpt2, tied_maria
 
 SETTINGS = dict(lr=1e-2, schedule="constant", eps=1e-2, log_every=1)
 STEPS = 3
-MODELS = {"gpt2": tied_gpt2, "gpt2-deltas": delta_gpt2, "marian": tied_marian}
+MODELS = {
+    "gpt2": tied_gpt2,
+    "gpt2-deltas": delta_gpt2,
+    "gpt2-half": lambda: tied_gpt2().half(),
+    "marian": tied_marian,
+}
 
 
 def gpt2_batches():

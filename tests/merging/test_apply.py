@@ -220,7 +220,7 @@ def test_a_merged_model_is_an_instance_of_its_stock_class(name):
     stock = type(model)
     ff.merge_(model, ff.plan(model=model, layers="1-2", method="average"))
     assert isinstance(model, stock) and type(model).__name__ == f"FFMerged{stock.__name__}"
-    assert model.config.model_type.startswith("ffmerge_")
+    assert type(model.config).__name__.startswith("FFMerged")
     first = ff.find_ffns(model)[1]
     assert model.config.ffmerge["groups"][0]["layers"] == [1, 2]
     patterns = [p.format(i=1) for p in model.config.ffmerge["groups"][0]["modules"]]

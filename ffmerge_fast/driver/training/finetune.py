@@ -20,7 +20,8 @@ from ...support.errors import FFMergeError
 from ...support.settings import changed
 from .loop import DeferredInterrupt, TrainingRun
 from .losses import LossFunction, without_cache
-from .parallel import parallelize
+from .master_weights import autocast_of, float32_weights, half_weights
+from .parallel import device_of, parallelize
 from .run_folder import RunFolder
 from .settings import TrainingSettings
 
@@ -59,7 +60,9 @@ def finetune(
     Ties are kept: parameters are changed in place. A run killed at any time goes on from its last checkpoint and
     gives bit for bit what it would have given, if `train` is a `Task`, a sequence or a function, and the machine is
     the same. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt. Micro-batches and ranks count by their
-    labels: the gradient is that of one large batch.
+    labels: the gradient is that of one large batch. Weights in bfloat16 or float16 are trained as float32, with forward
+    passes under autocast in their dtype (float16 on CPUs: in float32), and rounded at the end; checkpoints hold
+    float32. An `optimizer` of yours finds them as they are.
 
     Args:
         model: its forward returns an object with `.loss` for a batch; otherwise give `loss_fn`.
@@ -103,23 +106,27 @@ def finetune(
             "parallel: fsdp2 makes parameters anew, which a given optimizer= does not see; give a function that makes "
             "it, or use 'ddp'"
         )
+    masters = half_weights(model) if optimizer is None else {}
+    if settings.autocast is None:
+        settings = replace(settings, autocast=autocast_of(masters, device_of(model)))
     decide = settings.signature(teacher is not None, distributed.world_size())
     if output_dir is not None:
         decide |= _of_data(train) | _of_weights(model, teacher) | dict(signature or {})
-    wrapped = parallelize(model, settings.parallel)
-    if optimizer is None:
-        optimizer = _adamw(model, settings)
-    else:
-        optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer()
-        decide |= getattr(optimizer, "settings", {})
-    decide = distributed.from_rank_zero(decide | {"optimizer": type(optimizer).__name__, "model": _layout(model)})
-    with RunFolder(output_dir, decide, bool(settings.higher_is_better), settings.restore_best) as folder:
-        run = TrainingRun(model, wrapped, train, settings, folder, optimizer, teacher, loss_fn)
-        run.resume()
-        with _training(model, teacher), DeferredInterrupt() as interrupt:
-            run.train(steps, evaluate, log, interrupt)
-            if settings.restore_best:
-                folder.restore_best_(model)
+    with float32_weights(model, masters):
+        wrapped = parallelize(model, settings.parallel)
+        if optimizer is None:
+            optimizer = _adamw(model, settings)
+        else:
+            optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer()
+            decide |= getattr(optimizer, "settings", {})
+        decide = distributed.from_rank_zero(decide | {"optimizer": type(optimizer).__name__, "model": _layout(model)})
+        with RunFolder(output_dir, decide, bool(settings.higher_is_better), settings.restore_best) as folder:
+            run = TrainingRun(model, wrapped, train, settings, folder, optimizer, teacher, loss_fn)
+            run.resume(masters)
+            with _training(model, teacher), DeferredInterrupt() as interrupt:
+                run.train(steps, evaluate, log, interrupt)
+                if settings.restore_best:
+                    folder.restore_best_(model)
     return FinetuneResult(folder.history, folder.best_metric, folder.best_step, run.step, time.monotonic() - start_time)
 
 

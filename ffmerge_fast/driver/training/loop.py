@@ -60,9 +60,9 @@ class TrainingRun:
             raise FFMergeError(f"autocast: fp16 needs a CUDA device, the model is on {self.device}; use 'bf16'")
         self.scaler = torch.amp.GradScaler(enabled=settings.autocast == "fp16")
 
-    def resume(self) -> None:
-        """Seed, and load the last checkpoint if there is one."""
-        checkpoint = self.folder.open(self.model, self.settings.resume, self.settings.fresh)
+    def resume(self, masters: Mapping[str, torch.dtype]) -> None:
+        """Seed, and load the last checkpoint if there is one; `masters` are in these dtypes outside of the run."""
+        checkpoint = self.folder.open(self.model, self.settings.resume, self.settings.fresh, masters)
         seed_all(self.settings.seed + distributed.rank())
         if checkpoint is not None:
             state = self.folder.load_(checkpoint, self.model, self.optimizer)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,11 +66,14 @@ class RunFolder:
     def __exit__(self, *exception: Any) -> None:
         self._context.close()
 
-    def open(self, model: nn.Module, resume: bool, fresh: bool) -> Path | None:
+    def open(
+        self, model: nn.Module, resume: bool, fresh: bool, masters: Mapping[str, torch.dtype] = MappingProxyType({})
+    ) -> Path | None:
         """The checkpoint to resume from, if there is one; with `fresh` what an earlier run left is removed instead.
 
         Args:
             model: as it was when the run began, or with the weights of the checkpoint or the best ones.
+            masters: {name: dtype} of weights that were rounded to it since.
 
         Raises:
             FFMergeError: the folder holds checkpoints and not `resume`; or they are of another run.
@@ -87,7 +91,7 @@ class RunFolder:
                 f"output_dir: {self.root} holds {folder.name} of an earlier run; give another folder, or resume=True"
             )
         state = training_state.read_state(folder)
-        self._check(state, folder, model)
+        self._check(state, folder, model, masters)
         self.last_saved, self.run = last, state.get("run", self.run)
         return folder
 
@@ -173,12 +177,14 @@ class RunFolder:
             training_state.prune(self.root, kind, keep=[])
         (self.root / _LOG).unlink(missing_ok=True)
 
-    def _check(self, state: dict[str, Any], checkpoint: Path, model: nn.Module) -> None:
+    def _check(
+        self, state: dict[str, Any], checkpoint: Path, model: nn.Module, masters: Mapping[str, torch.dtype]
+    ) -> None:
         now, kept = self.signature, state["settings"]
         if kept.get("weights", now.get("weights")) != now.get("weights"):  # the trained ones do as well
             tensors = training_state.gathered(training_state.model_tensors(model))
             best = self.root / f"{BEST}-{state['best_step']}"
-            if any(training_state.holds(folder, tensors) for folder in (checkpoint, best) if folder.exists()):
+            if any(training_state.holds(folder, tensors, masters) for folder in (checkpoint, best) if folder.exists()):
                 now["weights"] = kept["weights"]
         now.check(kept, f"resume: {self.root}")
 

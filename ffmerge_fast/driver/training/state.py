@@ -11,7 +11,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,13 @@ def load_weights_(folder: Path, model: nn.Module, run: str | None = None) -> Non
     _copy_(model_tensors(model), _load(folder / _MODEL, run), folder)
 
 
-def holds(folder: Path, tensors: dict[str, Tensor]) -> bool:
-    """Whether a checkpoint's weights are these."""
+def holds(folder: Path, tensors: dict[str, Tensor], rounded: Mapping[str, torch.dtype]) -> bool:
+    """Whether a checkpoint's weights are these, of which some were rounded to the dtypes in `rounded` since."""
     saved = _load(folder / _MODEL)
-    return saved.keys() == tensors.keys() and all(torch.equal(saved[name], t) for name, t in tensors.items())
+    if saved.keys() != tensors.keys():
+        return False
+    dtypes = {name: rounded.get(name, tensor.dtype) for name, tensor in tensors.items()}
+    return all(torch.equal(saved[name].to(dtypes[name]), t.to(dtypes[name])) for name, t in tensors.items())
 
 
 def load_optimizer_(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str | None = None) -> None:
