@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..models.sublayers import FFNSublayer, find_ffns, set_module
 from ..models.ties import is_merged
+from ..models.wrapped import refuse_adapters
 from ..support.env import online, require
 from ..support.errors import FFMergeError
-from ..support.files import new_folder, write_json, write_tensors, write_text
+from ..support.files import new_folder, write_tensors, write_text
+from ..support.sealed import write_sealed_json
 from ..support.sizes import parse_bytes
 from ..support.tensors import check_weights, not_inference
 from .beside import EXTRAS, MANIFEST, carry_over, check_out, contents, known_in
@@ -57,8 +59,9 @@ def save_pretrained(
     Raises:
         FFMergeError: folder not empty, the source, a mount point, with files that are no part of a saved model, not
             writable, disk full (what was there before stays); a merged model whose class is not transformers' own; NaN
-            or Inf in a weight; what was written is not the model.
+            or Inf in a weight; adapters of peft in the model; what was written is not the model.
     """
+    refuse_adapters(model)
     check_weights(model)
     if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
         raise FFMergeError(
@@ -78,7 +81,7 @@ def save_pretrained(
             write_text(beside / EXTRAS / name, text)
         if source is not None and os.path.isdir(source):
             carry_over(Path(source), beside, trust_remote_code)
-        write_json(beside / MANIFEST, describe(model, beside) | {"contents": contents(beside)})
+        write_sealed_json(beside / MANIFEST, describe(model, beside) | {"contents": contents(beside)})
         check_written(beside, model)
 
 

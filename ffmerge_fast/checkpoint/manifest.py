@@ -19,6 +19,7 @@ from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
 from ..support.files import one_line
+from ..support.sealed import DamagedError, read_sealed_json
 from .beside import MANIFEST
 from .contents import is_file_name, parse
 
@@ -84,7 +85,7 @@ def _digest(file) -> str:  # Python 3.10
 def read_manifest(path: Path) -> dict[str, Any]:
     """groups, files, shared and, if there are any, logits; FFMergeError if the file is damaged or too new."""
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_sealed_json(path)
         read = {
             "groups": [
                 {"stack": g["stack"], "layers": [int(i) for i in g["layers"]]}
@@ -100,7 +101,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if outside := [name for name in (*read["files"], *read["parsed"]) if not is_file_name(name)]:
             raise ValueError(f"it names {outside[0]!r}, which is no file of this folder")
         newer = manifest["version"] > _VERSION
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (DamagedError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FFMergeError(f"{path} cannot be read ({one_line(error)}); save the model again") from error
     if newer:
         raise FFMergeError(f"{path} is of version {manifest['version']}, this ffmerge_fast reads {_VERSION}: update it")

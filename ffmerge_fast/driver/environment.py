@@ -17,7 +17,7 @@ _EXTRAS = {
     "test": ("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff"),
     "gpu": ("triton",),
 }
-_BASE = ("torch", "numpy", "scipy", "safetensors", "lazy_loader")
+_BASE = ("torch", "numpy", "scipy", "safetensors", "lazy_loader", "filelock")
 
 
 def report() -> dict:

@@ -64,6 +64,8 @@ def project_and_train(
     resolve(model, Widths(**{f.name: options[f.name] for f in fields(Widths) if f.name in options}))
     if isinstance(scores, (str, Path)):
         scores = Importance.load(scores)
+    if scores is not None:
+        scores.check(model)
     work.mkdir(parents=True, exist_ok=True)
     with _held(work):
         if settings.fresh:
@@ -115,7 +117,8 @@ def fold_run(model: nn.Module, work: Path) -> nn.Module:
     checkpoints, best = (state.folders(work, kind) for kind in (state.CHECKPOINT, state.BEST))
     if not checkpoints and not best:
         raise FFMergeError(f"fold: {work} holds no checkpoint yet; train longer, or with --save-every")
-    state.load_weights_(max((best or checkpoints).items())[1], student)
+    run = state.read_state(max(checkpoints.items())[1]).get("run") if checkpoints else None
+    state.load_weights_(max((best or checkpoints).items())[1], student, run)
     return fold(student)
 
 

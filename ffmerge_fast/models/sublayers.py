@@ -14,6 +14,7 @@ from ..support.errors import FFMergeError
 from ..support.tensors import has_memory
 from .families import MERGED_TYPE_PREFIX, STACKS, FFNSpec, specs_of
 from .projections import in_features, out_features
+from .wrapped import refuse_wrapper
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def find_ffns(model: nn.Module, quantised: bool = False) -> FFNs:
 
     Raises:
         FFMergeError: unknown family (names the spec to write), mixture-of-experts blocks, quantised or
-            adapter-wrapped projections.
+            adapter-wrapped projections, a wrapper of another library around the model.
     """
+    refuse_wrapper(model)
     specs, family = _specs(model)
     found: dict[str, list[FFNSublayer]] = {}
     for spec in specs:

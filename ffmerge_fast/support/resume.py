@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from .digests import Digest
 from .distributed import file_of_rank
 from .errors import FFMergeError
+from .files import remove_leftovers
 
 _SHORT = 40  # characters of a value that an error shows
 _OTHER_DATA = "other data, or the same in other batches (their order, size or length)"
@@ -155,7 +156,9 @@ _mine: set[tuple[Path, int]] = set()  # what each thread of this process holds
 
 @contextlib.contextmanager
 def in_use(path: str | os.PathLike, argument: str) -> Iterator[None]:
-    """A file or folder that no other process may use inside the block. The lock of a process that died counts no more.
+    """A file or folder that no other process may use inside the block, without what killed ones left of it.
+
+    The lock of a process that died counts no more.
 
     Args:
         argument: that named the path, for the error.
@@ -174,6 +177,7 @@ def in_use(path: str | os.PathLike, argument: str) -> Iterator[None]:
     release = _lock(lock, by, path, argument)
     _mine.add(key)
     try:
+        remove_leftovers(*((path,) if path.is_dir() else (path.parent, path.name)))
         by.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...support import distributed
 from ...support.digests import content_hash
 from ...support.errors import FFMergeError
-from ...support.files import json_text, remove_leftovers, write_text
+from ...support.files import json_text, write_text
 from ...support.resume import Signature, in_use
 from ...support.tensors import is_usable
 from . import state as training_state
@@ -170,7 +170,6 @@ class RunFolder:
         if not os.access(self.root, os.W_OK):
             raise FFMergeError(f"output_dir: {self.root} cannot be written: no permission")
         self._context.enter_context(in_use(self.root, "output_dir"))
-        remove_leftovers(self.root)
 
     def _clear(self) -> None:
         for kind in (CHECKPOINT, BEST):
@@ -194,14 +193,14 @@ class RunFolder:
         training_state.prune(self.root, BEST, keep=[state["best_step"]])
 
     def _read_log(self) -> list[dict[str, Any]]:
+        """The rows that are whole: a killed run may have left part of one."""
+        if not (self.root / _LOG).exists():
+            return []
         rows = []
-        if (self.root / _LOG).exists():
-            for line in (self.root / _LOG).read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:  # the line a killed run was writing
-                    continue
-        return rows
+        for line in (self.root / _LOG).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
     def _rewrite_log(self) -> None:
         write_text(self.root / _LOG, "".join(json_text(row) + "\n" for row in self.history))
