@@ -159,6 +159,7 @@ class Inputs:
             prefix=args.prefix,
             metric=args.metric,
             text_column=args.text_column,
+            label_column=args.label_column,
             languages=(args.source_lang, args.target_lang),
             bos=not args.no_bos,
             **lengths,

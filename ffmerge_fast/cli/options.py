@@ -54,9 +54,12 @@ def data_options(parser) -> None:
     help_data = "files or folders of text or records (JSON, CSV, Parquet); SOURCE TARGET files; images; a hub data set"
     group.add_argument("--data", type=path, nargs="+", metavar="PATH", help=help_data)
     group.add_argument(
-        "--task", choices=("lm", "masked", "images", "translation"), help="default: what the model is for"
+        "--task",
+        choices=("lm", "masked", "images", "classification", "translation"),
+        help="default: what the model is for",
     )
     group.add_argument("--text-column", metavar="NAME", help="of records (default: the only one with text)")
+    group.add_argument("--label-column", metavar="NAME", help='of records to classify (default: "label" or "labels")')
     group.add_argument("--metric", help="perplexity, loss, accuracy or bleu (default: the task's first)")
     group.add_argument(
         "--max-length", type=number(int, at_least=2), help="tokens per block or sentence (default: the context; 128)"

@@ -21,7 +21,9 @@ from pathlib import Path
 from tests.storm.scenes import KILLED, anew, contents
 
 _WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
-_EACH = 2  # tries of operations that differ in numbers only
+_FREES = ("os.remove", "os.rmdir")  # what a full disk does not hinder
+_EACH = int(os.environ.get("FFMERGE_STORM_EACH", "1"))  # tries of operations that differ in numbers only
+_KEPT = re.compile(r"(work|pwork|cache|scores|other)|.*\.lock$")  # for the next run
 
 
 class Watch:
@@ -124,6 +126,8 @@ def storm(how: str, pristine: Path, root: Path, name: str) -> list[str]:
     wanted, after = contents(root / "out"), names(root)
     wrong = []
     for at in kinds(seen):
+        if how == "full" and seen[at].startswith(_FREES):
+            continue
         what = f"{name}: operation {at}, {seen[at]}"
         anew(pristine, root)
         if old:
@@ -138,7 +142,7 @@ def storm(how: str, pristine: Path, root: Path, name: str) -> list[str]:
             ours = len(said.splitlines()) == 1 and said.startswith("error: ") and "this is a bug" not in said
             if status != 1 or not ours:
                 wrong.append(f"{what}: status {status}, said {said[-300:]!r}")
-            left = {n for n in names(root) - set(before) if not re.match(r"(work|pwork|cache|scores)", n)}
+            left = {n for n in names(root) - set(before) if not _KEPT.match(n)}
             if left:
                 wrong.append(f"{what}: left {sorted(left)[:5]}")
         if how == "kill" or status:
@@ -163,12 +167,15 @@ _ACTS = {"kill": _kill, "full": _full}
 if __name__ == "__main__":
     how, pristine, root, *chosen = sys.argv[1:]
     import torch
+    from transformers.utils import logging
 
     import ffmerge_fast.checkpoint.folder
     import ffmerge_fast.driver.project_run  # noqa: F401
     from tests.helpers.tiny_models import tiny_model
 
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     tiny_model("gpt2")  # imports what transformers imports late
     found = [line for name in chosen or KILLED for line in storm(how, Path(pristine), Path(root), name)]
     print(json.dumps(found, indent=1))

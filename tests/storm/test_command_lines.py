@@ -72,7 +72,7 @@ def kind_of(action: argparse.Action) -> str:
 
 
 TEXTS = {"metric", "layers", "prefix", "device", "ffn_layers", "ffn_up", "ffn_down", "ffn_gate"}
-TEXTS |= {"leave_out", "source_lang", "target_lang", "text_column"}
+TEXTS |= {"leave_out", "source_lang", "target_lang", "text_column", "label_column"}
 
 
 def test_every_option_has_a_type_that_is_tried():

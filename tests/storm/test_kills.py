@@ -1,7 +1,7 @@
 """kill -9, and a full disk, before each file operation of every command that writes.
 
-Allowed after a kill: OUT is absent, as it was, or whole; the same command then gives the promised result bit for bit and
-leaves nothing. A full disk: one line of ours, nothing written, nothing left, and the same afterwards.
+Allowed after a kill: OUT is absent, as it was, or whole; the same command then gives the promised result bit for bit,
+and leaves nothing. A full disk: one line of ours, nothing written, nothing left, and the same afterwards.
 """
 
 from __future__ import annotations

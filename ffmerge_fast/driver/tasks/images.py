@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ...support.env import require
 from ...support.errors import FFMergeError
+from .classes import counted, few, labels_of_model
 from .documents import existing
 from .records import choose_split, visible_files
 
@@ -83,46 +83,12 @@ class ImageData:
         Raises:
             FFMergeError: a class that the model does not have, or names that cannot be compared with the model's.
         """
-        config = getattr(model, "config", None)
-        count = getattr(config, "num_labels", None)
-        if count is None:
-            return self
-        known = {_plain(name): int(i) for i, name in (config.id2label or {}).items()}
-        nameless = all(re.fullmatch(r"label \d+", name) for name in known)
-        if nameless or self.classes is None:
-            self._check_numbers(count, what)
-            return self
-        used = self.labels.unique().tolist()
-        unknown = [self.classes[label] for label in used if _plain(self.classes[label]) not in known]
-        if unknown:
-            raise FFMergeError(
-                f"image data: the model has no class {unknown[0]!r} of the {what} data, it has "
-                f"{_few(config.id2label.values())}; name the classes as the model's config.json (label2id) does"
-            )
-        numbers = torch.tensor([known.get(_plain(name), -1) for name in self.classes])
-        names = [str(config.id2label[i]) for i in range(count)]
-        return ImageData(self._images, numbers[self.labels].numpy(), names)
+        labels, names = labels_of_model(model, self.labels, self.classes, self.by_name, "image data", what)
+        return self if labels is self.labels else ImageData(self._images, labels.numpy(), names)
 
     def counts(self) -> str:
         """How many images each class got, in words."""
-        numbers = self.labels.bincount(minlength=len(self.classes or ()))
-        names = self.classes or range(len(numbers))
-        found = [f"{name} {count}" for name, count in zip(names, numbers.tolist(), strict=True) if count]
-        return f"{len(self)} images, {len(found)} classes: {_few(found, 20)}"
-
-    def _check_numbers(self, count: int, what: str) -> None:
-        """The labels themselves are the model's: possible where no name says otherwise."""
-        if self.by_name and len(self.classes) != count:
-            raise FFMergeError(
-                f"image data: {len(self.classes)} classes in the {what} data ({_few(self.classes)}), but the model has "
-                f"{count} without names; give a folder for each, or names in its config.json (id2label, label2id)"
-            )
-        highest = int(self.labels.max())
-        if highest >= count:
-            raise FFMergeError(
-                f"image data: the {what} labels go up to {highest}, but the model has {count} classes (0 to "
-                f"{count - 1}); give the data the model was trained for"
-            )
+        return counted(self.labels, self.classes, "images")
 
 
 def load_images(path: str | os.PathLike, split: str = "train") -> ImageData:
@@ -203,7 +169,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     twice = len({split for split, _ in found}) < len(found)
     if found and (others or twice):
         raise FFMergeError(
-            f"image data: cannot tell splits from classes in {folder} ({_few(path.name for path in folders)}); wanted "
+            f"image data: cannot tell splits from classes in {folder} ({few(path.name for path in folders)}); wanted "
             "one folder per class, or one per split (train, validation, test) with those in it"
         )
     return dict(found)
@@ -227,16 +193,6 @@ def _folders(folder: Path) -> list[Path]:
 
 def _is_image(file: Path) -> bool:
     return file.suffix.lower() in _SUFFIXES
-
-
-def _plain(name: Any) -> str:
-    """A class's name as it is compared: "Traffic_light" is "traffic light"."""
-    return re.sub(r"[\s_-]+", " ", str(name)).strip().lower()
-
-
-def _few(names: Iterable[Any], most: int = 8) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _load_arrays(arrays: Any, split: str, path: Path) -> ImageData:

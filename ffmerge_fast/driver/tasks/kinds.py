@@ -1,4 +1,4 @@
-"""The kinds of tasks: language modelling, masked language modelling, image classification, translation."""
+"""The kinds of tasks: language modelling, also masked, classification of images and of texts, translation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ...support.errors import FFMergeError
 from .. import evaluate
 from .images import ImageData, PixelReader
+from .labelled import LabelledTexts
 from .task import Task
 from .text import IGNORED, PairEncoder
 from .tokens import TokenStream
 
-KINDS = ("lm", "masked", "images", "translation")
+KINDS = ("lm", "masked", "images", "classification", "translation")
 _PART = 1 << 19  # tokens of a long text that are shuffled together
-_ENCODED = 64  # sentence pairs by whose ids a tokenizer is recognised
+_ENCODED = 64  # texts by whose ids a tokenizer is recognised
 
 
 class _Blocks(Task):
@@ -206,6 +207,50 @@ class ImageTask(Task):
 
     def _examples(self) -> Any:
         return {split: [images.identity(), self._readers[split].identity()] for split, images in self._data.items()}
+
+
+class ClassificationTask(Task):
+    """Classification of texts. Metrics: accuracy (0 to 1), loss.
+
+    Args:
+        data: texts of each split, with the model's labels.
+        max_length: tokens of a text, special ones included; longer ones are cut.
+    """
+
+    kind = "classification"
+    metrics = ("accuracy", "loss")
+    batch_size = 32
+
+    def __init__(self, data: Mapping[str, LabelledTexts], tokenizer: Any, max_length: int, metric: str | None = None):
+        super().__init__(data, metric)
+        self._tokenizer, self.max_length = tokenizer, max_length
+        if tokenizer.pad_token_id is None:
+            raise FFMergeError("tokenizer: it has no padding token, wanted one for texts of different lengths; set it")
+
+    def described(self) -> str:
+        return "; ".join(f"{split}: {texts.counts()}" for split, texts in self._data.items())
+
+    def evaluate(
+        self, model: nn.Module, split: str = "validation", batch_size: int | None = None, limit: int | None = None
+    ) -> dict[str, float]:
+        """Accuracy, or the mean loss if that is the task's metric."""
+        batches = self.batches(split, batch_size, limit=limit)
+        measure = evaluate.accuracy if self.metric == "accuracy" else evaluate.loss
+        return {self.metric: measure(model, batches), "texts": min(self.size(split), limit or self.size(split))}
+
+    def _batch(self, split: str, indices: Tensor) -> dict[str, Tensor]:
+        texts = [self._data[split].texts[i] for i in indices.tolist()]
+        found = self._tokenizer(texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+        return {**found, "labels": self._data[split].labels[indices]}
+
+    def _examples(self) -> Any:
+        first = {
+            split: self._batch(split, torch.arange(min(_ENCODED, len(texts)))) for split, texts in self._data.items()
+        }
+        return {split: [texts.texts, texts.labels, first[split]["input_ids"]] for split, texts in self._data.items()}
+
+    def _lengths(self) -> dict[str, Any]:
+        return {"max_length": self.max_length}
 
 
 class TranslationTask(Task):

@@ -16,7 +16,8 @@ from .. import evaluate
 from .documents import Document
 from .hub import load_hub
 from .images import ImageData, load_images
-from .kinds import KINDS, ImageTask, MaskedTask, TextTask, TranslationTask
+from .kinds import KINDS, ClassificationTask, ImageTask, MaskedTask, TextTask, TranslationTask
+from .labelled import LabelledTexts, load_labelled
 from .task import Task
 from .text import PairEncoder, load_parallel, load_text
 from .tokens import TokenStream, special_tokens
@@ -40,28 +41,31 @@ def load_task(
     holdout: float = 0.1,
     metric: str | None = None,
     text_column: str | None = None,
+    label_column: str | None = None,
     languages: tuple[str | None, str | None] = (None, None),
     bos: bool = True,
 ) -> Task:
     """Bring data into the form one model needs.
 
     Args:
-        model: decides the kind of task, unless `kind` ("lm", "masked", "images", "translation") does.
+        model: decides the kind of task, unless `kind` ("lm", "masked", "images", "classification", "translation") does.
         processor: its tokenizer or image processor, or the folder that holds it.
         train, validation, test: data of each split; at least one. Language models: a file or folder of texts or of
             records (JSON lines, JSON, CSV, Parquet, a saved data set), a list of such `pathlib.Path`s, or a list of
             texts. Images: a folder with one sub-folder per class, an .npz file, or an `ImageData`, whose classes are
-            matched by name with the model's. Translation: (source file, target file) or a list of sentence pairs. All:
+            matched by name with the model's. Classification of texts: records, or a list of (text, label) pairs, whose
+            labels are matched likewise. Translation: (source file, target file) or a list of sentence pairs. All:
             a data set name of the Hugging Face hub if FFMERGE_ONLINE=1.
         block: tokens per block of a language model; default its context, at most 1024.
         stride: of the sliding window of `evaluate`; default `block` (no overlap, fastest). The paper reports block / 2.
-        max_length: tokens per sentence of a translation; longer ones are cut.
+        max_length: tokens per sentence of a translation, or per classified text; longer ones are cut.
         prefix: put before every source sentence.
         num_beams: of the translations that BLEU scores.
         holdout: share of `train` taken as validation data where only `train` is given: the last blocks of text, every
             n-th image or sentence pair. 0: none.
         metric: what `score` returns: "perplexity" or "loss"; "accuracy" or "loss"; "bleu" or "loss".
         text_column: of records, that holds the texts; default the only one with strings.
+        label_column: of records, that holds the labels; default "label" or "labels".
         languages: codes of source and target, for translation by a tokenizer of many languages.
         bos: a beginning-of-text token that the tokenizer adds begins every block and window, as the model saw it in
             training; else only each text, as the tokenizer gives it.
@@ -77,7 +81,7 @@ def load_task(
     if not 0 <= holdout < 1:
         raise FFMergeError(f"holdout: got {holdout}, wanted a share of 0 or more and less than 1")
     kind = _checked_kind(model, kind) if kind else task_kind(model)
-    _check_options(kind, text_column, languages, bos)
+    _check_options(kind, text_column, label_column, languages, bos)
     processor = _processor(processor, kind)
     if kind in ("lm", "masked"):
         block = block or min(evaluate.context_length(model) or _DEFAULT_BLOCK, _DEFAULT_BLOCK)
@@ -89,18 +93,23 @@ def load_task(
         data = {split: _images(source, split).for_model(model, split) for split, source in sources.items()}
         return ImageTask(_hold_out(data, lambda images: _every_nth(images, holdout)), processor, metric)
     evaluate.check_context(model, max_length, "max_length")
+    if kind == "classification":
+        texts = {
+            n: load_labelled(data, n, text_column, label_column).for_model(model, n) for n, data in sources.items()
+        }
+        return ClassificationTask(_hold_out(texts, lambda t: _every_nth(t, holdout)), processor, max_length, metric)
     data = {split: _pairs(source, split) for split, source in sources.items()}
     encoder = PairEncoder(processor, max_length, prefix, languages)
     return TranslationTask(_hold_out(data, lambda pairs: _every_nth(pairs, holdout)), encoder, num_beams, metric)
 
 
 def task_kind(model: nn.Module) -> str:
-    """ "lm", "masked", "images" or "translation", by the model's class and configuration."""
+    """ "lm", "masked", "images", "classification" or "translation", by the model's class and configuration."""
     kind = _kind_of(model)
     if kind is None:
         raise FFMergeError(
-            f"task: cannot tell that of {type(model).__name__}; wanted a causal or masked language model, an image "
-            f"classifier or an encoder-decoder of texts"
+            f"task: cannot tell that of {type(model).__name__}; wanted a causal or masked language model, a classifier "
+            "of images or texts, or an encoder-decoder of texts"
         )
     return kind
 
@@ -112,6 +121,8 @@ def _kind_of(model: nn.Module) -> str | None:
         return "images"
     if inputs == "input_ids" and can_generate and can_generate():
         return "translation" if model.config.is_encoder_decoder else "lm"
+    if inputs == "input_ids" and "ForSequenceClassification" in name:
+        return "classification" if model.config.num_labels > 1 else None  # one number is no class
     return "masked" if inputs == "input_ids" and "ForMaskedLM" in name else None
 
 
@@ -126,10 +137,13 @@ def _checked_kind(model: nn.Module, kind: str) -> str:
     return kind
 
 
-def _check_options(kind: str, column: str | None, languages: tuple[str | None, str | None], bos: bool) -> None:
-    text = kind in ("lm", "masked")
+def _check_options(
+    kind: str, column: str | None, label: str | None, languages: tuple[str | None, str | None], bos: bool
+) -> None:
+    text, labelled = kind in ("lm", "masked", "classification"), kind == "classification"
     for given, ok, name, what in (
-        (column is not None, text, "--text-column (text_column=)", "language models"),
+        (column is not None, text, "--text-column (text_column=)", "language models and classification"),
+        (label is not None, labelled, "--label-column (label_column=)", "classification of texts"),
         (any(languages), kind == "translation", "--source-lang, --target-lang (languages=)", "translation"),
         (not bos, kind == "lm", "--no-bos (bos=)", "causal language models"),
     ):
@@ -231,4 +245,6 @@ def _every_nth(examples: Any, holdout: float) -> tuple[Any, Any]:
 
 
 def _select(examples: Any, indices: Sequence[int]) -> Any:
-    return examples.select(indices) if isinstance(examples, ImageData) else [examples[i] for i in indices]
+    return (
+        examples.select(indices) if isinstance(examples, (ImageData, LabelledTexts)) else [examples[i] for i in indices]
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ def load_records(path: Path, split: str, column: str | None) -> list[str]:
     Raises:
         FFMergeError: unreadable, no such split or column, or several columns with strings and `column` not given.
     """
+    return read_rows(path, split, lambda rows: texts_of(rows, column, str(path)))
+
+
+def read_rows(path: Path, split: str, take: Callable[[Any], Any]) -> Any:
+    """What `take` makes of the rows (a data set) of a file or folder of records; see `load_records`."""
     datasets = require("datasets", extra="driver")
     try:
         if path.is_file():
@@ -64,7 +69,7 @@ def load_records(path: Path, split: str, column: str | None) -> list[str]:
             rows = _of_split(datasets.load_from_disk(str(path)), split, path)
         else:
             rows = _of_split(datasets.load_dataset(str(path), streaming=True), split, path)
-        return texts_of(rows, column, str(path))
+        return take(rows)
     except FFMergeError:
         raise
     except Exception as error:  # readers of seven formats raise what they like
@@ -74,9 +79,15 @@ def load_records(path: Path, split: str, column: str | None) -> list[str]:
 
 def texts_of(rows: Any, column: str | None, data: str) -> list[str]:
     """The strings of one column of a data set; rows without one are passed over. See `load_records`."""
+    column = text_column(rows, column, data)
+    return [row[column] for row in rows.select_columns([column]) if isinstance(row[column], str)]
+
+
+def text_column(rows: Any, column: str | None, data: str, label: str | None = None) -> str:
+    """The column that holds the texts: `column`, or the only one with strings beside `label`."""
     head = list(itertools.islice(rows, _HEAD))
     columns = list(head[0]) if head else []
-    strings = [name for name in columns if any(isinstance(row.get(name), str) for row in head)]
+    strings = [name for name in columns if name != label and any(isinstance(row.get(name), str) for row in head)]
     if column is None and len(strings) > 1:
         raise FFMergeError(
             f"text data: {data} has several columns with text ({', '.join(strings)}); name one by --text-column "
@@ -86,7 +97,7 @@ def texts_of(rows: Any, column: str | None, data: str) -> list[str]:
     if column not in strings:
         found = f"columns with text: {', '.join(strings)}" if strings else f"only {', '.join(columns) or 'no columns'}"
         raise FFMergeError(f"text data: {data} has no text in a column {column!r}; it has {found}")
-    return [row[column] for row in rows.select_columns([column]) if isinstance(row[column], str)]
+    return column
 
 
 def visible_files(folder: Path) -> Sequence[Path]:

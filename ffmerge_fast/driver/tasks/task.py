@@ -19,7 +19,7 @@ class Task:
     """Batches and metrics of one kind of data; made by `load_task`.
 
     Attributes:
-        kind: "lm", "masked", "images" or "translation".
+        kind: "lm", "masked", "images", "classification" or "translation".
         metric: key of `evaluate`'s result that `score` returns.
         higher_is_better: whether a larger `score` is better.
         splits: names of the splits there are.

@@ -111,7 +111,7 @@ def test_images_by_split(tmp_path, processor):
 
 def test_images_of_more_classes_than_the_model(tmp_path, processor):
     path = write_npz(tmp_path / "x.npz")
-    with pytest.raises(FFMergeError, match="labels go up to 2, but the model has 2 classes"):
+    with pytest.raises(FFMergeError, match="has the label 2, but the model has 2 classes"):
         load_task(tiny_model("vit"), processor, path)
 
 
