@@ -106,9 +106,19 @@ _FAMILIES: dict[str, list[FFNSpec]] = {
         ).split(),
         _gated(),
     ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    **dict.fromkeys(
+        (
+            "bert roberta xlm-roberta camembert electra mpnet deberta deberta-v2 longformer ernie rembert megatron-bert"
+            " data2vec-text roformer layoutlm"
+        ).split(),
+        _BERT,
+    ),
     "distilbert": [FFNSpec("transformer.layer", "ffn.lin1", "ffn.lin2", stack=ENCODER, activation="ffn.activation")],
-    **dict.fromkeys(("vit", "deit"), _VIT),
+    **dict.fromkeys(("vit", "deit", "vit_mae"), _VIT),
+    **dict.fromkeys(  # of images and text: the language model's
+        ("llava", "mistral3", "qwen2_5_vl", "paligemma", "gemma3"), _gated("language_model.layers")
+    ),
+    "dinov2": _plain("fc1", "fc2", layers="encoder.layer", stack=ENCODER),
     **dict.fromkeys(("marian", "bart", "mbart", "pegasus", "m2m_100", "whisper", "blenderbot"), _encoder_decoder()),
     **dict.fromkeys(("t5", "mt5"), _t5()),
 }

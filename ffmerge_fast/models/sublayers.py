@@ -249,7 +249,13 @@ _ACTIVATIONS = {
     "ReLUSquaredActivation": "relu2",
     "QuickGELUActivation": "quick_gelu",
 }
-_ACTIVATION_ATTRIBUTES = ("act", "act_fn", "activation_fn", "activation", "gelu_impl", "relu")
+_ACTIVATION_ATTRIBUTES = ("act", "act_fn", "activation_fn", "intermediate_act_fn", "activation", "gelu_impl", "relu")
+_CONFIG_ATTRIBUTES = ("hidden_act", "activation_function", "hidden_activation", "activation")
+_CONFIG_NAMES = {
+    **{name: name for name in ("relu", "gelu", "silu", "relu2", "quick_gelu")},
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh"), "gelu_tanh"),
+    "swish": "silu",
+}
 
 
 def _activation(model: nn.Module, spec: FFNSpec, path: str) -> str:
@@ -259,8 +265,16 @@ def _activation(model: nn.Module, spec: FFNSpec, path: str) -> str:
         parent, _, name = join(path, spec.activation).rpartition(".")
         return _activation_name(getattr(get(model, parent), name, None))
     holder = model.get_submodule(join(path, spec.up).rpartition(".")[0])
-    found = (getattr(holder, name) for name in _ACTIVATION_ATTRIBUTES if hasattr(holder, name))
-    return _activation_name(next(found, None))
+    found = next((getattr(holder, name) for name in _ACTIVATION_ATTRIBUTES if hasattr(holder, name)), None)
+    return _activation_name(found) if found is not None else _activation_of_config(model)
+
+
+def _activation_of_config(model: nn.Module) -> str:
+    """What the config calls it, where no module beside W_up is it."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = (getattr(config, name, None) for name in _CONFIG_ATTRIBUTES)
+    return next((_CONFIG_NAMES.get(name, name) for name in names if isinstance(name, str)), "unknown")
 
 
 def _activation_name(function: object) -> str:
