@@ -66,7 +66,7 @@ def project_and_train(
         scores = Importance.load(scores)
     if scores is not None:
         scores.check(model)
-    work.mkdir(parents=True, exist_ok=True)
+    distributed.on_rank_zero(lambda: _make(work))
     with _held(work):
         if settings.fresh:
             distributed.on_rank_zero(lambda: _clear(work))
@@ -120,6 +120,13 @@ def fold_run(model: nn.Module, work: Path) -> nn.Module:
     run = state.read_state(max(checkpoints.items())[1]).get("run") if checkpoints else None
     state.load_weights_(max((best or checkpoints).items())[1], student, run)
     return fold(student)
+
+
+def _make(work: Path) -> None:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FFMergeError(f"work: {work} cannot be made: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -178,7 +178,8 @@ def in_use(path: str | os.PathLike, argument: str) -> Iterator[None]:
     _mine.add(key)
     try:
         remove_leftovers(*((path,) if path.is_dir() else (path.parent, path.name)))
-        by.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with contextlib.suppress(OSError):  # a full disk is told by what needs room
+            by.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         _mine.discard(key)
