@@ -9,6 +9,7 @@ import stat
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..support.errors import FFMergeError
@@ -37,7 +38,15 @@ def whole_numbers(folder: str | os.PathLike) -> list[str]:
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             found += [name for name in tensors.keys() if tensors.get_slice(name).get_dtype()[0] in "IU"]  # noqa: SIM118
+    if not weight_files(folder) and os.path.isdir(folder):
+        for file in Path(folder).glob("pytorch_model*.bin"):
+            tensors = torch.load(file, map_location="meta", weights_only=True)
+            found += [name for name, t in tensors.items() if isinstance(t, torch.Tensor) and not _is_real(t)]
     return found
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
 
 
 def check_files(folder: Path) -> None:

@@ -19,7 +19,7 @@ from ..models.ties import is_merged
 from ..models.wrapped import refuse_adapters
 from ..support.env import online, require
 from ..support.errors import FFMergeError
-from ..support.files import new_folder, write_tensors, write_text
+from ..support.files import new_folder, one_line, write_tensors, write_text
 from ..support.sealed import write_sealed_json
 from ..support.sizes import parse_bytes
 from ..support.tensors import check_weights, not_inference
@@ -88,7 +88,11 @@ def save_pretrained(
 def _save_transformers(model: nn.Module, folder: Path, shard: int) -> None:
     try:
         model.save_pretrained(folder, max_shard_size=shard)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if "GenerationConfig" in str(error) or "generation config" in str(error).lower():
+            raise FFMergeError(
+                f"model.generation_config cannot be saved ({one_line(error)}); correct it, or the file it came from"
+            ) from error
         if "shared tensors" not in str(error):
             raise
         raise FFMergeError(

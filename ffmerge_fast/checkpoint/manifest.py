@@ -102,7 +102,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"it names {outside[0]!r}, which is no file of this folder")
         newer = manifest["version"] > _VERSION
     except (DamagedError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FFMergeError(f"{path} cannot be read ({one_line(error)}); save the model again") from error
+        reason = error if isinstance(error, DamagedError) else one_line(error)
+        raise FFMergeError(f"{path} cannot be read ({reason}); save the model again") from error
     if newer:
         raise FFMergeError(f"{path} is of version {manifest['version']}, this ffmerge_fast reads {_VERSION}: update it")
     return read

@@ -37,6 +37,7 @@ def sharded(saved, tmp_path):
 
 def edit(file, change) -> None:
     values = json.loads(file.read_text())
+    values.pop("checksum", None)  # of ffmerge.json, as older versions wrote it
     change(values)
     file.write_text(json.dumps(values))
 

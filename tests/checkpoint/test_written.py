@@ -64,7 +64,7 @@ UP, OTHER = "transformer.h.1.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.weight"
 )
 def test_a_writer_that_wrote_something_else_leaves_nothing(damage, message, tmp_path, monkeypatch):
     """As with adapters, where save_pretrained writes these only; the folder that was there stays."""
-    model, write = merged(), folder_module.write_json
+    model, write = merged(), folder_module.write_sealed_json
     ff.save_pretrained(model, tmp_path / "old")
     before = (tmp_path / "old" / "model.safetensors").read_bytes()
 
@@ -72,7 +72,7 @@ def test_a_writer_that_wrote_something_else_leaves_nothing(damage, message, tmp_
         write(path, value, **options)
         damage(path.parent)
 
-    monkeypatch.setattr(folder_module, "write_json", damaging)
+    monkeypatch.setattr(folder_module, "write_sealed_json", damaging)
     for name, options in (("new", {}), ("old", {"overwrite": True})):
         with pytest.raises(ff.FFMergeError, match=f"^folder: .*{message}.*nothing was kept") as error:
             ff.save_pretrained(model, tmp_path / name, **options)
@@ -86,3 +86,11 @@ def test_several_files_and_low_precision(tmp_path):
     ff.save_pretrained(model, tmp_path / "m", max_shard_size="8KB")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     assert ff.verify(tmp_path / "m")["groups"] == [{"stack": "decoder", "layers": [1, 2, 3]}]
+
+
+def test_an_invalid_generation_config_is_said_and_nothing_is_left(tmp_path):
+    model = tiny_model("gpt2")
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.5
+    with pytest.raises(ff.FFMergeError, match="model.generation_config cannot be saved .*correct it"):
+        ff.save_pretrained(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -104,6 +104,7 @@ class RunFolder:
         self.best_metric, self.best_step = state["best_metric"], state["best_step"]
         self.history = [row for row in self._read_log() if row["step"] <= state["step"]]
         distributed.on_rank_zero(self._rewrite_log)
+        distributed.on_rank_zero(lambda: self._prune(state))  # a killed run may not have come to it
         return state
 
     def log(self, row: dict[str, Any]) -> None:
@@ -189,6 +190,9 @@ class RunFolder:
 
     def _write(self, weights: dict, moments: dict, rng: dict, state: dict[str, Any]) -> None:
         training_state.save_checkpoint(self.root, weights, moments, rng, state)
+        self._prune(state)
+
+    def _prune(self, state: dict[str, Any]) -> None:
         training_state.prune(self.root, CHECKPOINT, keep=[state["step"]])
         training_state.prune(self.root, BEST, keep=[state["best_step"]])
 

@@ -111,12 +111,23 @@ class LeastSquares:
         return factor
 
     @torch.no_grad()
-    def move_(self, solution: Solution, size: float) -> None:
-        """Go `size` of the way; rounded once."""
-        self.weight.copy_(self.weight.double() + size * solution.step)
+    def moved(self, solution: Solution, size: float) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, its value `size` of the way to the solution), rounded once.
+
+        Raises:
+            FFMergeError: a value is beyond the parameter's dtype.
+        """
+        steps = [(self.weight, solution.step)]
         if solution.intercept is not None:
-            bias = self.weights.down_bias
-            bias.copy_(bias.double() + size * solution.intercept)
+            steps.append((self.weights.down_bias, solution.intercept))
+        found = [(tensor, (tensor.double() + size * step).to(tensor.dtype)) for tensor, step in steps]
+        for tensor, value in found:
+            if not value.isfinite().all():
+                raise FFMergeError(
+                    f"refit: W_down or its bias of {self.name} goes beyond {tensor.dtype}; load the model in float32 "
+                    "or bfloat16 (--dtype), or raise ridge="
+                )
+        return found
 
 
 @dataclass(frozen=True)

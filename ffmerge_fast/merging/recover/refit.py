@@ -141,10 +141,12 @@ class _Fit:
                 group.state.all_reduce_()
         return [group.solve(ridge) for group in self.groups]
 
+    @torch.no_grad()
     def move_(self, solutions: Sequence[Solution], size: float) -> None:
-        """Go `size` of the way to the solutions."""
-        for group, solution in zip(self.groups, solutions, strict=True):
-            group.move_(solution, size)
+        """Go `size` of the way to the solutions; all groups or none."""
+        pairs = zip(self.groups, solutions, strict=True)
+        for tensor, value in [moved for group, solution in pairs for moved in group.moved(solution, size)]:
+            tensor.copy_(value)
 
     def _see_original(self) -> None:
         def receive(ffn: FFNSublayer, flow: Flow, mask: Tensor) -> None:

@@ -472,3 +472,19 @@ def test_two_processes_fit_the_data_of_both(tmp_path):
     report = ff.refit_(model, teacher, batches)
     torch.testing.assert_close(a, weights_of(model, ff.find_ffns(model)[0])[0], atol=1e-5, rtol=0)
     assert first["groups"][0]["after"] == pytest.approx(report.groups[0].after, rel=1e-5)
+
+
+def test_a_solution_beyond_float16_is_refused_and_nothing_moves():
+    model, teacher, batches = pair("gpt2", dtype=torch.float16)
+    with torch.no_grad():  # the FFNs' outputs are large, their hidden features small
+        for m, scale in ((model, 1e-2), (teacher, 1e-2)):
+            for block in m.transformer.h:
+                block.mlp.c_fc.weight.mul_(scale)
+                block.mlp.c_fc.bias.zero_()
+        for block in teacher.transformer.h:
+            block.mlp.c_proj.bias.fill_(1.0).add_(torch.arange(16) * 4000.0)
+            block.mlp.c_proj.weight.copy_(torch.randn(32, 16).mul(6e4).clamp(-6e4, 6e4))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ff.FFMergeError, match="not finite|beyond torch.float16; load the model in float32|NaN, Inf"):
+        ff.refit_(model, teacher, batches, ridge=1e-8)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
