@@ -212,8 +212,8 @@ def _auto_models(config_class):
         ours = [_ours(m) for m in models if m.config_class is stock and hasattr(transformers, m.__name__)]
         if ours:
             found[name] = ours
-    whole = found.get("AutoModelForSeq2SeqLM", [None])[0]
-    if any(key.endswith("decoder.embed_tokens.weight") for key in getattr(whole, "_tied_weights_keys", None) or ()):
+    tied = [key for m in found.get("AutoModel", ()) for key in m._tied_weights_keys or ()]
+    if any(key.endswith("decoder.embed_tokens.weight") for key in tied):
         found.pop("AutoModelForCausalLM", None)  # files have the embedding under the whole model's name only
     return found
 
