@@ -213,7 +213,8 @@ def _auto_models(config_class):
         if ours:
             found[name] = ours
     tied = [key for m in found.get("AutoModel", ()) for key in m._tied_weights_keys or ()]
-    if any(key.endswith("decoder.embed_tokens.weight") for key in tied):
+    shares = "share_encoder_decoder_embeddings" in inspect.signature(stock.__init__).parameters  # Marian's tie
+    if shares or any(key.endswith("decoder.embed_tokens.weight") for key in tied):
         found.pop("AutoModelForCausalLM", None)  # files have the embedding under the whole model's name only
     return found
 
