@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.forward import evaluating, to_device_and_dtype
+from ..models.forward import evaluating, to_device_and_dtype, without_cache
 from ..support.env import require
 from ..support.errors import FFMergeError
 from ..support.progress import progress
 from .tasks.text import PairEncoder
-from .training.losses import LossFunction, label_count, loss_of, without_cache
+from .training.losses import LossFunction, label_count, loss_of
 
 
 def loss(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> float:

@@ -24,6 +24,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache in forward passes inside: it is dead weight when nothing is generated."""
+    config = getattr(unwrap(model), "config", None)
+    if getattr(config, "use_cache", None) is not True:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def to_device(batch: Any, model: nn.Module) -> Any:
     """The batch's tensors on the device of the model's first parameter."""
     if not isinstance(batch, (Tensor, Mapping, tuple, list)):

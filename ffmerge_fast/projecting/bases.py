@@ -6,7 +6,6 @@ takes the place of the selection S wherever a matrix reads or writes the stream,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .axes import MODEL, ModelAxes
 from .matrices import ProjectedMatrix, Projection, project_
+from .norms import gain_at_zero
 
 _ROWS = 8192  # of a matrix in float64 at a time
 
@@ -69,16 +69,8 @@ def start_from_basis_(
                 path, _, entry = name.rpartition(".")
                 norm = model.get_submodule(path)
                 if entry == "weight" and "norm" in type(norm).__name__.lower():
-                    scale, offset = (layout.d_model / len(kept)) ** 0.5, _gain_at_zero(norm)
+                    scale, offset = (layout.d_model / len(kept)) ** 0.5, gain_at_zero(norm)
                     parameter.copy_(scale * (basis.square() @ (of_base + offset)) - offset)
                 else:
                     parameter.copy_(torch.tensordot(of_base, basis, dims=([dim], [1])).movedim(-1, dim))
     return deltas
-
-
-def _gain_at_zero(norm: nn.Module) -> float:
-    """1 for norms that multiply by 1 + weight (Gemma), 0 for those that multiply by the weight."""
-    probe = copy.deepcopy(norm).double().cpu()
-    for parameter in probe.parameters():
-        parameter.zero_()
-    return float(probe(torch.arange(norm.weight.numel(), dtype=torch.float64)[None]).abs().max() > 0)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.forward import evaluating
+from ...models.forward import evaluating, without_cache
 from ...support import distributed
 from ...support.digests import content_hash, weights_hash
 from ...support.errors import FFMergeError
 from ...support.settings import changed
 from .loop import DeferredInterrupt, TrainingRun
-from .losses import LossFunction, without_cache
+from .losses import LossFunction
 from .master_weights import autocast_of, float32_weights, half_weights
 from .parallel import device_of, parallelize
 from .run_folder import RunFolder

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.forward import unwrap
 from ...support.errors import FFMergeError
 from ..tasks.text import IGNORED
 
 LossFunction = Callable[[nn.Module, Any], Any]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -63,20 +58,6 @@ def distillation_loss(model: nn.Module, student: Tensor, teacher: Tensor, labels
     wanted = labels != IGNORED
     log_student, log_teacher = (F.log_softmax(x[wanted].float() / temperature, dim=-1) for x in (student, teacher))
     return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean") * temperature**2
-
-
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache in forward passes inside: it is dead weight when nothing is generated."""
-    config = getattr(unwrap(model), "config", None)
-    if getattr(config, "use_cache", None) is not True:
-        yield
-        return
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = True
 
 
 def _rows(batch: Any) -> int:
