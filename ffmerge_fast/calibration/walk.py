@@ -83,7 +83,9 @@ class _Call:
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
-        """(the stream, the rest)"""
+        """(the stream, the rest without caches: a block runs more than once)"""
+        args = tuple(map(_no_cache, args))
+        kwargs = {name: _no_cache(value) for name, value in kwargs.items()}
         if args:
             return args[0], cls(args[1:], kwargs)
         return kwargs[STREAM], cls((), {name: value for name, value in kwargs.items() if name != STREAM})
@@ -106,7 +108,7 @@ class Walk(Passes):
     def __init__(self, model: nn.Module, ffns: FFNs, batches: Sequence[Any], kept: Kept):
         super().__init__(model, ffns.by_stack())
         self.blocks = {stack: [f.path for f in members] for stack, members in ffns.by_stack().items()}
-        self.batches, self._kept, self._d_model = batches, kept, ffns[0].d_model
+        self.batches, self.kept, self._d_model = batches, kept, ffns[0].d_model
         self._calls: dict[tuple[str, int], list[_Call]] = {}
         self._rest: dict[tuple[str, int], tuple[Any, ...]] = {}  # what blocks return beside the stream
         self._masks: dict[tuple[str, int], Tensor | None] = {}
@@ -142,7 +144,7 @@ class Walk(Passes):
 
     def left(self, stack: str, number: int, stream: Tensor) -> None:
         """Note what left a stack's last block; its calls are forgotten."""
-        self._kept.put(f"{stack} end", number, stream)
+        self.kept.put(f"{stack} end", number, stream)
         del self._calls[stack, number]
 
     def after(self, number: int) -> None:
@@ -178,9 +180,13 @@ class Walk(Passes):
         """What a block of a stack that is done, or of one that comes later, returns."""
         stream, _ = _Call.split(args, kwargs)
         rest = self._rest.get((stack, number), ())
-        if position == len(self.blocks[stack]) - 1 and self._kept.has(f"{stack} end", number):
-            stream = self._kept.get(f"{stack} end", number).to(stream)
+        if position == len(self.blocks[stack]) - 1 and self.kept.has(f"{stack} end", number):
+            stream = self.kept.get(f"{stack} end", number).to(stream)
         return (stream, *rest) if rest else stream
+
+
+def _no_cache(value: Any) -> Any:
+    return None if type(value).__name__.endswith("Cache") else value
 
 
 class _Noting:

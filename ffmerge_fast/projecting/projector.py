@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..models.streamed import refuse_streamed
 from ..models.summary import ModelSummary
 from ..models.ties import CONFIG_VERSION
+from ..support.digests import weights_hash
+from ..support.distributed import from_rank_zero
 from ..support.errors import FFMergeError
+from ..support.resume import RunningSums
 from ..support.tensors import not_inference
 from .axes import ModelAxes
 from .bases import start_from_basis_, stream_basis
@@ -23,9 +29,25 @@ from .optimizer.adamw import AdamWOptions
 from .optimizer.base_weights import BaseWeights
 from .optimizer.optimizer import ProjectionOptimizer
 from .parameters import sorted_parameters
+from .reconstruct import Reconstructing, ReconstructReport
+from .reconstruction import check_numbers, reconstruct_
 from .selection import Selection, Sizes, resolve_sizes, select
 from .settings import INITS, OFFLOADS, SHARES, Widths
 from .student import build_student, fold
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a projector was made from: the base, which it does not keep alive, and what of it is kept.
+
+    Attributes:
+        basis: Q [d_model', d_model], float64.
+    """
+
+    model: weakref.ref[nn.Module]
+    layout: ModelAxes
+    selection: Selection
+    basis: Tensor
 
 
 @dataclass
@@ -41,6 +63,7 @@ class Projector:
         plain: {name: parameter} of the student that are trained as they are: norms, vectors, and what keeps its shape.
         residual: whether every matrix has an R.
         starts: {projection: Δ it begins with}, where that is not zero (init="svd").
+        reconstructed: whether R begins with what the student's weights have beyond P W P.
     """
 
     student: nn.Module
@@ -51,6 +74,72 @@ class Projector:
     starts: dict[Projection, Tensor] = field(repr=False)
     _config: dict[str, Any] = field(repr=False)
     _base_folder: str | None = field(default=None, repr=False)
+    _made_from: Origin | None = field(default=None, repr=False)
+    reconstructed: bool = False
+
+    def reconstruct_(
+        self,
+        batches: Iterable[Any],
+        ridge: float = 1e-2,
+        local_steps: int | None = None,
+        local_lr: float = 1e-3,
+        seed: int = 0,
+        cache_dir: str | os.PathLike | None = None,
+        save_seconds: float = 60.0,
+        spool_dir: str | os.PathLike | None = None,
+        fresh: bool = False,
+    ) -> ReconstructReport:
+        """Give the student, in place, a far better start: every matrix the least-squares fit to the base on its own
+        inputs, block by block (see `projecting.reconstruct`). No gradients; to be called before `optimizer`.
+
+        P stays the start's (use init="svd" where the stream gets narrower: a basis of directions fits better than one of
+        coordinates); R becomes what the fitted weights have beyond P W P, so training goes on as from any start.
+
+        Time: two passes of the base's blocks and about two of the student's, and a Cholesky factor of each width.
+        Memory: both streams of all tokens, twice, and one block's moments, beside the two models.
+        In a `torch.distributed` job each rank gives its own batches, and all get the same weights.
+
+        Args:
+            batches: calibration data, as for `collect`; labels are not needed. All are held in memory.
+            ridge: pulls to the start's weights; relative to the mean square of a matrix' inputs.
+            local_steps: AdamW steps on each block alone, after its matrices, towards the base's stream behind it. The
+                default is 400 where norms stand in the stream (post-norm: BERT, Marian), which no matrix can follow, and
+                none elsewhere; there it costs as much as so many steps of training, for a little.
+            local_lr: of those.
+            seed: of their order of the batches.
+            cache_dir: keep the fitted weights here after each block, at most every `save_seconds`; a killed run goes on
+                with the next block, to the same result.
+            spool_dir: keep the streams in files of a temporary folder there, instead of in host memory.
+            fresh: begin anew, whatever `cache_dir` holds.
+
+        Raises:
+            FFMergeError: no residual; bad numbers; no data; the base was let go of or is streamed; a block of no known
+                form, or tensors that are not finite (names them). The student may be changed in part then.
+        """
+        check_numbers(ridge, local_steps, local_lr)
+        if not self.residual:
+            raise FFMergeError("reconstruct: without R the weights cannot be set; project with residual=True")
+        self.check_student()
+        how = Reconstructing(ridge, local_steps, local_lr, seed)
+        with RunningSums(cache_dir, "reconstruction", save_seconds, self._decides(how), fresh) as cache:
+            report = reconstruct_(self._origin(), self.student, how, batches, cache, spool_dir)
+        self.reconstructed = True
+        self.settings["reconstructed"] = {"ridge": ridge, "local_steps": local_steps, "data": from_rank_zero(cache.data)}
+        return report
+
+    def _origin(self) -> tuple[nn.Module, ModelAxes, Selection, Tensor]:
+        """(base, its axes, what is kept, Q), in memory."""
+        made = self._made_from
+        base = made and made.model()
+        if base is None or any(p.is_meta for p in base.parameters()):
+            raise FFMergeError("reconstruct: the base model was let go of; keep it until reconstruct_ has run")
+        refuse_streamed(base, "reconstruct")
+        return base, made.layout, made.selection, made.basis
+
+    def _decides(self, how: Reconstructing) -> dict[str, Any]:
+        """What decides a reconstruction, beside the data."""
+        base = self._origin()[0]
+        return {**vars(how), "settings": self.settings, "weights": weights_hash(base)}
 
     def optimizer(
         self,
@@ -105,7 +194,10 @@ class Projector:
             return base
 
         starts = {(p.owner, p.entry): delta for p, delta in self.starts.items()}
-        return ProjectionOptimizer(units, base_weights, self.settings, self.residual, options, distribute, starts)
+        made = ProjectionOptimizer(units, base_weights, self.settings, self.residual, options, distribute, starts)
+        if self.reconstructed:
+            made.take_residuals_()
+        return made
 
     def _bound_units(self) -> list[Unit]:
         """Units of the parameters that the student has now (FSDP2 makes them anew), plain ones included."""
@@ -199,7 +291,7 @@ def project(
     matrices, plain = list(found.matrices.values()), found.plain
     if not matrices:
         raise FFMergeError("project: nothing gets smaller; give widths below the base model's")
-    starts = {}
+    starts, basis = {}, torch.eye(layout.d_model, dtype=torch.float64)[selection.d_model]
     if init == "svd":
         if sizes.d_model == layout.d_model:
             raise FFMergeError("init: 'svd' is of the residual stream, whose width stays; give keep= or a d_model=")
@@ -218,7 +310,8 @@ def project(
     }
     folder = getattr(model, "name_or_path", None) or None
     shape = _shape_settings(student.config)
-    return Projector(student, settings, grouped(matrices), plain, residual, starts, shape, folder)
+    origin = Origin(weakref.ref(model), layout, selection, basis)
+    return Projector(student, settings, grouped(matrices), plain, residual, starts, shape, folder, origin)
 
 
 def resolve(model: nn.Module, widths: Widths) -> tuple[ModelAxes, Sizes]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.walk import watching
+from ..calibration.walk import stream_of, watching
 from ..models.projections import is_conv1d
 from ..models.sublayers import get
 from ..support.errors import FFMergeError
@@ -103,6 +103,7 @@ def trace(model: nn.Module, paths: Sequence[str], run: Callable[[], Any]) -> lis
     inputs: dict[str, Tensor] = {}
 
     def end(path: str, output: Any) -> None:
+        output = stream_of(output)
         if isinstance(output, Tensor) and isinstance(inputs.get(path), Tensor):
             events.append(Event(path, inputs.pop(path), output))
 

@@ -143,9 +143,13 @@ class RunningSums:
             sums.save(self.path, batches=self._data.count, data=self.data, signature=self._signature)
             self._saved = time.monotonic()
 
+    def due(self) -> bool:
+        """Whether a killed run would have to repeat `save_seconds` or more."""
+        return time.monotonic() - self._saved >= self._save_seconds
+
     def save_if_due(self, sums: Saved) -> None:
         """The same, at most every `save_seconds`."""
-        if time.monotonic() - self._saved >= self._save_seconds:
+        if self.due():
             self.save(sums)
 
 

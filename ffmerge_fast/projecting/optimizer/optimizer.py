@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -205,6 +206,23 @@ class ProjectionOptimizer(OwnedState):
         found = torch.stack([norms.get(key, zero).float() for key in self._trained])  # one place each: no order of sums
         total = self._owners.sum_(found.to(self._owners.device())).norm()
         return min(1.0, self._options.max_grad_norm / (float(total) + 1e-6))
+
+    @torch.no_grad()
+    def take_residuals_(self) -> None:
+        """Set every R to what the student's weights have beyond P W P, so that the student stays as it is."""
+        for of_round, units in self._rounds(lambda unit: True):
+            mine = {name for unit in of_round.mine for name in unit.parameters}
+            values = {}
+            for name, parameter in ((n, p) for unit in of_round.units for n, p in unit.parameters.items()):
+                value = whole(parameter.detach())  # of a sharded one by all ranks
+                if name in mine:
+                    values[name] = value
+            for matrix in (m for bunch in units for unit in bunch for m in unit.matrices):
+                value = values[matrix.name]
+                projected = torch.empty(value.shape, dtype=master_dtype(value), device=value.device)
+                project_([replace(matrix, parameter=projected)], self._deltas([Unit([matrix])]))
+                self._state(matrix.name)["residual"].copy_(value - projected)
+        self._whole_state = None
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,136 @@
+"""A few steps of training one block of a student alone, on its own inputs, towards the teacher's stream behind it.
+
+No matrix alone can follow what is not linear: a norm that stands in the stream, positions that the smaller class makes
+itself. A block can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..support.distributed import from_rank_zero, sum_over_ranks
+from ..support.errors import FFMergeError
+
+if TYPE_CHECKING:
+    from .reconstruct import Reconstruction
+
+_WARMUP = 0.05  # share of the steps
+
+
+def train_block_(
+    run: Reconstruction, stack: str, position: int, steps: int, lr: float, seed: int
+) -> tuple[float, float]:
+    """Train a block by AdamW, one batch of each rank a step; its old weights stay where they miss less.
+
+    Minimised is ‖block(x') − Q x‖² over the tokens that count, with the student's own stream x' before the block and
+    the teacher's x behind it. The last tenth of the batches is held out; FFNs that layers share are left alone.
+
+    Returns:
+        Share of the variance that is missed on the held-out batches, before and after.
+    """
+    block = run.student.model.get_submodule(run.student.blocks[stack][position])
+    with _trainable(block, run.tied_parameters) as parameters:
+        training = _BlockTraining(run, stack, position, parameters)
+        before = training.held_out()
+        kept = [p.detach().clone() for p in parameters]
+        training.train(steps, lr, seed)
+        after = training.held_out()
+        if not after < before:
+            after = before
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.detach().copy_(value)
+    return before, after
+
+
+class _BlockTraining:
+    def __init__(self, run: Reconstruction, stack: str, position: int, parameters: list[nn.Parameter]):
+        self._run, self._stack, self._position, self._parameters = run, stack, position, parameters
+        count = len(run.numbers)
+        held = max(1, count // 10) if count > 1 else 0
+        self._train, self._held = list(run.numbers[: count - held]), list(run.numbers[count - held :]) or [*run.numbers]
+        self._variance = self._total_variance()
+
+    def train(self, steps: int, lr: float, seed: int) -> None:
+        optimizer = torch.optim.AdamW(self._parameters, lr=lr, weight_decay=0.0)
+        generator, order = torch.Generator().manual_seed(seed), []
+        for step in range(1, steps + 1):
+            if not order and self._train:
+                order = torch.randperm(len(self._train), generator=generator).tolist()
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, step / max(1.0, _WARMUP * steps), (steps - step + 1) / steps)
+            self._set_gradients(self._train[order.pop()] if order else None)
+            optimizer.step()
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        """Mean error of the held-out tokens, as a share of the variance."""
+        found = [torch.stack(self._error(number)) for number in self._held]
+        error, count = sum_over_ranks([sum(found, self._run.like.new_zeros(2)).double()])[0].tolist()
+        return error / max(count, 1.0) / self._variance
+
+    def _set_gradients(self, number: int | None) -> None:
+        """Of the mean error of one batch of each rank."""
+        gradients, count = [torch.zeros_like(p) for p in self._parameters], self._run.like.new_zeros(())
+        if number is not None:
+            with torch.enable_grad():
+                error, count = self._error(number)
+                found = torch.autograd.grad(error / self._variance, self._parameters, allow_unused=True)
+            gradients = [zero if g is None else g for zero, g in zip(gradients, found, strict=True)]
+        *gradients, count = sum_over_ranks([*gradients, count])
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient.div_(count.clamp(min=1))
+
+    def _error(self, number: int) -> tuple[Tensor, Tensor]:
+        """Squared error of one batch, and its number of tokens."""
+        run = self._run
+        target = run.to_student(run.kept.get("teacher", number).to(run.like.device))
+        like = next(iter(self._parameters))
+        x = run.kept.get("student", number).to(like.device)
+        half = run.student.model.dtype
+        with torch.autocast(like.device.type, dtype=half, enabled=half in (torch.float16, torch.bfloat16)):
+            y = run.student.block(self._stack, self._position, number, x.to(like.dtype))
+        error = (y.to(target.dtype) - target).square().sum(-1).flatten()
+        mask = run.student.mask(self._stack, number, len(error))
+        error = error if mask is None else error[mask.to(error.device)]
+        return error.sum(), error.new_tensor(float(len(error)))
+
+    def _total_variance(self) -> float:
+        """Mean ‖x − mean x‖² of the targets of all ranks."""
+        run, sums = self._run, None
+        for number in run.numbers:
+            x = run.to_student(run.kept.get("teacher", number).to(run.like.device)).flatten(0, -2)
+            mask = run.student.mask(self._stack, number, len(x))
+            x = (x if mask is None else x[mask.to(x.device)]).double()
+            found = torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([float(len(x))])])
+            sums = found if sums is None else sums + found
+        if sums is None:
+            sums = run.like.new_zeros(run.width + 2, dtype=torch.float64)
+        total = sum_over_ranks([sums])[0]
+        count = total[-1].clamp(min=1)
+        variance = total[-2] / count - (total[:-2] / count).square().sum()
+        if not variance.isfinite():
+            raise FFMergeError(
+                f"reconstruct: the teacher's stream after {run.teacher.blocks[self._stack][self._position]} is not finite"
+            )
+        return from_rank_zero(float(variance.clamp(min=torch.finfo(torch.float32).tiny)))
+
+
+@contextlib.contextmanager
+def _trainable(block: nn.Module, left_alone: set[int]) -> Iterator[list[nn.Parameter]]:
+    """The block's own parameters, in float32 at least and with gradients; rounded once at the end."""
+    parameters = [p for p in block.parameters() if id(p) not in left_alone]
+    dtypes, modes = [p.dtype for p in parameters], [p.requires_grad for p in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
+    try:
+        yield parameters
+    finally:
+        for parameter, dtype, mode in zip(parameters, dtypes, modes, strict=True):
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(mode)
