@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..driver.training.settings import STEPS, TrainingSettings
 from ..merging.settings import ANCHORS, METHODS, RECOVERIES
-from ..projecting.settings import INITS, OFFLOADS, SHARES, STATES, Widths
+from ..projecting.settings import INITS, OFFLOADS, SHARES, STATES, Reconstructing, Widths
 from ..projecting.settings import METHODS as METHODS_OF_IMPORTANCE
 from ..support.settings import Range, options
 from .outputs import file_to_write, folder_to_write, work_folder
@@ -165,13 +165,23 @@ def project_options(parser) -> None:
     help_keep = "share of the parameters, such as 0.5; or the widths:"
     settings_options(group, Widths, keep=help_keep, d_model=None, d_ff=None, attention="what gets fewer with d_model")
     group.add_argument("--share", choices=SHARES[1:], help="projections in common (default: none)")
-    group.add_argument("--init", default="selection", choices=INITS, help="first P: coordinates, or directions")
-    group.add_argument("--no-residual", action="store_true", help="W_C = P W P without R")
+    help_init = "first P: coordinates, or directions (default: svd if reconstructed, else selection)"
+    group.add_argument("--init", choices=INITS, help=help_init)
+    help_no = "start with the pruned model, as in the paper, not with one fitted to the base block by block"
+    group.add_argument("--no-reconstruct", action="store_true", help=help_no)
+    settings_options(group, Reconstructing, ridge=None, local_steps=None, local_lr=None)
+    group.add_argument(
+        "--no-residual", action="store_true", help="W_C = P W P without R; not reconstructed, which R is for"
+    )
     group.add_argument("--tied", action="store_true", help="keep the head tied to the embeddings")
     group.add_argument("--importance", type=file, metavar="FILE", help="scores saved by importance(...).save")
     group.add_argument("--method", default="activation", choices=METHODS_OF_IMPORTANCE, help="or measure them so")
     group.add_argument(
-        "--calibration", type=number(int, at_least=1), default=32, metavar="N", help="batches to measure them on"
+        "--calibration",
+        type=number(int, at_least=1),
+        default=32,
+        metavar="N",
+        help="batches to measure them and to reconstruct on",
     )
     group.add_argument("--weight-decay-on-projections", type=number(float, at_least=0, at_most=1000), default=0.0)
     group.add_argument("--state", default="fp32", choices=STATES, help="moments of P and R")

@@ -13,7 +13,7 @@ from torch import nn
 from ..baselines import hard_prune
 from ..projecting.importance import Importance, importance
 from ..projecting.projector import Projector, project, resolve
-from ..projecting.settings import Widths
+from ..projecting.settings import Reconstructing, Widths
 from ..projecting.student import fold
 from ..support import distributed
 from ..support.digests import content_hash, weights_hash
@@ -26,6 +26,8 @@ from .training.finetune import FinetuneResult, finetune
 from .training.settings import TrainingSettings
 
 _IMPORTANCE, _PROJECTION = "importance.safetensors", "projection.json"
+_BY_DEFAULT = Reconstructing()
+_RECONSTRUCTION = "reconstruction*.safetensors"  # one of each rank
 
 
 def project_and_train(
@@ -36,6 +38,7 @@ def project_and_train(
     settings: TrainingSettings,
     *,
     options: Mapping[str, Any],
+    reconstruct: Reconstructing | None = _BY_DEFAULT,
     scores: Importance | str | Path | None = None,
     method: str = "activation",
     calibration: int = 32,
@@ -43,6 +46,7 @@ def project_and_train(
     teacher: nn.Module | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     signature: Mapping[str, Any] | None = None,
+    tell: Callable[[str], Any] | None = None,
 ) -> tuple[Projector, FinetuneResult]:
     """Score, project and train; a run that was killed goes on in the same `work` folder.
 
@@ -52,16 +56,25 @@ def project_and_train(
         task: data; its "train" batches calibrate and train.
         work: folder for the importances, the projection's settings, and finetune's log and checkpoints.
         settings: of the training; batch_size and seed also of the importances.
-        options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings, init.
+        options: of `project`: keep or d_model and d_ff, attention, residual, share, untie_embeddings, init (None: "svd"
+            where the stream gets narrower and is reconstructed, else "selection").
+        reconstruct: how the start is fitted to the base, on the batches that calibrate; None: not at all (paper).
         scores: importances, or their file; default: `method` on `calibration` batches, kept in `work`.
         optimizer: of `Projector.optimizer`, beside lr and weight_decay.
         teacher, evaluate, signature: of `finetune`.
+        tell: told in a line what reconstructing will take.
 
     Raises:
         FFMergeError: `work` is of another run (says what differs), damaged or in use; and as importance, project and
             finetune.
     """
-    resolve(model, Widths(**{f.name: options[f.name] for f in fields(Widths) if f.name in options}))
+    if not settings.fresh and (work / _PROJECTION).exists() and "reconstruct" not in _read(work / _PROJECTION):
+        reconstruct = None  # a run of an earlier version goes on as it began
+    widths = Widths(**{f.name: options[f.name] for f in fields(Widths) if f.name in options})
+    layout, sizes = resolve(model, widths)
+    if options.get("init") is None:
+        turned = reconstruct is not None and sizes.d_model < layout.d_model
+        options = {**options, "init": "svd" if turned else "selection"}
     if isinstance(scores, (str, Path)):
         scores = Importance.load(scores)
     if scores is not None:
@@ -73,7 +86,11 @@ def project_and_train(
         decide = _signature(model, task, scores, method, calibration, settings)
         found = _scores(model, task, work, scores, method, calibration, settings, decide)
         proj = project(model, importance=found, **options)
-        _remember(work / _PROJECTION, proj)
+        how = None if reconstruct is None else replace(reconstruct, seed=settings.seed)
+        _remember(work / _PROJECTION, proj, how)
+        if how is not None:
+            stream = _first(_training_batches(task, settings), calibration)
+            proj.reconstruct_(stream, **vars(how), cache_dir=work, tell=tell)
         decide |= signature or {}
         return proj, _train(model, proj, task, work, steps, settings, optimizer, teacher, evaluate, decide)
 
@@ -139,6 +156,8 @@ def _held(work: Path) -> Iterator[None]:
 def _clear(work: Path) -> None:
     for name in (_IMPORTANCE, _PROJECTION):
         (work / name).unlink(missing_ok=True)
+    for path in work.glob(_RECONSTRUCTION):
+        path.unlink()
 
 
 def _signature(model, task, scores, method, calibration, settings: TrainingSettings) -> Signature:
@@ -160,15 +179,20 @@ def _scores(model, task, work, scores, method, calibration, settings, signature:
         signature.check(of_kept, f"resume: {work}")
         scores = kept if scores is None else scores
     if scores is None:
-        stream = task.batches(
-            "train", settings.batch_size, shuffle=True, seed=settings.seed,
-            rank=distributed.rank(), world=distributed.world_size(),
-        )  # fmt: skip
-        scores = importance(model, _first(stream, calibration), method=method, seed=settings.seed)
+        stream = _first(_training_batches(task, settings), calibration)
+        scores = importance(model, stream, method=method, seed=settings.seed)
     scores.check(model)
     if distributed.rank() == 0 and not found:
         scores.save(path, signature=signature)
     return scores
+
+
+def _training_batches(task: Task, settings: TrainingSettings):
+    """This rank's, in the order of the training."""
+    return task.batches(
+        "train", settings.batch_size, shuffle=True, seed=settings.seed,
+        rank=distributed.rank(), world=distributed.world_size(),
+    )  # fmt: skip
 
 
 def _first(batches, count):
@@ -176,8 +200,8 @@ def _first(batches, count):
         yield batch
 
 
-def _remember(path: Path, proj: Projector) -> None:
-    settings = Signature(proj.settings)
+def _remember(path: Path, proj: Projector, how: Reconstructing | None) -> None:
+    settings = Signature(proj.settings | {"reconstruct": None if how is None else vars(how)})
     if distributed.from_rank_zero(path.exists()):
         settings.check(_read(path), f"resume: {path.parent}")
     else:

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ..calibration.least_squares import Regression
 from ..calibration.walk import Walk, enough, watching
 from ..support.distributed import gather, on_all_ranks
-from .fits import matrix
+from .fits import Fits, matrix
+from .side_by_side import SideBySide
 from .stages import Event, Linears, Reading, norms_of, readings, trace
 
-if TYPE_CHECKING:
-    from .reconstruct import Reconstruction
 
-
-def fit_after_blocks(run: Reconstruction, linears: Linears, last_norm: str | None) -> None:
+def fit_after_blocks(pair: SideBySide, fits: Fits, linears: Linears, last_norm: str | None) -> None:
     """Fit the matrices behind the blocks, and the gain before a head that is tied to the embeddings.
 
     Args:
         last_norm: of the stream, in the last block (post-norm).
     """
     with on_all_ranks("reconstruct"):
-        events = _events(run.teacher, linears) if run.numbers else []
-        plan = _plan(run.student.model, events, linears, last_norm)
+        events = _events(pair.teacher, linears) if pair.numbers else []
+        plan = _plan(pair.student.model, events, linears, last_norm)
     for reading, tied, norm in next(filter(None, gather(plan)), []):
         if reading.paths:
-            run.fits.absorb_gain(reading.paths, reading.norm)
-            run.fits.readers(reading.paths, _moments(run, reading.paths[0]))
-        for head in tied if norm and run.fits.narrower else ():
-            run.fits.gain_before(head, norm, _moments(run, head))
+            fits.absorb_gain(reading.paths, reading.norm)
+            fits.readers(reading.paths, _moments(pair, reading.paths[0]))
+        for head in tied if norm and fits.narrower else ():
+            fits.gain_before(head, norm, _moments(pair, head))
 
 
 def _plan(
@@ -70,14 +67,14 @@ def _norm_before(head: str, events: Sequence[Event], linears: Linears) -> str | 
     return None
 
 
-def _moments(run: Reconstruction, path: str) -> Regression:
+def _moments(pair: SideBySide, path: str) -> Regression:
     """Of the inputs of a module after the blocks: the student's, and the teacher's."""
-    walks = run.student, run.teacher
-    moments = Regression(*(matrix(walk.model.get_submodule(path)).shape[1] for walk in walks), run.like)
+    walks = pair.student, pair.teacher
+    moments = Regression(*(matrix(walk.model.get_submodule(path)).shape[1] for walk in walks), pair.like)
     with on_all_ranks("reconstruct"):
-        for number in run.numbers:
+        for number in pair.numbers:
             z, target = (_input(walk, path, number) for walk in walks)
-            mask = run.student.mask_of_rows(number, z.shape[:-1].numel())
+            mask = pair.student.mask_of_rows(number, z.shape[:-1].numel())
             moments.push(z, target, mask, f"reconstruct: {path}")
     moments.all_reduce_()
     return moments

@@ -8,34 +8,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..support.distributed import from_rank_zero, sum_over_ranks
 from ..support.errors import FFMergeError
-
-if TYPE_CHECKING:
-    from .reconstruct import Reconstruction
+from .side_by_side import SideBySide
 
 _WARMUP = 0.05  # share of the steps
 
 
 def train_block_(
-    run: Reconstruction, stack: str, position: int, steps: int, lr: float, seed: int
+    pair: SideBySide, stack: str, position: int, steps: int, lr: float, seed: int, left_alone: set[int]
 ) -> tuple[float, float]:
     """Train a block by AdamW, one batch of each rank a step; its old weights stay where they miss less.
 
     Minimised is ‖block(x') − Q x‖² over the tokens that count, with the student's own stream x' before the block and
-    the teacher's x behind it. The last tenth of the batches is held out; FFNs that layers share are left alone.
+    the teacher's x behind it. The last tenth of the batches is held out; what layers share
+    (`left_alone`, ids of parameters) stays.
 
     Returns:
         Share of the variance that is missed on the held-out batches, before and after.
     """
-    block = run.student.model.get_submodule(run.student.blocks[stack][position])
-    with _trainable(block, run.tied_parameters) as parameters:
-        training = _BlockTraining(run, stack, position, parameters)
+    block = pair.student.model.get_submodule(pair.student.blocks[stack][position])
+    with _trainable(block, left_alone) as parameters:
+        training = _BlockTraining(pair, stack, position, parameters)
         before = training.held_out()
         kept = [p.detach().clone() for p in parameters]
         training.train(steps, lr, seed)
@@ -48,11 +46,14 @@ def train_block_(
 
 
 class _BlockTraining:
-    def __init__(self, run: Reconstruction, stack: str, position: int, parameters: list[nn.Parameter]):
-        self._run, self._stack, self._position, self._parameters = run, stack, position, parameters
-        count = len(run.numbers)
+    def __init__(self, pair: SideBySide, stack: str, position: int, parameters: list[nn.Parameter]):
+        self._pair, self._stack, self._position, self._parameters = pair, stack, position, parameters
+        count = len(pair.numbers)
         held = max(1, count // 10) if count > 1 else 0
-        self._train, self._held = list(run.numbers[: count - held]), list(run.numbers[count - held :]) or [*run.numbers]
+        self._train, self._held = (
+            list(pair.numbers[: count - held]),
+            list(pair.numbers[count - held :]) or [*pair.numbers],
+        )
         self._variance = self._total_variance()
 
     def train(self, steps: int, lr: float, seed: int) -> None:
@@ -61,7 +62,9 @@ class _BlockTraining:
         for step in range(1, steps + 1):
             if not order and self._train:
                 order = torch.randperm(len(self._train), generator=generator).tolist()
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, step / max(1.0, _WARMUP * steps), (steps - step + 1) / steps)
+            optimizer.param_groups[0]["lr"] = lr * min(
+                1.0, step / max(1.0, _WARMUP * steps), (steps - step + 1) / steps
+            )
             self._set_gradients(self._train[order.pop()] if order else None)
             optimizer.step()
 
@@ -69,12 +72,12 @@ class _BlockTraining:
     def held_out(self) -> float:
         """Mean error of the held-out tokens, as a share of the variance."""
         found = [torch.stack(self._error(number)) for number in self._held]
-        error, count = sum_over_ranks([sum(found, self._run.like.new_zeros(2)).double()])[0].tolist()
+        error, count = sum_over_ranks([sum(found, self._pair.like.new_zeros(2)).double()])[0].tolist()
         return error / max(count, 1.0) / self._variance
 
     def _set_gradients(self, number: int | None) -> None:
         """Of the mean error of one batch of each rank."""
-        gradients, count = [torch.zeros_like(p) for p in self._parameters], self._run.like.new_zeros(())
+        gradients, count = [torch.zeros_like(p) for p in self._parameters], self._pair.like.new_zeros(())
         if number is not None:
             with torch.enable_grad():
                 error, count = self._error(number)
@@ -86,36 +89,35 @@ class _BlockTraining:
 
     def _error(self, number: int) -> tuple[Tensor, Tensor]:
         """Squared error of one batch, and its number of tokens."""
-        run = self._run
-        target = run.to_student(run.kept.get("teacher", number).to(run.like.device))
+        pair = self._pair
+        target = pair.to_student(pair.kept.get("teacher", number).to(pair.like.device))
         like = next(iter(self._parameters))
-        x = run.kept.get("student", number).to(like.device)
-        half = run.student.model.dtype
+        x = pair.kept.get("student", number).to(like.device)
+        half = pair.student.model.dtype
         with torch.autocast(like.device.type, dtype=half, enabled=half in (torch.float16, torch.bfloat16)):
-            y = run.student.block(self._stack, self._position, number, x.to(like.dtype))
+            y = pair.student.block(self._stack, self._position, number, x.to(like.dtype))
         error = (y.to(target.dtype) - target).square().sum(-1).flatten()
-        mask = run.student.mask(self._stack, number, len(error))
+        mask = pair.student.mask(self._stack, number, len(error))
         error = error if mask is None else error[mask.to(error.device)]
         return error.sum(), error.new_tensor(float(len(error)))
 
     def _total_variance(self) -> float:
         """Mean ‖x − mean x‖² of the targets of all ranks."""
-        run, sums = self._run, None
-        for number in run.numbers:
-            x = run.to_student(run.kept.get("teacher", number).to(run.like.device)).flatten(0, -2)
-            mask = run.student.mask(self._stack, number, len(x))
+        pair, sums = self._pair, None
+        for number in pair.numbers:
+            x = pair.to_student(pair.kept.get("teacher", number).to(pair.like.device)).flatten(0, -2)
+            mask = pair.student.mask(self._stack, number, len(x))
             x = (x if mask is None else x[mask.to(x.device)]).double()
             found = torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([float(len(x))])])
             sums = found if sums is None else sums + found
         if sums is None:
-            sums = run.like.new_zeros(run.width + 2, dtype=torch.float64)
+            sums = pair.like.new_zeros(len(pair.basis) + 2, dtype=torch.float64)
         total = sum_over_ranks([sums])[0]
         count = total[-1].clamp(min=1)
         variance = total[-2] / count - (total[:-2] / count).square().sum()
         if not variance.isfinite():
-            raise FFMergeError(
-                f"reconstruct: the teacher's stream after {run.teacher.blocks[self._stack][self._position]} is not finite"
-            )
+            path = pair.teacher.blocks[self._stack][self._position]
+            raise FFMergeError(f"reconstruct: the teacher's stream after {path} is not finite")
         return from_rank_zero(float(variance.clamp(min=torch.finfo(torch.float32).tiny)))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..support.digests import weights_hash
 from ..support.distributed import from_rank_zero
 from ..support.errors import FFMergeError
 from ..support.resume import RunningSums
+from ..support.settings import check
 from ..support.tensors import not_inference
 from .axes import ModelAxes
 from .bases import start_from_basis_, stream_basis
@@ -29,10 +30,10 @@ from .optimizer.adamw import AdamWOptions
 from .optimizer.base_weights import BaseWeights
 from .optimizer.optimizer import ProjectionOptimizer
 from .parameters import sorted_parameters
-from .reconstruct import Reconstructing, ReconstructReport
-from .reconstruction import check_numbers, reconstruct_
+from .reconstruct import ReconstructReport
+from .reconstruction import reconstruct_
 from .selection import Selection, Sizes, resolve_sizes, select
-from .settings import INITS, OFFLOADS, SHARES, Widths
+from .settings import INITS, OFFLOADS, SHARES, Reconstructing, Widths
 from .student import build_student, fold
 
 
@@ -88,43 +89,49 @@ class Projector:
         save_seconds: float = 60.0,
         spool_dir: str | os.PathLike | None = None,
         fresh: bool = False,
+        tell: Callable[[str], Any] | None = None,
     ) -> ReconstructReport:
         """Give the student, in place, a far better start: every matrix the least-squares fit to the base on its own
-        inputs, block by block (see `projecting.reconstruct`). No gradients; to be called before `optimizer`.
+        inputs, block by block (see `projecting.reconstruct`). To be called before `optimizer`.
 
         P stays the start's (use init="svd" where the stream gets narrower: a basis of directions fits better than one of
         coordinates); R becomes what the fitted weights have beyond P W P, so training goes on as from any start.
 
         Time: two passes of the base's blocks and about two of the student's, and a Cholesky factor of each width.
-        Memory: both streams of all tokens, twice, and one block's moments, beside the two models.
+        Memory: the streams of all tokens, 2 · tokens · (d + d') numbers, and one block's moments, beside the models.
         In a `torch.distributed` job each rank gives its own batches, and all get the same weights.
 
         Args:
             batches: calibration data, as for `collect`; labels are not needed. All are held in memory.
             ridge: pulls to the start's weights; relative to the mean square of a matrix' inputs.
             local_steps: AdamW steps on each block alone, after its matrices, towards the base's stream behind it. The
-                default is 400 where norms stand in the stream (post-norm: BERT, Marian), which no matrix can follow, and
-                none elsewhere; there it costs as much as so many steps of training, for a little.
+                default is 400 where norms stand in the stream (post-norm: BERT, Marian), which no matrix can follow,
+                and none elsewhere; there it costs as much as so many steps of training, for a little.
             local_lr: of those.
             seed: of their order of the batches.
             cache_dir: keep the fitted weights here after each block, at most every `save_seconds`; a killed run goes on
                 with the next block, to the same result.
             spool_dir: keep the streams in files of a temporary folder there, instead of in host memory.
             fresh: begin anew, whatever `cache_dir` holds.
+            tell: told in a line, before the walk, what it will take.
 
         Raises:
             FFMergeError: no residual; bad numbers; no data; the base was let go of or is streamed; a block of no known
                 form, or tensors that are not finite (names them). The student may be changed in part then.
         """
-        check_numbers(ridge, local_steps, local_lr)
+        how = Reconstructing(ridge, local_steps, local_lr, seed)
+        check(how)
         if not self.residual:
             raise FFMergeError("reconstruct: without R the weights cannot be set; project with residual=True")
         self.check_student()
-        how = Reconstructing(ridge, local_steps, local_lr, seed)
         with RunningSums(cache_dir, "reconstruction", save_seconds, self._decides(how), fresh) as cache:
-            report = reconstruct_(self._origin(), self.student, how, batches, cache, spool_dir)
+            report = reconstruct_(self._origin(), self.student, how, batches, cache, spool_dir, tell)
         self.reconstructed = True
-        self.settings["reconstructed"] = {"ridge": ridge, "local_steps": local_steps, "data": from_rank_zero(cache.data)}
+        self.settings["reconstructed"] = {
+            "ridge": ridge,
+            "local_steps": local_steps,
+            "data": from_rank_zero(cache.data),
+        }
         return report
 
     def _origin(self) -> tuple[nn.Module, ModelAxes, Selection, Tensor]:

@@ -13,7 +13,6 @@ before it), so that drift is corrected too. Moments are pairs of the correlation
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..calibration.blocks import at_least_float32
 from ..calibration.least_squares import Regression
-from ..calibration.walk import Kept, Walk, enough, watching
+from ..calibration.walk import enough, watching
 from ..support.distributed import gather, on_all_ranks
 from ..support.errors import FFMergeError
 from ..support.progress import progress
@@ -35,22 +33,14 @@ from .axes import ModelAxes
 from .fits import Fits, matrix
 from .local_training import train_block_
 from .selection import Selection
+from .settings import Reconstructing
+from .side_by_side import SideBySide
 from .stages import Linears, Norming, Reading, Stage, Writing, block_stages, norms_of, trace
 from .tied import TiedFFNs
 
 _NAME = "reconstruct"
 _FEW = 20  # tokens per unknown, below which a warning is given
 POST_NORM_STEPS = 400  # of local training, by default, where norms stand in the stream
-
-
-@dataclass(frozen=True)
-class Reconstructing:
-    """How a student is reconstructed; see `Projector.reconstruct_`."""
-
-    ridge: float = 1e-2
-    local_steps: int | None = None
-    local_lr: float = 1e-3
-    seed: int = 0
 
 
 @dataclass
@@ -104,36 +94,25 @@ class Reconstruction:
         done: int = 0,
         fitted: Callable[[int], Any] = lambda blocks: None,
     ):
-        self._models = teacher, student
+        self._pair = SideBySide(teacher, student, layout.ffns, basis, batches, spool_dir)
         self._linears = Linears(teacher, layout)
-        like = next(student.parameters())
-        self.like = at_least_float32(like.detach())
-        self._basis = basis.to(self.like)
-        self.fits = Fits(teacher, student, self._linears, selection, basis.to(like.device), how.ridge)
-        self._numbers, self._how = range(len(batches)), how
-        self._spool_dir, self._done, self._fitted = spool_dir, done, fitted
-        self.kept = Kept(spool_dir)
-        self.teacher, self.student = (Walk(model, layout.ffns, batches, Kept(spool_dir)) for model in self._models)
-        self._tied = TiedFFNs(self, layout, teacher, student)
-        self.report = ReconstructReport(missed=self.fits.missed)
+        self._fits = Fits(teacher, student, self._linears, selection, basis.to(self._pair.like.device), how.ridge)
+        self._tied = TiedFFNs(self._pair, self._fits, layout)
+        self._how, self._done, self._fitted = how, done, fitted
+        self.report = ReconstructReport(missed=self._fits.missed)
 
     def run(self) -> ReconstructReport:
         """Fit the whole student."""
-        blocks = sum(map(len, self.teacher.blocks.values()))
-        with contextlib.ExitStack() as context:
-            for kept in (self.kept, self.teacher.kept, self.student.kept):
-                context.enter_context(contextlib.closing(kept))
-            context.enter_context(self.teacher)
-            context.enter_context(self.student)
-            bar = context.enter_context(progress(total=blocks + 1, desc="reconstruct", unit="block"))
+        blocks = sum(map(len, self._pair.teacher.blocks.values()))
+        with self._pair.walking(), progress(total=blocks + 1, desc="reconstruct", unit="block") as bar:
             count, last_norm = 0, None
-            for stack in self.teacher.blocks:
+            for stack in self._pair.teacher.blocks:
                 for norm in self._stack(stack, count):
                     bar.update()
                     count, last_norm = count + 1, norm
                     if count > self._done:
                         self._fitted(count)
-            fit_after_blocks(self, self._linears, last_norm)
+            fit_after_blocks(self._pair, self._fits, self._linears, last_norm)
             bar.update()
         return self.report
 
@@ -141,42 +120,42 @@ class Reconstruction:
         """Fit a stack's blocks; yields after each the norm of the stream that it ends with, if it does."""
         self.report.tokens = 0
         with on_all_ranks(_NAME):
-            for number in self._numbers:
-                self.kept.put("teacher", number, self.teacher.open(stack, number))
+            for number in self._pair.numbers:
+                self._pair.kept.put("teacher", number, self._pair.teacher.open(stack, number))
         self._count_tokens(stack)
         if self._done <= before:
             self._tied.fit_(stack)
         with on_all_ranks(_NAME):
-            for number in self._numbers:
-                self.kept.put("student", number, self.student.open(stack, number))
-        for position in range(len(self.teacher.blocks[stack])):
+            for number in self._pair.numbers:
+                self._pair.kept.put("student", number, self._pair.student.open(stack, number))
+        for position in range(len(self._pair.teacher.blocks[stack])):
             with on_all_ranks(_NAME):
                 stages = self._stages(stack, position)
             stages = next(filter(None, gather(stages)))  # of a rank with data
             if before + position < self._done:
-                for number in self._numbers:
+                for number in self._pair.numbers:
                     self._pass_teacher(stack, position, number, [])
             else:
                 self._fit_block(stack, position, stages)
             with on_all_ranks(_NAME):
-                for number in self._numbers:
-                    stream = self.student.block(stack, position, number, self.kept.get("student", number))
-                    self.kept.put("student", number, stream)
+                for number in self._pair.numbers:
+                    stream = self._pair.student.block(stack, position, number, self._pair.kept.get("student", number))
+                    self._pair.kept.put("student", number, stream)
             yield next((s.path for s in reversed(stages) if isinstance(s, Norming)), None)
-        for number in self._numbers:
-            self.teacher.left(stack, number, self.kept.get("teacher", number))
-            self.student.left(stack, number, self.kept.get("student", number))
+        for number in self._pair.numbers:
+            self._pair.teacher.left(stack, number, self._pair.kept.get("teacher", number))
+            self._pair.student.left(stack, number, self._pair.kept.get("student", number))
 
     def _count_tokens(self, stack: str) -> None:
         """Count a stack's tokens on all ranks; warn of few."""
-        counts = [self.kept.get("teacher", number).shape[:-1].numel() for number in self._numbers]
-        masks = [self.teacher.mask(stack, number, count) for number, count in enumerate(counts)]
+        counts = [self._pair.kept.get("teacher", number).shape[:-1].numel() for number in self._pair.numbers]
+        masks = [self._pair.teacher.mask(stack, number, count) for number, count in enumerate(counts)]
         tokens = sum(gather(sum(c if m is None else int(m.sum()) for c, m in zip(counts, masks, strict=True))))
         if not tokens:
             raise FFMergeError("reconstruct: no calibration data: `batches` held no tokens")
         self.report.tokens = max(self.report.tokens, tokens)
-        widths = {p: matrix(self._models[1].get_submodule(p)).shape[1]
-                  for block in self.teacher.blocks[stack] for p in self._linears.inside(block)}  # fmt: skip
+        widths = {p: matrix(self._pair.student.model.get_submodule(p)).shape[1]
+                  for block in self._pair.teacher.blocks[stack] for p in self._linears.inside(block)}  # fmt: skip
         path = max(widths, key=widths.__getitem__)
         if tokens < _FEW * widths[path]:
             warnings.warn(
@@ -189,57 +168,59 @@ class Reconstruction:
         for index, stage in enumerate(stages):
             free = self._tied.free(stage)
             if free and isinstance(stage, Reading):
-                self.fits.absorb_gain(stage.paths, stage.norm)
+                self._fits.absorb_gain(stage.paths, stage.norm)
             moments = self._regression(stage) if free else None
             with on_all_ranks(_NAME):
-                for number in self._numbers:
+                for number in self._pair.numbers:
                     if index == 0:
                         self._pass_teacher(stack, position, number, stages)
                     if free:
                         z, target = self._pass_student(stack, position, number, stages, index)
                         moments.push(z, target, self._mask(stack, number, stage, z), f"reconstruct: {_first(stage)}")
-            self.kept.drop(f"stage {index}")
+            self._pair.kept.drop(f"stage {index}")
             if free:
                 moments.all_reduce_()
                 self._fit(stage, moments)
         steps = self._how.local_steps
         if steps is None:
-            steps = POST_NORM_STEPS if any(isinstance(s, Norming) for s in stages) and self.fits.narrower else 0
+            steps = POST_NORM_STEPS if any(isinstance(s, Norming) for s in stages) and self._fits.narrower else 0
         if steps:
-            path = self.teacher.blocks[stack][position]
-            self.report.trained[path] = train_block_(self, stack, position, steps, self._how.local_lr, self._how.seed)
+            path = self._pair.teacher.blocks[stack][position]
+            self.report.trained[path] = train_block_(
+                self._pair, stack, position, steps, self._how.local_lr, self._how.seed, self._tied.parameters
+            )
 
     def _fit(self, stage: Stage, moments: Regression) -> None:
         if isinstance(stage, Reading):
-            self.fits.readers(stage.paths, moments)
+            self._fits.readers(stage.paths, moments)
         elif isinstance(stage, Writing):
-            self.fits.writer(stage.path, moments)
+            self._fits.writer(stage.path, moments)
         else:
-            self.fits.norm(stage.path, moments)
+            self._fits.norm(stage.path, moments)
 
     def _stages(self, stack: str, position: int) -> list[Stage]:
         """Those of a block of the teacher, by a pass of its first batch."""
-        if not self._numbers:  # a rank without data
+        if not self._pair.numbers:  # a rank without data
             return []
-        path, x = self.teacher.blocks[stack][position], self.kept.get("teacher", 0)
-        teacher, out = self._models[0], []
+        path, x = self._pair.teacher.blocks[stack][position], self._pair.kept.get("teacher", 0)
+        teacher, out = self._pair.teacher.model, []
         paths = [*self._linears.inside(path), *norms_of(teacher, path)]
-        events = trace(teacher, paths, lambda: out.append(self.teacher.block(stack, position, 0, x)))
-        foreign = [t for t in self.teacher.others(stack, position, 0) if t.shape[-1:] == x.shape[-1:]]
+        events = trace(teacher, paths, lambda: out.append(self._pair.teacher.block(stack, position, 0, x)))
+        foreign = [t for t in self._pair.teacher.others(stack, position, 0) if t.shape[-1:] == x.shape[-1:]]
         kind = type(teacher.get_submodule(path)).__name__
         streams = {"in": x.to(out[0].device), "out": out[0], "foreign": foreign}
         return block_stages(path, kind, events, self._linears, streams)
 
     def _pass_teacher(self, stack: str, position: int, number: int, stages: Sequence[Stage]) -> None:
         """One batch through a block of the teacher: its stream, and every stage's target, are kept."""
-        stream = _Stream(self.kept.get("teacher", number), lambda index, x: self._keep_target(index, number, x))
-        inputs = {s.paths[0]: partial(self.kept.put, f"stage {i}", number)
+        stream = _Stream(self._pair.kept.get("teacher", number), lambda index, x: self._keep_target(index, number, x))
+        inputs = {s.paths[0]: partial(self._pair.kept.put, f"stage {i}", number)
                   for i, s in enumerate(stages) if isinstance(s, Reading)}  # fmt: skip
-        with watching(self._models[0], inputs, stream.hooks(stages)):
-            self.kept.put("teacher", number, self.teacher.block(stack, position, number, stream.x))
+        with watching(self._pair.teacher.model, inputs, stream.hooks(stages)):
+            self._pair.kept.put("teacher", number, self._pair.teacher.block(stack, position, number, stream.x))
 
     def _keep_target(self, index: int, number: int, stream: Tensor) -> None:
-        self.kept.put(f"stage {index}", number, self.to_student(stream))
+        self._pair.kept.put(f"stage {index}", number, self._pair.to_student(stream))
 
     def _pass_student(
         self, stack: str, position: int, number: int, stages: Sequence[Stage], index: int
@@ -251,49 +232,30 @@ class Reconstruction:
             found.append(z)
             enough()
 
-        stream = _Stream(self.kept.get("student", number).to(self.like.device))
+        stream = _Stream(self._pair.kept.get("student", number).to(self._pair.like.device))
         inputs, outputs = {}, stream.hooks(stages[:index])
         (outputs if isinstance(stage, Norming) else inputs)[_first(stage)] = reached
-        with watching(self._models[1], inputs, outputs):
-            self.student.block(stack, position, number, stream.x)
-        target = self.kept.get(f"stage {index}", number).to(self.like.device)
+        with watching(self._pair.student.model, inputs, outputs):
+            self._pair.student.block(stack, position, number, stream.x)
+        target = self._pair.kept.get(f"stage {index}", number).to(self._pair.like.device)
         return found[0], target - stream.now if isinstance(stage, Writing) else target
 
     def _regression(self, stage: Stage) -> Regression:
         """Empty moments for a stage."""
-        teacher, student = self._models
+        teacher, student = self._pair.teacher.model, self._pair.student.model
         if isinstance(stage, Reading):
             widths = [matrix(m.get_submodule(stage.paths[0])).shape[1] for m in (student, teacher)]
         elif isinstance(stage, Writing):
             widths = matrix(student.get_submodule(stage.path)).T.shape
         else:
-            widths = [len(self._basis)] * 2
-        return Regression(*widths, self.like)
+            widths = [len(self._pair.basis)] * 2
+        return Regression(*widths, self._pair.like)
 
     def _mask(self, stack: str, number: int, stage: Stage, z: Tensor) -> Tensor | None:
         tokens = z.shape[:-1].numel()
         if isinstance(stage, Reading) and stage.foreign:
-            return self.student.mask_of_rows(number, tokens)
-        return self.student.mask(stack, number, tokens)
-
-    @property
-    def width(self) -> int:
-        """d'"""
-        return len(self._basis)
-
-    @property
-    def tied_parameters(self) -> set[int]:
-        """Ids of those that layers share."""
-        return self._tied.parameters
-
-    @property
-    def numbers(self) -> range:
-        """Of the batches."""
-        return self._numbers
-
-    def to_student(self, stream: Tensor) -> Tensor:
-        """Q x for the teacher's stream x [.., d]."""
-        return at_least_float32(stream).to(self._basis) @ self._basis.T
+            return self._pair.student.mask_of_rows(number, tokens)
+        return self._pair.student.mask(stack, number, tokens)
 
 
 class _Stream:
@@ -323,4 +285,3 @@ class _Stream:
 
 def _first(stage: Stage) -> str:
     return stage.paths[0] if isinstance(stage, Reading) else stage.path
-

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.passes import check_batches
-from ..support.distributed import from_rank_zero, gather, is_sharded, whole, world_size
+from ..models.forward import evaluating, run, to_device, without_cache
+from ..support.distributed import from_rank_zero, gather, is_sharded, world_size
 from ..support.errors import FFMergeError
 from ..support.resume import RunningSums
 from ..support.sealed import DamagedError, read_sealed_tensors, write_sealed_tensors
+from ..support.sizes import format_bytes
 from ..support.tensors import check_finite
 from .axes import ModelAxes
-from .reconstruct import Reconstructing, Reconstruction, ReconstructReport
+from .reconstruct import Reconstruction, ReconstructReport
 from .selection import Selection
+from .settings import Reconstructing
 
 _FORMAT, _HEADER = 1, "ffmerge_reconstruction"
+_PREFIX = "fitted/"  # of the names: the base's weights may be kept in the same folder under their own
 
 
 @dataclass
@@ -34,27 +38,23 @@ class _Fitted:
 
     def save(self, path: Path, **done: Any) -> None:
         header = {"format": _FORMAT, "blocks": self.blocks, "report": self.report, "progress": done}
-        write_sealed_tensors(path, {n: whole(t.detach()).cpu() for n, t in self.tensors.items()}, header, _HEADER)
+        tensors = {f"{_PREFIX}{name}": t.detach().cpu() for name, t in self.tensors.items()}
+        write_sealed_tensors(path, tensors, header, _HEADER)
 
     @classmethod
     def load(cls, path: Path) -> tuple[_Fitted, dict[str, Any]]:
         try:
             tensors, header = read_sealed_tensors(path, _HEADER)
         except DamagedError as error:
-            raise FFMergeError(f"reconstruct: {path} is damaged ({error}); begin anew with --fresh (fresh=True)") from error
+            raise FFMergeError(
+                f"reconstruct: {path} is damaged ({error}); begin anew with --fresh (fresh=True)"
+            ) from error
         if header is None or header.get("format") != _FORMAT:
-            raise FFMergeError(f"reconstruct: {path} is no file of fitted weights; begin anew with --fresh (fresh=True)")
+            raise FFMergeError(
+                f"reconstruct: {path} is no file of fitted weights; begin anew with --fresh (fresh=True)"
+            )
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
         return cls(tensors, header["blocks"], header["report"]), header["progress"]
-
-
-def check_numbers(ridge: float, local_steps: int | None, local_lr: float) -> None:
-    """Raise FFMergeError for numbers that `reconstruct_` cannot use."""
-    if not 0 <= ridge < math.inf:
-        raise FFMergeError(f"ridge: got {ridge}, wanted 0 or more (1e-2 is usual)")
-    if local_steps is not None and (not isinstance(local_steps, int) or local_steps < 0):
-        raise FFMergeError(f"local_steps: got {local_steps!r}, wanted 0 or more, or None")
-    if not 0 < local_lr < math.inf:
-        raise FFMergeError(f"local_lr: got {local_lr}, wanted a positive number (1e-3 is usual)")
 
 
 @torch.no_grad()
@@ -65,12 +65,14 @@ def reconstruct_(
     batches: Iterable[Any],
     cache: RunningSums,
     spool_dir: str | Path | None = None,
+    tell: Callable[[str], Any] | None = None,
 ) -> ReconstructReport:
     """Fit a student that `project` made; see `Projector.reconstruct_`.
 
     Args:
         origin: base, its axes, what is kept, Q.
         cache: what keeps the fitted weights.
+        tell: told in a line, before the walk, what it will take.
     """
     base, layout, selection, basis = origin
     check_batches(batches)
@@ -93,14 +95,36 @@ def reconstruct_(
 
     def keep(count: int) -> None:
         if cache.path is not None and (from_rank_zero(cache.due()) or count > blocks):
-            cache.save(_Fitted(parameters, count, vars(run.report)))
+            cache.save(_Fitted(parameters, count, vars(walk.report)))
 
-    run = Reconstruction(base, student, layout, selection, basis, held, how, spool_dir, done, keep)
-    run.report.missed.update(report.missed)
-    run.report.trained.update(report.trained)
-    found = run.run()
+    if tell is not None and held:
+        tell(_expected(base, student, layout, held))
+    walk = Reconstruction(base, student, layout, selection, basis, held, how, spool_dir, done, keep)
+    walk.report.missed.update(report.missed)
+    walk.report.trained.update(report.trained)
+    found = walk.run()
     keep(blocks + 1)
     return found
+
+
+def _expected(base: nn.Module, student: nn.Module, layout: ModelAxes, batches: Sequence[Any]) -> str:
+    """Time and memory of the walk, by one pass of the first batch."""
+    widths = layout.d_model + student.config.hidden_size
+    with evaluating(base), without_cache(base):
+        batch = to_device(batches[0], base)
+        started = time.perf_counter()
+        run(base, batch)
+        seconds = (time.perf_counter() - started) * len(batches)
+    sizes = (
+        [value.shape[:2].numel() for value in batch.values() if isinstance(value, Tensor)]
+        if isinstance(batch, dict)
+        else []
+    )
+    tokens = max(sizes, default=0) * len(batches)
+    return (
+        f"reconstruct: {len(batches)} batches, about {3 * seconds:.0f} s (three passes of the base) and the solves; "
+        f"{format_bytes(8 * tokens * widths)} for the streams"
+    )
 
 
 def _agreed(done: int) -> int:

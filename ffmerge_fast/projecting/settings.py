@@ -30,3 +30,15 @@ class Widths:
     )
     attention: str = option("heads", "what gets fewer with d_model", choices=ATTENTION_MODES)
     untie_embeddings: bool | None = option(None, "give the head a table of its own")
+
+
+@dataclass(frozen=True)
+class Reconstructing:
+    """How a student is reconstructed; see `Projector.reconstruct_`."""
+
+    ridge: float = option(1e-2, "larger keeps fitted weights closer to the start's", at_least=0)
+    local_steps: int | None = option(
+        None, "steps of each block alone, after its matrices (default: 400 in post-norm models, else none)", at_least=0
+    )
+    local_lr: float = option(1e-3, "of those", more_than=0, at_most=1000)
+    seed: int = option(0, "of their order of the batches")

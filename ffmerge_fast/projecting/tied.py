@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration.least_squares import Regression
 from ..calibration.walk import watching
@@ -14,25 +13,24 @@ from ..models.ffn_weights import ffn_parameters, ffn_weights
 from ..models.sublayers import FFNSublayer
 from ..support.distributed import on_all_ranks
 from .axes import ModelAxes
-from .fits import matrix
+from .fits import Fits, matrix
+from .side_by_side import SideBySide
 from .stages import Norming, Reading, Stage, norms_of
-
-if TYPE_CHECKING:
-    from .reconstruct import Reconstruction
 
 
 class TiedFFNs:
     """The shared FFNs of a student, which are left alone while their layers are walked.
 
-    Their layers come one after the other, and what a later one is given depends on the FFN itself. So they are fitted on
-    pooled moments of all their layers, on the inputs that the layers would have if the stream were the teacher's: Q x.
+    Their layers come one after the other, and what a later one is given depends on the FFN itself. So they are fitted
+    on pooled moments of all their layers, on the inputs that these would have if the stream were the teacher's: Q x.
     """
 
-    def __init__(self, run: Reconstruction, layout: ModelAxes, teacher: nn.Module, student: nn.Module):
-        self._run, self._teacher, self._student = run, teacher, student
+    def __init__(self, pair: SideBySide, fits: Fits, layout: ModelAxes):
+        self._pair, self._fits = pair, fits
+        self._teacher, self._student = pair.teacher.model, pair.student.model
         by_weight: dict[int, list[FFNSublayer]] = {}
         for ffn in layout.ffns:
-            by_weight.setdefault(id(student.get_submodule(ffn.down_path).weight), []).append(ffn)
+            by_weight.setdefault(id(self._student.get_submodule(ffn.down_path).weight), []).append(ffn)
         self._groups = [members for members in by_weight.values() if len(members) > 1]
         self._paths = {path for members in self._groups for f in members for path in f.projections.values()}
 
@@ -59,23 +57,23 @@ class TiedFFNs:
                 found = moments[id(members)]
                 found.all_reduce_()
                 if down:
-                    self._run.fits.writer(members[0].down_path, found)
+                    self._fits.writer(members[0].down_path, found)
                 else:
                     paths = [p for name, p in members[0].projections.items() if name != "down"]
-                    self._run.fits.readers(paths, found)
+                    self._fits.readers(paths, found)
 
     def _regression(self, first: FFNSublayer, down: bool) -> Regression:
         if down:
-            return Regression(*matrix(self._student.get_submodule(first.down_path)).T.shape, self._run.like)
+            return Regression(*matrix(self._student.get_submodule(first.down_path)).T.shape, self._pair.like)
         widths = (matrix(m.get_submodule(first.up_path)).shape[1] for m in (self._student, self._teacher))
-        return Regression(*widths, self._run.like)
+        return Regression(*widths, self._pair.like)
 
     def _see(self, stack: str, of: dict[str, tuple[Sequence[FFNSublayer], Regression]], down: bool) -> None:
         """Walk the teacher through a stack and add what the shared FFNs see."""
-        run, walk = self._run, self._run.teacher
+        pair, walk = self._pair, self._pair.teacher
         layers = {ffn.path: (ffn, moments) for members, moments in of.values() for ffn in members}
-        for number in run.numbers:
-            x = run.kept.get("teacher", number)
+        for number in pair.numbers:
+            x = pair.kept.get("teacher", number)
             for position, path in enumerate(walk.blocks[stack]):
                 if path not in layers:
                     x = walk.block(stack, position, number, x)
@@ -93,7 +91,7 @@ class TiedFFNs:
                 mask = walk.mask(stack, number, own.shape[:-1].numel())
                 if down:
                     hidden = ffn_weights(self._student, ffn).hidden(own, ffn.activation)
-                    moments.push(hidden, run.to_student(seen["y"]), mask, f"reconstruct: {ffn.down_path}")
+                    moments.push(hidden, pair.to_student(seen["y"]), mask, f"reconstruct: {ffn.down_path}")
                 else:
                     moments.push(own, seen["z"], mask, f"reconstruct: {ffn.up_path}")
 
@@ -103,6 +101,6 @@ class TiedFFNs:
         for norm in norms:  # the one that gives the FFN its input
             given = seen.get(f"out {norm}")
             if given is not None and given.data_ptr() == seen["z"].data_ptr():
-                stream = self._run.to_student(seen[f"in {norm}"]).to(weight)
+                stream = self._pair.to_student(seen[f"in {norm}"]).to(weight)
                 return self._student.get_submodule(norm)(stream)
-        return self._run.to_student(seen["z"]).to(weight)
+        return self._pair.to_student(seen["z"]).to(weight)

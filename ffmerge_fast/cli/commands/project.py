@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..options import data_options, finetune_options, model_options, out_options, project_options, validation_option
 from ..outputs import work_folder_of
-from ..results import Result, save_model, trained
+from ..results import Result, save_model, say, trained
 
 HELP = "train a smaller model whose weights are projections of the model's, and write it"
 OPTIONS = (model_options, out_options, project_options, data_options, validation_option, finetune_options)
@@ -24,6 +24,7 @@ def run(args, inputs) -> Result:
         args.steps,
         inputs.training,
         options=_projection(args),
+        reconstruct=_reconstruct(args),
         scores=args.importance,
         method=args.method,
         calibration=args.calibration,
@@ -31,6 +32,7 @@ def run(args, inputs) -> Result:
         teacher=model if args.distill else inputs.teacher,
         evaluate=inputs.score,
         signature=inputs.signature_of_score(),
+        tell=None if args.quiet or args.json else say,
     )
     save_model(args, inputs, proj.fold())  # folded on every rank: it may be sharded
     values, text = trained(args.out, work, task.metric, result)
@@ -52,6 +54,14 @@ def _projection(args) -> dict:
         "share": args.share,
         "untie_embeddings": False if args.tied else None,
     }
+
+
+def _reconstruct(args):
+    from ...projecting.settings import Reconstructing
+
+    if args.no_reconstruct or args.no_residual:
+        return None
+    return Reconstructing(args.ridge, args.local_steps, args.local_lr)
 
 
 def _optimizer(args) -> dict:
