@@ -234,7 +234,7 @@ def test_rows_of_a_stopped_run_are_not_made_again(tmp_path):
         made = projection_quality.Runs.__new__(projection_quality.Runs)
         made.name, made.case = (
             "tiny",
-            projection_quality.Case(batch_size=2, steps=3, calibration=1, validation=1, test=1),
+            projection_quality.Case(batch_size=2, calibration=1, validation=1, test=1),
         )
         made.keep, made.steps, made.path = 0.5, 3, tmp_path / "rows.csv"
         made.rows = projection_quality._read(made.path)

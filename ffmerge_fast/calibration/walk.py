@@ -207,9 +207,8 @@ class _Noting:
         self.calls.append(call)
         if not position:
             self.first = stream.clone()
-            if len(self._paths) > 1:
-                output = forward(*args, **kwargs)
-                self.rest = tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
+            output = forward(*args, **kwargs)
+            self.rest = tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
         if len(self.calls) == len(self._paths):
             raise _Enough
         self._last = stream

@@ -122,9 +122,11 @@ def block_stages(path: str, kind: str, events: Sequence[Event], linears: Linears
         streams: "in" and "out": the block's; "foreign": other tensors that it was given.
 
     Raises:
-        FFMergeError: it has no known form; a module ran twice.
+        FFMergeError: it has no known form; a module ran twice; NaN or Inf.
     """
     x, out = streams["in"], streams["out"]
+    if not out.isfinite().all():
+        raise FFMergeError(f"reconstruct: the first batch gives values in {path} that are not finite; check the data")
     named = [e.path for e in events if e.path in linears.axes]
     if twice := next((p for p in named if named.count(p) > 1), None):
         raise FFMergeError(f"reconstruct: {twice} runs twice in {path}, so it has no target of its own; {_LEAVE}")
