@@ -281,10 +281,16 @@ def test_pivot_has_a_column_per_value():
 
 def test_best_rate_is_that_of_the_first_seed():
     rows = [
-        {"variant": "pruned", "seed": seed, "lr": lr, "start": "3", "validation": validation, "test": test}
-        for seed, lr, validation, test in (("0", "1", "2.5", "9"), ("0", "3", "2.0", "1"), ("1", "3", "8", "2"))
-    ]
-    assert render.at_best_rate(rows)[1] == ["pruned", "3", "2", "3.000", "1.500 ± 0.707"]
+        {"keep": "0.5", "steps": steps, "variant": "pruned", "seed": seed, "lr": lr, "validation": val, "test": test}
+        for steps, seed, lr, val, test in (
+            ("50", "0", "1", "2.5", "9"), ("50", "0", "3", "2.0", "1"), ("50", "1", "3", "8", "2"),
+            ("0", "0", "0", "3", "4"),
+        )
+    ]  # fmt: skip
+    table = render.at_best_rate(rows)
+    assert table[1:] == [
+        ["0.5", "0", "pruned", "0", "1", "4.000"], ["0.5", "50", "pruned", "3", "2", "1.500 ± 0.707"],
+    ]  # fmt: skip
 
 
 def test_recovery_compares_the_same_merged_model(shared, monkeypatch):

@@ -4,8 +4,9 @@
 
 Each start is trained plainly, as the small model it is, and projected (P and R behind every matrix). All variants
 have the same sizes, batches, number of steps and schedule (linear, 10 % warm-up); the dimensions kept are chosen by
-activation importance. A seed decides the calibration data and the order of the training data. The learning rate of each is chosen with the first seed on validation data: 3e-4 and
-1e-3 are tried, and for as long as the best is at an end of those tried, the next one beyond it (steps of 1 : 3).
+activation importance. A seed decides the calibration data and the order of the training data. The learning rate of
+each is chosen with the first seed on validation data: 3e-4 and 1e-3 are tried, and for as long as the best is at an end
+of those tried, the next one beyond it (steps of 1 : 3).
 Scores are of test data that no choice has seen. A run that was stopped goes on: rows in the CSV are not made again.
 """
 

@@ -127,12 +127,15 @@ def _run(case: _Case, folder: Path, seed: int) -> tuple[list[Row], CorrelationSt
     for merged, variant in ((averaged, "averaged + tuned"), (permuted, "permuted + refit + tuned")):
         _train(merged, case, case.steps // 5, case.lr / 4, seed)
         record(merged, variant)
-    scores = importance(model, case.task.batches("train", 32, shuffle=True, seed=seed, limit=512))
-    pruned, projector = hard_prune(model, KEEP, importance=scores), project(model, KEEP, importance=scores)
+    few = list(case.task.batches("train", 32, shuffle=True, seed=seed, limit=1024))
+    scores = importance(model, few)
+    pruned, projector = hard_prune(model, KEEP, importance=scores), project(model, KEEP, importance=scores, init="svd")
     record(pruned, "pruned")
     _train(pruned, case, case.steps // 3, case.lr, seed)
     record(pruned, "pruned + tuned")
-    _train(projector.student, case, case.steps // 3, case.lr / 2, seed, projector.optimizer())
+    projector.reconstruct_(few)
+    record(projector.fold(), "projected")
+    _train(projector.student, case, case.steps // 3, case.lr / 4, seed, projector.optimizer())
     record(projector.fold(), "projected + tuned")
     return rows, stats, best
 

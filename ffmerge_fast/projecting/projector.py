@@ -94,11 +94,11 @@ class Projector:
         """Give the student, in place, a far better start: every matrix the least-squares fit to the base on its own
         inputs, block by block (see `projecting.reconstruct`). To be called before `optimizer`.
 
-        P stays the start's (use init="svd" where the stream gets narrower: a basis of directions fits better than one of
-        coordinates); R becomes what the fitted weights have beyond P W P, so training goes on as from any start.
+        P stays the start's (use init="svd" where the stream gets narrower: directions fit better than coordinates); R
+        becomes what the fitted weights have beyond P W P, so training goes on as from any start.
 
-        Time: two passes of the base's blocks and about two of the student's, and a Cholesky factor of each width.
-        Memory: the streams of all tokens, 2 · tokens · (d + d') numbers, and one block's moments, beside the models.
+        Time: two passes of the base's blocks, about two of the student's, and a Cholesky factor of each width.
+        Memory: 2 · tokens · (d + d') numbers for the streams, and one block's moments, beside the models.
         In a `torch.distributed` job each rank gives its own batches, and all get the same weights.
 
         Args:

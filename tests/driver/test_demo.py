@@ -20,7 +20,7 @@ def test_demo(capsys, tmp_path):
     out = tmp_path / "demo"
     assert main(["demo", str(out), "--json"]) == 0
     rows = {(r["model"], r["variant"]): r for r in json.loads(capsys.readouterr().out)["rows"]}
-    assert len(rows) == 18
+    assert len(rows) == 20
     for model, good in (("vit-digits", lambda v: v > 0.9), ("gpt2-stdlib", lambda v: v < 70)):
         original, permuted = rows[model, "original"], rows[model, "permuted"]
         tuned, averaged = rows[model, "permuted + refit + tuned"], rows[model, "averaged"]
@@ -36,8 +36,10 @@ def test_demo(capsys, tmp_path):
         assert good(projected["value"]) and projected["parameters"] == pruned["parameters"]
         assert 0.4 < projected["parameters"] / original["parameters"] < 0.7
         better = max if model == "vit-digits" else min
-        assert better(pruned["value"], projected["value"]) == projected["value"] != pruned["value"]
+        for start in (projected, rows[model, "projected"]):
+            assert better(pruned["value"], start["value"]) == start["value"] != pruned["value"]
         assert not hasattr(ff.from_pretrained(out / model / "projected-tuned").config, "ffmerge")
+    assert rows["gpt2-stdlib", "projected + tuned"]["value"] < rows["gpt2-stdlib", "pruned + tuned"]["value"]
     assert rows["gpt2-stdlib", "permuted + refit"]["value"] < rows["gpt2-stdlib", "permuted"]["value"]
     assert rows["gpt2-stdlib", "permuted"]["value"] < rows["gpt2-stdlib", "averaged"]["value"]
     assert (out / "correlation.png").stat().st_size > 10_000

@@ -130,7 +130,7 @@ def test_the_error_of_every_matrix_falls(name, monkeypatch):
 
     def pushed(self, x, t, mask, what, push=fits.Regression.push):
         keep = slice(None) if mask is None else mask.cpu()
-        seen.append((id(self), x.flatten(0, -2)[keep].double(), t.flatten(0, -2)[keep].double()))
+        seen.append((self, x.flatten(0, -2)[keep].double(), t.flatten(0, -2)[keep].double()))
         push(self, x, t, mask, what)
 
     def missed(module, x, t):
@@ -144,7 +144,7 @@ def test_the_error_of_every_matrix_falls(name, monkeypatch):
         check(self, path, moments, fit, lambda _, t: t)
 
     def check(self, paths, moments, fit, targets):
-        x, t = (torch.cat(parts) for parts in list(zip(*(s for s in seen if s[0] == id(moments)), strict=True))[1:])
+        x, t = (torch.cat(parts) for parts in list(zip(*(s for s in seen if s[0] is moments), strict=True))[1:])
         modules = {p: self._student.get_submodule(p) for p in ([paths] if isinstance(paths, str) else paths)}
         before = {p: missed(m, x, targets(p, t)) for p, m in modules.items()}
         fit(self, paths, moments)
@@ -325,7 +325,7 @@ def test_bfloat16():
 
 @pytest.mark.parametrize("options", [dict(), dict(share="residual_stream"), dict(d_model=16)])
 def test_the_residual_takes_what_projections_do_not_give(options):
-    """W_C = P W P + R holds at once: an update of nothing leaves the student, its fold and a loaded state as they are."""
+    """W_C = P W P + R holds at once: an update of nothing leaves the student as it is, and what is loaded."""
     model, proj = made(**options)
     batches = data(model)
     proj.reconstruct_(batches)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.blocks import at_least_float32
+from ...calibration.least_squares import ridge_factor
 from ...models.ffn_weights import ffn_weights
 from ...models.sublayers import FFNSublayer
 from ...ops import CorrelationState
@@ -84,7 +85,8 @@ class LeastSquares:
         descent = cross - gram @ weight
         before = total - (weight * (cross + descent)).sum()
         shift = ridge * gram.diagonal().mean()
-        step = torch.cholesky_solve(descent, self._factor(gram, shift))
+        factor = ridge_factor(gram, shift, f"refit: {self.name}", self.state.count("h"))
+        step = torch.cholesky_solve(descent, factor)
         after = before - (step * (descent + shift * step)).sum()
         if intercept is not None:
             before += intercept.square().sum() * ones[0]
@@ -97,18 +99,6 @@ class LeastSquares:
 
     def _square(self, key: str) -> Tensor:
         return self.state.variance(key).sum() + self.state.mean(key).square().sum()
-
-    def _factor(self, gram: Tensor, shift: Tensor) -> Tensor:
-        """Cholesky factor of gram + shift · I; overwrites gram."""
-        noise = torch.finfo(torch.float32).eps * gram.diagonal().mean()  # what the float32 sums cannot tell from 0
-        gram.diagonal().add_(shift)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed or not factor.diagonal().square().min() > noise:
-            raise FFMergeError(
-                f"refit: the normal equations of {self.name} are singular ({len(gram)} features, "
-                f"{self.state.count('h')} rows): raise ridge= (1e-2 is usual) or give more calibration data"
-            )
-        return factor
 
     @torch.no_grad()
     def moved(self, solution: Solution, size: float) -> list[tuple[Tensor, Tensor]]:
