@@ -187,6 +187,9 @@ def project_options(parser) -> None:
     group.add_argument("--state", default="fp32", choices=STATES, help="moments of P and R")
     group.add_argument("--offload-base", choices=OFFLOADS, help="where the base's weights wait")
     group.add_argument("--distill", action="store_true", help="from the base model itself, by --alpha")
+    help_clone = "with --distill: also hold what each matrix gives to what the base's gives, by --clone-weight"
+    group.add_argument("--clone", action="store_true", help=help_clone)
+    settings_options(group, TrainingSettings, clone_weight=None)
 
 
 def finetune_options(parser) -> None:

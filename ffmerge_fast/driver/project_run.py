@@ -44,6 +44,7 @@ def project_and_train(
     calibration: int = 32,
     optimizer: Mapping[str, Any] | None = None,
     teacher: nn.Module | None = None,
+    clone: bool = False,
     evaluate: Callable[[nn.Module], float] | None = None,
     signature: Mapping[str, Any] | None = None,
     tell: Callable[[str], Any] | None = None,
@@ -61,6 +62,7 @@ def project_and_train(
         reconstruct: how the start is fitted to the base, on the batches that calibrate; None: not at all (paper).
         scores: importances, or their file; default: `method` on `calibration` batches, kept in `work`.
         optimizer: of `Projector.optimizer`, beside lr and weight_decay.
+        clone: add the clone loss; the base must be the teacher.
         teacher, evaluate, signature: of `finetune`.
         tell: told in a line what reconstructing will take.
 
@@ -68,6 +70,8 @@ def project_and_train(
         FFMergeError: `work` is of another run (says what differs), damaged or in use; and as importance, project and
             finetune.
     """
+    if clone and teacher is not model:
+        raise FFMergeError("clone: got it without the base as the teacher; give teacher=model (--distill)")
     if not settings.fresh and (work / _PROJECTION).exists() and "reconstruct" not in _read(work / _PROJECTION):
         reconstruct = None  # a run of an earlier version goes on as it began
     widths = Widths(**{f.name: options[f.name] for f in fields(Widths) if f.name in options})
@@ -92,10 +96,10 @@ def project_and_train(
             stream = _first(_training_batches(task, settings), calibration)
             proj.reconstruct_(stream, **vars(how), cache_dir=work, tell=tell)
         decide |= signature or {}
-        return proj, _train(model, proj, task, work, steps, settings, optimizer, teacher, evaluate, decide)
+        return proj, _train(model, proj, task, work, steps, settings, optimizer, teacher, clone, evaluate, decide)
 
 
-def _train(model, proj, task, work, steps, settings, optimizer, teacher, evaluate, signature) -> FinetuneResult:
+def _train(model, proj, task, work, steps, settings, optimizer, teacher, clone, evaluate, signature) -> FinetuneResult:
     chosen = {"offload_dir": work} | dict(optimizer or {})
 
     def make_optimizer():
@@ -111,6 +115,7 @@ def _train(model, proj, task, work, steps, settings, optimizer, teacher, evaluat
         settings=replace(settings, weight_decay=0.0),  # the optimiser's own
         optimizer=make_optimizer,
         teacher=teacher,
+        clone=proj.clone_loss() if clone else None,
         evaluate=evaluate,
         output_dir=work,
         signature=signature,

@@ -24,6 +24,7 @@ from ..support.settings import check
 from ..support.tensors import not_inference
 from .axes import ModelAxes
 from .bases import start_from_basis_, stream_basis
+from .clone import CloneLoss
 from .importance import Importance, by_magnitude
 from .matrices import Projection, Unit, grouped
 from .optimizer.adamw import AdamWOptions
@@ -125,7 +126,7 @@ class Projector:
             raise FFMergeError("reconstruct: without R the weights cannot be set; project with residual=True")
         self.check_student()
         with RunningSums(cache_dir, "reconstruction", save_seconds, self._decides(how), fresh) as cache:
-            report = reconstruct_(self._origin(), self.student, how, batches, cache, spool_dir, tell)
+            report = reconstruct_(self._origin("reconstruct_"), self.student, how, batches, cache, spool_dir, tell)
         self.reconstructed = True
         self.settings["reconstructed"] = {
             "ridge": ridge,
@@ -134,18 +135,27 @@ class Projector:
         }
         return report
 
-    def _origin(self) -> tuple[nn.Module, ModelAxes, Selection, Tensor]:
+    def clone_loss(self) -> CloneLoss:
+        """What keeps the student's matrices close to the base's while it is trained, for `finetune(clone=)`.
+
+        Raises:
+            FFMergeError: the base was let go of, or is streamed.
+        """
+        base, layout, selection, basis = self._origin("clone_loss")
+        return CloneLoss(self.student, base, layout, selection, basis)
+
+    def _origin(self, action: str) -> tuple[nn.Module, ModelAxes, Selection, Tensor]:
         """(base, its axes, what is kept, Q), in memory."""
         made = self._made_from
         base = made and made.model()
         if base is None or any(p.is_meta for p in base.parameters()):
-            raise FFMergeError("reconstruct: the base model was let go of; keep it until reconstruct_ has run")
-        refuse_streamed(base, "reconstruct")
+            raise FFMergeError(f"{action}: the base model was let go of; keep it until {action} has run")
+        refuse_streamed(base, action)
         return base, made.layout, made.selection, made.basis
 
     def _decides(self, how: Reconstructing) -> dict[str, Any]:
         """What decides a reconstruction, beside the data."""
-        base = self._origin()[0]
+        base = self._origin("reconstruct_")[0]
         return {**vars(how), "settings": self.settings, "weights": weights_hash(base)}
 
     def optimizer(

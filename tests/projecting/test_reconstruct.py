@@ -172,10 +172,10 @@ def test_equals_the_solution_of_all_tokens_at_once():
     model = tiny_model("gpt2", layers=2).double()
     _, proj = made(model=model)
     ids = torch.randint(4, 64, (24, 8), generator=torch.Generator().manual_seed(0))
-    basis = proj._origin()[3]
+    basis = proj._origin("")[3]
     start = copy.deepcopy(proj.student)
     proj.reconstruct_([{"input_ids": part} for part in ids.split(8)], ridge=1e-2)
-    by_hand = _fitted_gpt2(model, start, basis, proj._origin()[2], ids, 1e-2)
+    by_hand = _fitted_gpt2(model, start, basis, proj._origin("")[2], ids, 1e-2)
     for name, value in weights(by_hand).items():
         torch.testing.assert_close(
             weights(proj.student)[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -450,7 +450,7 @@ def test_the_base_must_still_be_there():
 def test_a_streamed_base_is_refused():
     model, proj = made()
     setattr(model, HANDLE, object())
-    with pytest.raises(ff.FFMergeError, match="reconstruct: this model is streamed.*unstream_"):
+    with pytest.raises(ff.FFMergeError, match="reconstruct_: this model is streamed.*unstream_"):
         proj.reconstruct_(data(model))
 
 

@@ -30,6 +30,7 @@ def run(args, inputs) -> Result:
         calibration=args.calibration,
         optimizer=_optimizer(args),
         teacher=model if args.distill else inputs.teacher,
+        clone=args.clone,
         evaluate=inputs.score,
         signature=inputs.signature_of_score(),
         tell=None if args.quiet or args.json else say,

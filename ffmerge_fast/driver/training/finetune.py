@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...models.forward import evaluating, without_cache
+from ...projecting.clone import CloneLoss
 from ...support import distributed
 from ...support.digests import content_hash, weights_hash
 from ...support.errors import FFMergeError
@@ -48,6 +49,7 @@ def finetune(
     settings: TrainingSettings | None = None,
     optimizer: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer] | None = None,
     teacher: nn.Module | None = None,
+    clone: CloneLoss | None = None,
     loss_fn: LossFunction | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     output_dir: str | os.PathLike | None = None,
@@ -76,6 +78,8 @@ def finetune(
             makes it, called when the model is sharded. The schedule sets its lr; weight decay, betas and eps are its
             own, those given here are not used.
         teacher: distils from this model: (1 - alpha) · loss + alpha · T² · KL(teacher ‖ model).
+        clone: `Projector.clone_loss()` of the student and its base, which is the teacher: settings.clone_weight times
+            the distance of what their matrices give is added to the loss.
         loss_fn: `loss_fn(model, batch)` -> scalar mean loss, instead of `model(**batch).loss`.
         evaluate: `evaluate(model)` -> metric; default for a Task with validation data: its `score`.
         output_dir: folder for log.jsonl, the last checkpoint and the best weights. A run goes on there if it is the
@@ -95,6 +99,8 @@ def finetune(
             "finetune: no gradients here (torch.no_grad, or a model made inside of torch.inference_mode): call it, and "
             "make the model, outside of them"
         )
+    if clone is not None and (teacher is None or loss_fn is not None):
+        raise FFMergeError("clone: got one without a teacher=, or with a loss_fn=; give the base as the teacher")
     if lr is not None:
         overrides["lr"] = lr
     settings = changed(settings or TrainingSettings(), overrides, others=finetune.__kwdefaults__)
@@ -109,7 +115,7 @@ def finetune(
     masters = half_weights(model) if optimizer is None else {}
     if settings.autocast is None:
         settings = replace(settings, autocast=autocast_of(masters, device_of(model)))
-    decide = settings.signature(teacher is not None, distributed.world_size())
+    decide = settings.signature(teacher is not None, clone is not None, distributed.world_size())
     if output_dir is not None:
         decide |= _of_data(train) | _of_weights(model, teacher) | dict(signature or {})
     with float32_weights(model, masters):
@@ -121,7 +127,7 @@ def finetune(
             decide |= getattr(optimizer, "settings", {})
         decide = distributed.from_rank_zero(decide | {"optimizer": type(optimizer).__name__, "model": _layout(model)})
         with RunFolder(output_dir, decide, bool(settings.higher_is_better), settings.restore_best) as folder:
-            run = TrainingRun(model, wrapped, train, settings, folder, optimizer, teacher, loss_fn)
+            run = TrainingRun(model, wrapped, train, settings, folder, optimizer, teacher, loss_fn, clone)
             run.resume(masters)
             with _training(model, teacher), DeferredInterrupt() as interrupt:
                 run.train(steps, evaluate, log, interrupt)

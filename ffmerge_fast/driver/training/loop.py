@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.forward import evaluating, to_device_and_dtype
+from ...projecting.clone import CloneLoss
 from ...support import distributed
 from ...support.distributed import whole
 from ...support.errors import FFMergeError
@@ -50,9 +51,10 @@ class TrainingRun:
         optimizer: torch.optim.Optimizer,
         teacher: nn.Module | None = None,
         loss_fn: LossFunction | None = None,
+        clone: CloneLoss | None = None,
     ):
         self.model, self.wrapped, self.data, self.settings = model, wrapped, train, settings
-        self.folder, self.optimizer, self.teacher, self.loss_fn = folder, optimizer, teacher, loss_fn
+        self.folder, self.optimizer, self.teacher, self.loss_fn, self.clone = folder, optimizer, teacher, loss_fn, clone
         self.step = 0
         self.pending = [0.0, 0]  # loss and steps since the last row
         self.device = device_of(model)
@@ -148,19 +150,21 @@ class TrainingRun:
         return loss.detach().double() * count
 
     def loss(self, batch: Any) -> Tensor:
-        """(1 - alpha) · loss + alpha · T² · KL(teacher ‖ model), or the loss alone without a teacher."""
+        """(1 - alpha) · loss + alpha · T² · KL(teacher ‖ model) + the clone loss; the loss alone without a teacher."""
         if self.loss_fn is not None:
             return loss_of(self.loss_fn(self.wrapped, batch))
         if not isinstance(batch, Mapping):
             raise FFMergeError(f"train: got a batch of type {type(batch).__name__}, wanted a dict; or give loss_fn=")
-        output = self.wrapped(**batch)
-        loss = loss_of(output)
-        if self.teacher is None:
-            return loss
+        with self.clone.recording(self.model) if self.clone else contextlib.nullcontext():
+            output = self.wrapped(**batch)
+            loss = loss_of(output)
+            if self.teacher is None:
+                return loss
+            wanted = teacher_logits(self.teacher, batch)
         alpha, temperature = self.settings.alpha, self.settings.temperature
-        wanted = teacher_logits(self.teacher, batch)
         distilled = distillation_loss(self.model, output.logits, wanted, batch["labels"], temperature)
-        return (1 - alpha) * loss + alpha * distilled
+        loss = (1 - alpha) * loss + alpha * distilled
+        return loss + self.settings.clone_weight * self.clone.loss(batch) if self.clone else loss
 
     def sum_over_ranks(self, value: Tensor | int) -> float:
         value = torch.as_tensor(value, dtype=torch.float64, device=self.device)

@@ -55,6 +55,7 @@ class TrainingSettings:
         at_most=1,
     )
     temperature: float = option(1.0, "T of the distillation loss", more_than=0)
+    clone_weight: float = option(1.0, "of the clone loss, which is added where clone= is given", at_least=0)
     parallel: str | None = option("ddp", "under torchrun; fsdp2 shards in place; None: wrapped already", PARALLEL)
     eval_every: int = option(
         0, "steps between evaluations (and one at the end); 0: none", also=["eval_steps"], at_least=0
@@ -89,8 +90,9 @@ class TrainingSettings:
             run = replace(run, decay_steps=0)  # so that such a run may be made longer
         return run if world_size > 1 else replace(run, parallel=None)
 
-    def signature(self, distils: bool, world_size: int) -> dict[str, Any]:
+    def signature(self, distils: bool, clones: bool, world_size: int) -> dict[str, Any]:
         """What decides a run's result, and so must not change on resume."""
         decide = {name: value for name, value in asdict(self).items() if name not in _MAY_CHANGE}
         distillation = (decide.pop("alpha"), decide.pop("temperature"))
-        return decide | {"distillation": distillation if distils else None, "world_size": world_size}
+        clone = {"clone": decide.pop("clone_weight") if clones else None}
+        return decide | clone | {"distillation": distillation if distils else None, "world_size": world_size}

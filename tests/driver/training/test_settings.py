@@ -60,11 +60,15 @@ def test_a_setting_like_none_is_answered_with_all():
 
 def test_what_a_resumed_run_must_agree_on():
     """The names that checkpoints of earlier versions hold."""
-    signature = TrainingSettings(betas=[0.9, 0.99]).of_run(3, world_size=1).signature(distils=False, world_size=1)
+    signature = (
+        TrainingSettings(betas=[0.9, 0.99]).of_run(3, world_size=1).signature(distils=False, clones=False, world_size=1)
+    )
     assert set(signature) == {
         "lr", "schedule", "warmup", "lr_end", "decay_steps", "timescale", "weight_decay", "betas", "eps", "accumulate",
         "max_grad_norm", "autocast", "batch_size", "seed", "distillation", "parallel", "world_size",
     }  # fmt: skip
     assert (signature["parallel"], signature["decay_steps"], signature["distillation"]) == (None, 0, None)
-    taught = TrainingSettings(schedule="linear").of_run(3, world_size=2).signature(distils=True, world_size=2)
+    taught = (
+        TrainingSettings(schedule="linear").of_run(3, world_size=2).signature(distils=True, clones=False, world_size=2)
+    )
     assert (taught["parallel"], taught["decay_steps"], taught["distillation"]) == ("ddp", 3, (0.5, 1.0))
