@@ -89,8 +89,7 @@ def _bound(model: torch.nn.Module, student: torch.nn.Module, tokens: int) -> flo
     block = sum(p.numel() * 4 for m in (model, student) for p in m.model.layers[0].parameters())
     d, small, wide = model.config.hidden_size, student.config.hidden_size, student.config.intermediate_size
     moments = wide * (wide + small) * 4 + 4 * wide * wide * 8
-    logits = _BATCH * _LENGTH * 8192 * 4
-    return block + 2 * tokens * (d + small) * 4 + moments + logits
+    return block + 2 * tokens * (d + small) * 4 + moments
 
 
 def main() -> None:

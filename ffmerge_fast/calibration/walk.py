@@ -123,7 +123,8 @@ class Walk(Passes):
         Raises:
             FFMergeError: something stands between two blocks, so that they cannot be run one by one.
         """
-        note = _Noting(self, stack, number)
+        known = self._rest.get((stack, number - 1))  # blocks that return the stream alone need not run to be known
+        note = _Noting(self, stack, number, known == ())
         self._run(number, stack, note)
         self._calls[stack, number], self._rest[stack, number] = note.calls, note.rest
         return note.first
@@ -189,10 +190,14 @@ def _no_cache(value: Any) -> Any:
 
 
 class _Noting:
-    """Notes how one stack's blocks are called: the first runs, the others stand still, and after the last it ends."""
+    """Notes how one stack's blocks are called: the first runs, the others stand still, and after the last it ends.
 
-    def __init__(self, walk: Walk, stack: str, number: int):
-        self._paths, self._last = walk.blocks[stack], None
+    Args:
+        stream_alone: blocks are known to return the stream and nothing else: the first stands still, too.
+    """
+
+    def __init__(self, walk: Walk, stack: str, number: int, stream_alone: bool):
+        self._paths, self._last, self._stream_alone = walk.blocks[stack], None, stream_alone
         self.calls: list[_Call] = []
         self.rest: tuple[Any, ...] = ()
         self.first: Tensor | None = None
@@ -207,7 +212,7 @@ class _Noting:
         self.calls.append(call)
         if not position:
             self.first = stream.clone()
-            output = forward(*args, **kwargs)
+            output = stream if self._stream_alone else forward(*args, **kwargs)
             self.rest = tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
         if len(self.calls) == len(self._paths):
             raise _Enough

@@ -16,7 +16,7 @@ from .norms import Gain
 from .selection import Selection
 from .stages import Linears
 
-_ROWS = 8192  # of a matrix that are solved at a time
+_ROWS = 1024  # of a matrix that are solved at a time
 
 
 class Fits:

@@ -125,7 +125,9 @@ class Projector:
         if not self.residual:
             raise FFMergeError("reconstruct: without R the weights cannot be set; project with residual=True")
         self.check_student()
-        with RunningSums(cache_dir, "reconstruction", save_seconds, self._decides(how), fresh) as cache:
+        with RunningSums(
+            cache_dir, "reconstruction", save_seconds, self._decides(how) if cache_dir else {}, fresh
+        ) as cache:
             report = reconstruct_(self._origin("reconstruct_"), self.student, how, batches, cache, spool_dir, tell)
         self.reconstructed = True
         self.settings["reconstructed"] = {

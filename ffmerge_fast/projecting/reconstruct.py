@@ -35,7 +35,19 @@ from .local_training import train_block_
 from .selection import Selection
 from .settings import Reconstructing
 from .side_by_side import SideBySide
-from .stages import Linears, Norming, Reading, Stage, Writing, block_stages, norms_of, trace
+from .stages import (
+    Linears,
+    Norming,
+    Reading,
+    Stage,
+    Writing,
+    block_stages,
+    close,
+    moved,
+    no_target,
+    norms_of,
+    trace,
+)
 from .tied import TiedFFNs
 
 _NAME = "reconstruct"
@@ -99,6 +111,7 @@ class Reconstruction:
         self._fits = Fits(teacher, student, self._linears, selection, basis.to(self._pair.like.device), how.ridge)
         self._tied = TiedFFNs(self._pair, self._fits, layout)
         self._how, self._done, self._fitted = how, done, fitted
+        self._forms: dict[tuple[str, ...], tuple[str, list[Stage]]] = {}  # a block of each form, and its stages
         self.report = ReconstructReport(missed=self._fits.missed)
 
     def run(self) -> ReconstructReport:
@@ -199,17 +212,23 @@ class Reconstruction:
             self._fits.norm(stage.path, moments)
 
     def _stages(self, stack: str, position: int) -> list[Stage]:
-        """Those of a block of the teacher, by a pass of its first batch."""
+        """Those of a block of the teacher, by a pass of its first batch, or by those of a block like it."""
         if not self._pair.numbers:  # a rank without data
             return []
-        path, x = self._pair.teacher.blocks[stack][position], self._pair.kept.get("teacher", 0)
-        teacher, out = self._pair.teacher.model, []
+        teacher, path = self._pair.teacher.model, self._pair.teacher.blocks[stack][position]
         paths = [*self._linears.inside(path), *norms_of(teacher, path)]
-        events = trace(teacher, paths, lambda: out.append(self._pair.teacher.block(stack, position, 0, x)))
-        foreign = [t for t in self._pair.teacher.others(stack, position, 0) if t.shape[-1:] == x.shape[-1:]]
-        kind = type(teacher.get_submodule(path)).__name__
-        streams = {"in": x.to(out[0].device), "out": out[0], "foreign": foreign}
-        return block_stages(path, kind, events, self._linears, streams)
+        form = (stack, self._kind(path), *(p.removeprefix(path) for p in paths))
+        if form not in self._forms:
+            x, out = self._pair.kept.get("teacher", 0), []
+            events = trace(teacher, paths, lambda: out.append(self._pair.teacher.block(stack, position, 0, x)))
+            foreign = [t for t in self._pair.teacher.others(stack, position, 0) if t.shape[-1:] == x.shape[-1:]]
+            streams = {"in": x.to(out[0].device), "out": out[0], "foreign": foreign}
+            self._forms[form] = path, block_stages(path, self._kind(path), events, self._linears, streams)
+        first, stages = self._forms[form]
+        return [moved(stage, first, path) for stage in stages]
+
+    def _kind(self, path: str) -> str:
+        return type(self._pair.teacher.model.get_submodule(path)).__name__
 
     def _pass_teacher(self, stack: str, position: int, number: int, stages: Sequence[Stage]) -> None:
         """One batch through a block of the teacher: its stream, and every stage's target, are kept."""
@@ -217,7 +236,11 @@ class Reconstruction:
         inputs = {s.paths[0]: partial(self._pair.kept.put, f"stage {i}", number)
                   for i, s in enumerate(stages) if isinstance(s, Reading)}  # fmt: skip
         with watching(self._pair.teacher.model, inputs, stream.hooks(stages)):
-            self._pair.kept.put("teacher", number, self._pair.teacher.block(stack, position, number, stream.x))
+            out = self._pair.teacher.block(stack, position, number, stream.x)
+        if stages and not number and not close(stream.now.to(out), out, out):
+            path = self._pair.teacher.blocks[stack][position]
+            raise no_target(path, self._kind(path))
+        self._pair.kept.put("teacher", number, out)
 
     def _keep_target(self, index: int, number: int, stream: Tensor) -> None:
         self._pair.kept.put(f"stage {index}", number, self._pair.to_student(stream))

@@ -53,6 +53,14 @@ class Norming:
 Stage = Reading | Writing | Norming
 
 
+def moved(stage: Stage, old: str, new: str) -> Stage:
+    """The same stage of another block, by the blocks' paths."""
+    if not isinstance(stage, Reading):
+        return type(stage)(new + stage.path.removeprefix(old))
+    paths = tuple(new + path.removeprefix(old) for path in stage.paths)
+    return Reading(paths, stage.norm and new + stage.norm.removeprefix(old), stage.foreign)
+
+
 @dataclass(frozen=True)
 class Event:
     """A module that ran."""
@@ -132,13 +140,18 @@ def block_stages(path: str, kind: str, events: Sequence[Event], linears: Linears
         raise FFMergeError(f"reconstruct: {twice} runs twice in {path}, so it has no target of its own; {_LEAVE}")
     writers = [e for e in events if e.path in linears.axes and linears.writes(e.path)]
     readers = readings(events, linears, streams["foreign"])
-    if writers and _close(sum(_like(e.y, x) for e in writers), out - x, out):
+    if writers and close(sum(_like(e.y, x) for e in writers), out - x, out):
         return _in_order(events, [*readers, *(Writing(e.path) for e in writers)])
     norms = _norms_of_sums(x, events, writers)
-    if norms and norms[-1] is not None and _close(_like(norms[-1].y, out), out, out):
+    if norms and norms[-1] is not None and close(_like(norms[-1].y, out), out, out):
         own = [Reading(r.paths, None, r.foreign) for r in readers]  # the stream itself is what they read
         return _in_order(events, [*own, *(Writing(e.path) for e in writers), *(Norming(e.path) for e in norms)])
-    raise FFMergeError(
+    raise no_target(path, kind)
+
+
+def no_target(path: str, kind: str) -> FFMergeError:
+    """The error for a block of no known form."""
+    return FFMergeError(
         f"reconstruct: the block {path} ({kind}) neither adds its sublayers' outputs to the residual stream nor "
         f"normalises their sums, so its matrices have no target; {_LEAVE}"
     )
@@ -173,7 +186,7 @@ def _norms_of_sums(x: Tensor, events: Sequence[Event], writers: Sequence[Event])
     for writer in writers:
         wanted = x + _like(writer.y, x)
         of_size = (e for e in events if e.path not in [w.path for w in writers] and e.x.numel() == x.numel())
-        norm = next((e for e in of_size if _close(_like(e.x, x), wanted, wanted)), None)
+        norm = next((e for e in of_size if close(_like(e.x, x), wanted, wanted)), None)
         found.append(norm)
         if norm is None:
             break
@@ -189,7 +202,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.numel() == b.numel() > 0 and a.data_ptr() == b.data_ptr())
 
 
-def _close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+def close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    """Whether a is b up to what rounding leaves of sums of the size of `scale`."""
+    eps = torch.finfo(scale.dtype).eps
     a, b, scale = a.float(), b.float(), scale.float()
-    eps = torch.finfo(torch.promote_types(torch.float16, torch.float32)).eps
-    return bool((a - b).norm() <= 1e-2 * b.norm() + 8 * eps * scale.norm())
+    return bool((a - b).norm() <= 1e-2 * b.norm() + 2 * eps * scale.norm())

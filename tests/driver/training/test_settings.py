@@ -65,7 +65,7 @@ def test_what_a_resumed_run_must_agree_on():
     )
     assert set(signature) == {
         "lr", "schedule", "warmup", "lr_end", "decay_steps", "timescale", "weight_decay", "betas", "eps", "accumulate",
-        "max_grad_norm", "autocast", "batch_size", "seed", "distillation", "parallel", "world_size",
+        "max_grad_norm", "autocast", "batch_size", "seed", "clone", "distillation", "parallel", "world_size",
     }  # fmt: skip
     assert (signature["parallel"], signature["decay_steps"], signature["distillation"]) == (None, 0, None)
     taught = (
