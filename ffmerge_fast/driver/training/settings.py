@@ -94,5 +94,9 @@ class TrainingSettings:
         """What decides a run's result, and so must not change on resume."""
         decide = {name: value for name, value in asdict(self).items() if name not in _MAY_CHANGE}
         distillation = (decide.pop("alpha"), decide.pop("temperature"))
-        clone = {"clone": decide.pop("clone_weight") if clones else None}
-        return decide | clone | {"distillation": distillation if distils else None, "world_size": world_size}
+        weight = decide.pop("clone_weight")
+        return (
+            decide
+            | {"clone": weight if clones else None}
+            | {"distillation": distillation if distils else None, "world_size": world_size}
+        )
