@@ -68,7 +68,7 @@ def _work(rank, folder):
     found["proxy"] = ff.search(model, stats, 3, "proxy", batches=batches(model, PROXY[rank]), max_tokens=41).to_dict()
     for case, seeds in DISTILLED.items():
         merged, teacher = pair()
-        options = dict(steps=20, lr=3e-3, batch_tokens=10_000)
+        options = dict(steps=20, lr=3e-3, batch_tokens=10_000, norms=False, judge="error")
         report = ff.local_distill_(merged, teacher, in_float64(batches(teacher, seeds[rank])), **options)
         found[case] = (merged.state_dict(), report.to_dict())
         merged, teacher = pair()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +13,21 @@ from torch import Tensor, nn
 
 from ...calibration.blocks import at_least_float32
 from ...models.ffn_weights import ffn_parameters, ffn_weights
+from ...models.forward import evaluating
 from ...models.sublayers import FFNSublayer
 from ...ops.shared_ffn.op import apply_ffn
 from ...ops.shared_ffn.weights import FFNWeights
-from ...support.distributed import on_all_ranks, share_of_rank, sum_over_ranks
+from ...support.distributed import gather, on_all_ranks, share_of_rank, sum_over_ranks, world_size
 from ...support.errors import FFMergeError
 from ...support.progress import progress
 from ...support.tensors import not_inference
 from ..groups import format_indices
+from ..settings import JUDGES
 from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
+from .own_norms import own_norms
 from .recording import LayerData, groups_to_recover, record, stream_weights
 from .reports import DistillGroup, DistillReport
+from .rounds import Replay
 
 _CHECKS = 20  # how often in a training the held-out tokens are judged
 _WARMUP = 0.05  # share of the steps
@@ -38,6 +44,8 @@ def local_distill_(
     max_tokens: int = 20_000,
     seed: int = 0,
     delta_rank: int = 0,
+    norms: bool = True,
+    judge: str | None = None,
 ) -> DistillReport:
     """Train the shared FFN of every merged group, in place, to give what its layers gave in the original model.
 
@@ -47,8 +55,12 @@ def local_distill_(
     half of a GPT-2's FFNs were merged, and did harm where all were).
     All weights and biases of the FFN are trained, by AdamW without decay, with a warm-up of 1/20 and then a linear
     decay to 0. One forward pass of the teacher; after it only the FFN runs, on the k inputs of the same tokens in one
-    call of `ops.shared_ffn`. The last tenth of the tokens is held out: the weights of the step with the smallest error
-    on it are kept, or those the model had. Narrow weights are trained as float32 and rounded once.
+    call of `ops.shared_ffn`. Narrow weights are trained as float32 and rounded once. Each layer's own norm before the
+    FFN is trained along, its gain and bias, where nothing else takes what it gives.
+
+    The weights of the best of 20 steps are kept, or those the model had: by the merged model's loss on every tenth
+    batch, which is put aside, where these have labels (the local error goes on falling when the model's loss rises);
+    else by the local error on the last tenth of the tokens.
 
     With `delta_rank` r every layer also gets low-rank deltas of its own, in each projection W_i = W + A_i B_i (A_i of r
     columns, B_i of r rows; never multiplied out) and b_i = b + c_i where there is a bias. At first A_i B_i is the
@@ -69,6 +81,8 @@ def local_distill_(
         batch_tokens: tokens of one step, from each of the group's layers.
         max_tokens: stop after exactly this many tokens; encoder and decoder count separately.
         seed: of the order of the tokens.
+        norms: train the layers' own norms, too.
+        judge: "loss" or "error", what the best step is kept by; None: the loss where batches have labels.
         delta_rank: 0 (no deltas) to min(d_model, d_ff). Each projection of a layer then has r · (inputs + outputs)
             parameters of its own, and biases of its own.
 
@@ -78,18 +92,24 @@ def local_distill_(
             finite (names the group). The model is unchanged then.
     """
     with on_all_ranks("distill"):
-        _check_arguments(steps, lr, batch_tokens, max_tokens)
+        _check_arguments(steps, lr, batch_tokens, max_tokens, judge)
         groups = groups_to_recover(model, teacher, "distill")
         check_rank(model, groups, delta_rank)
-        data = record(teacher, [f for g in groups for f in g], batches, share_of_rank(max_tokens), "distill")
+        replay, ffns = Replay(batches, hold_out=judge != "error"), [f for g in groups for f in g]
+        first = next(iter(replay), None)
+        found = own_norms(teacher, ffns, first) if norms and first is not None else {}
+        data = record(teacher, ffns, replay, share_of_rank(max_tokens), "distill", found)
     sum_over_ranks([layer.moments for layer in data.values()])
-    trainings = [_Training(model, ffns, data, batch_tokens, seed) for ffns in groups]
+    trainings = [_Training(model, ffns, data, found, batch_tokens, seed) for ffns in groups]
     if delta_rank:
         for training in trainings:
             training.start_deltas(teacher, delta_rank)
+    loss = None
+    if all(gather(replay.labelled if judge is None else judge == "loss")):
+        loss = partial(_loss_as_trained, model, trainings, replay)
     with progress(total=steps * len(groups), desc="distill", unit="step") as bar:
         for training in trainings:
-            for _ in training.run(steps, lr):
+            for _ in training.run(steps, lr, loss):
                 bar.update()
     for training in trainings:
         training.write_()
@@ -98,12 +118,23 @@ def local_distill_(
     return DistillReport([training.report() for training in trainings])
 
 
+@torch.no_grad()
+def _loss_as_trained(model: nn.Module, trainings: Sequence[_Training], held: Replay) -> float:
+    """The merged model's loss on the batches put aside, with what every group has been trained to so far."""
+    with on_all_ranks("distill"), evaluating(model), contextlib.ExitStack() as context:
+        for training in trainings:
+            context.enter_context(training.in_place())
+        score = held.loss(model)
+    return sum(gather(score)) / world_size()
+
+
 class _Training:
     """Training of one group's shared FFN, on copies of its parameters.
 
     Args:
         ffns: the group's layers.
         data: of every layer; the moments are those of all ranks.
+        norms: {FFN key: path of the layer's own norm}, to be trained along; the layer's x goes into it.
     """
 
     def __init__(
@@ -111,11 +142,14 @@ class _Training:
         model: nn.Module,
         ffns: Sequence[FFNSublayer],
         data: Mapping[str, LayerData],
+        norms: Mapping[str, str],
         batch_tokens: int,
         seed: int,
     ):
         self._model, self._ffns, self._layers = model, ffns, [data[f.key] for f in ffns]
-        self._parameters = ffn_parameters(model, ffns[0])
+        self._norms = [model.get_submodule(norms[f.key]) if f.key in norms else None for f in ffns]
+        of_norms = [p for norm in self._norms if norm is not None for p in norm.parameters()]
+        self._parameters = ffn_parameters(model, ffns[0]) + of_norms
         self._copies = [at_least_float32(p.detach()).clone().requires_grad_() for p in self._parameters]
         self._replaced = {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=True)}
         self._split(batch_tokens, seed)
@@ -125,6 +159,7 @@ class _Training:
         self._trained = list(self._copies)
         self._kept: list[Tensor] = []  # their values at the best step
         self._history: list[tuple[int, float]] = []
+        self._losses: list[tuple[int, float]] = []
         self._best = 0
         self._total = self._variance()
         self._before: float | None = None  # the share missed without deltas
@@ -149,24 +184,36 @@ class _Training:
         """Give every layer the deltas that bring it closest to its original; they are trained, too."""
         self._before = self._share(0)
         ours = self._weights()
-        for member, layer in zip(self._ffns, self._layers, strict=True):
-            first = nearest_deltas(member, ffn_weights(teacher, member), ours, layer.x[: self._train], rank)
+        for number, (member, layer) in enumerate(zip(self._ffns, self._layers, strict=True)):
+            x = self._input(number, layer.x[: self._train]).detach()
+            first = nearest_deltas(member, ffn_weights(teacher, member), ours, x, rank)
             like = self._copies[0]
             self._deltas.append({n: Delta(*(_leaf(t, like) for t in d)) for n, d in same_on_all_ranks(first).items()})
         self._trained += [t for deltas in self._deltas for delta in deltas.values() for t in delta if t is not None]
 
-    def run(self, steps: int, lr: float) -> Iterator[int]:
-        """Train; yields the number of each step done."""
+    def run(self, steps: int, lr: float, loss: Callable[[], float] | None) -> Iterator[int]:
+        """Train; yields the number of each step done.
+
+        Args:
+            loss: of the model with what has been trained, to choose the best step by; None: by the held-out error.
+        """
         optimizer = torch.optim.AdamW(self._trained, lr=lr, weight_decay=0.0)
-        self._judge(0)
+        self._judge(0, loss)
         every = max(1, steps // _CHECKS)
         for step in range(1, steps + 1):
             optimizer.param_groups[0]["lr"] = lr * _schedule(step, steps)
             self._set_gradients()
             optimizer.step()
             if step % every == 0 or step == steps:
-                self._judge(step)
+                self._judge(step, loss)
+            if step == steps:
+                self._take_best_()
             yield step
+
+    @torch.no_grad()
+    def _take_best_(self) -> None:
+        for tensor, kept in zip(self._trained, self._kept, strict=True):
+            tensor.copy_(kept)
 
     @torch.no_grad()
     def write_(self) -> None:
@@ -178,8 +225,6 @@ class _Training:
     @torch.no_grad()
     def deltas(self) -> dict[str, Deltas]:
         """The best deltas, by the layers' keys."""
-        for tensor, kept in zip(self._trained, self._kept, strict=True):
-            tensor.copy_(kept)
         return {f.key: deltas for f, deltas in zip(self._ffns, self._deltas, strict=True)}
 
     def report(self) -> DistillGroup:
@@ -189,7 +234,44 @@ class _Training:
         rank = self._deltas[0]["down"].a.shape[1] if self._deltas else 0
         extra = sum(t.numel() for t in self._trained[len(self._copies) :])
         stack, history = self._ffns[0].stack, list(self._history)
-        return DistillGroup(stack, layers, before, shares[self._best], self._best, history, rank, extra)
+        return DistillGroup(stack, layers, before, shares[self._best], self._best, history, rank, extra, self._losses)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model's layers give what they would with the weights as they are trained now."""
+        handles, now = [], []
+
+        def begin(number: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+            now[:] = [number, None]
+
+        def keep(of_norm: bool, _: nn.Module, args: tuple[Any, ...]) -> None:
+            if now and of_norm == (self._norms[now[0]] is not None):
+                now[1] = args[0]
+
+        def replace(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            if not now:  # a layer of another group that shares the module: there is none
+                return None
+            number, x = now
+            now.clear()
+            return self._output(number, x.flatten(0, -2)).view(y.shape).to(y.dtype)
+
+        for number, (ffn, norm) in enumerate(zip(self._ffns, self._norms, strict=True)):
+            block = self._model.get_submodule(ffn.path)
+            handles.append(block.register_forward_pre_hook(partial(begin, number)))
+            if norm is not None:
+                handles.append(norm.register_forward_pre_hook(partial(keep, True)))
+        for module in self._distinct(f.up_path for f in self._ffns):
+            handles.append(module.register_forward_pre_hook(partial(keep, False)))
+        for module in self._distinct(f.down_path for f in self._ffns):
+            handles.append(module.register_forward_hook(replace))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _distinct(self, paths: Iterable[str]) -> Iterable[nn.Module]:
+        return {id(module): module for module in map(self._model.get_submodule, paths)}.values()
 
     def _set_gradients(self) -> None:
         """Gradients of the mean weighted error of one step's tokens, of all ranks."""
@@ -212,13 +294,30 @@ class _Training:
     def _error(self, tokens: Tensor | slice) -> Tensor:
         """Σ w ‖FFN(x) − y‖² over the layers and these tokens."""
         like = self._copies[0]
-        inputs = [layer.x[tokens].to(like) for layer in self._layers]
+        inputs = [self._input(i, layer.x[tokens]) for i, layer in enumerate(self._layers)]
         outputs = self._outputs(inputs)
         errors = [
             w * (output - layer.y[tokens].to(like)).square().sum()
             for w, output, layer in zip(self._error_weights, outputs, self._layers, strict=True)
         ]
         return torch.stack(errors).sum()
+
+    def _input(self, number: int, x: Tensor) -> Tensor:
+        """What a layer's FFN is given, [tokens, d_model], for what was recorded, by the norm as it is trained."""
+        norm, x = self._norms[number], x.to(self._copies[0])
+        if norm is None:
+            return x
+        own = {name: self._replaced[id(p)] for name, p in norm.named_parameters()}
+        return torch.func.functional_call(norm, own, x)
+
+    def _output(self, number: int, x: Tensor) -> Tensor:
+        """What one layer gives for what goes into its norm, if that is trained, or into its FFN."""
+        weights, activation = self._weights(), self._ffns[0].activation
+        x = self._input(number, x)
+        if not self._deltas:
+            return apply_ffn([x], weights, activation, recompute="none")[0]
+        deltas = self._deltas[number]
+        return compute(x, weights, unfused(deltas) if self._ffns[0].fused else deltas, activation)
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         weights, activation = self._weights(), self._ffns[0].activation
@@ -231,13 +330,15 @@ class _Training:
         """The shared FFN's, as they are trained."""
         return ffn_weights(self._model, self._ffns[0], self._replaced)
 
-    def _judge(self, step: int) -> None:
-        """Note the error on the held-out tokens, and keep the weights if it is the smallest."""
-        share = self._share(step)
-        if not self._history or share < dict(self._history)[self._best]:
+    def _judge(self, step: int, loss: Callable[[], float] | None) -> None:
+        """Note the error on the held-out tokens, or the model's loss, and keep the weights if it is the smallest."""
+        self._history.append((step, self._share(step)))
+        if loss is not None:
+            self._losses.append((step, loss()))
+        scores = self._losses or self._history
+        if step == 0 or scores[-1][1] < dict(scores)[self._best]:
             self._best = step
             self._kept = [tensor.detach().clone() for tensor in self._trained]
-        self._history.append((step, share))
 
     @torch.no_grad()
     def _share(self, step: int) -> float:
@@ -278,7 +379,9 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, step / max(1.0, warmup), (steps - step + 1) / (steps - warmup))
 
 
-def _check_arguments(steps: int, lr: float, batch_tokens: int, max_tokens: int) -> None:
+def _check_arguments(steps: int, lr: float, batch_tokens: int, max_tokens: int, judge: str | None) -> None:
+    if judge not in (None, *JUDGES):
+        raise FFMergeError(f"judge: got {judge!r}, wanted one of {', '.join(JUDGES)}, or None")
     if steps < 1:
         raise FFMergeError(f"steps: got {steps}, wanted at least 1 (about 400 is usual)")
     if not (lr > 0 and math.isfinite(lr)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class LayerData:
     """One FFN's inputs and outputs, token by token, and the size of the stream that its output is added to.
 
     Attributes:
-        x, y: [tokens, d_model], of this process.
+        x, y: [tokens, d_model], of this process; x may be what goes into the norm before the FFN.
         moments: of the block's output, float64 [3, d_model]: count, Σ out, Σ out²; of this process's tokens, until
             `sum_over_ranks`.
     """
@@ -47,8 +48,8 @@ class _Parts:
     y: list[Tensor] = field(default_factory=list)
     moments: Tensor | float = 0.0
 
-    def add(self, flow: Flow, mask: Tensor) -> None:
-        x, y, out = (t.reshape(len(mask), -1)[mask] for t in (flow.x, flow.y, flow.out))
+    def add(self, x: Tensor, flow: Flow, mask: Tensor) -> None:
+        x, y, out = (t.reshape(len(mask), -1)[mask] for t in (x, flow.y, flow.out))
         self.x.append(x)
         self.y.append(y)
         out = out.double()
@@ -56,14 +57,28 @@ class _Parts:
 
 
 def record(
-    model: nn.Module, ffns: Sequence[FFNSublayer], batches: Iterable[Any], max_tokens: int, name: str
+    model: nn.Module,
+    ffns: Sequence[FFNSublayer],
+    batches: Iterable[Any],
+    max_tokens: int,
+    name: str,
+    norms: Mapping[str, str] | None = None,
 ) -> dict[str, LayerData]:
     """What goes through each FFN in one forward pass over the first `max_tokens` tokens, by the FFNs' keys.
 
     Memory: 2 · tokens · d_model numbers of the model's dtype per FFN. `max_tokens` and x, y are this process's own.
+
+    Args:
+        norms: {FFN key: path of the norm whose inputs take the place of the FFN's}.
     """
-    parts = {ffn.key: _Parts() for ffn in ffns}
-    with BlockPasses(model, ffns, max_tokens, lambda ffn, flow, mask: parts[ffn.key].add(flow, mask)) as passes:
+    parts, into_norms = {ffn.key: _Parts() for ffn in ffns}, {}
+
+    def receive(ffn: FFNSublayer, flow: Flow, mask: Tensor) -> None:
+        parts[ffn.key].add(into_norms.pop(ffn.key, flow.x), flow, mask)
+
+    with BlockPasses(model, ffns, max_tokens, receive) as passes:
+        for key, path in (norms or {}).items():
+            passes.on_input(path, partial(into_norms.__setitem__, key))
         for _ in passes.over(batches, name):
             pass
     data = {}

@@ -40,6 +40,7 @@ class DistillGroup(RecoveredGroup):
         before, after: share of the FFN outputs' (weighted) variance on the held-out tokens that the shared FFN misses.
         best: the step whose weights the model has; 0: those it had, with the first deltas if there are any.
         history: [(step, the share missed on held-out tokens), ...].
+        losses: [(step, the merged model's loss on held-out batches), ...], where the best step is chosen by it.
         delta_rank: of the layers' deltas, 0 without.
         delta_parameters: how many parameters they added.
     """
@@ -48,6 +49,7 @@ class DistillGroup(RecoveredGroup):
     history: list[tuple[int, float]] = field(repr=False)
     delta_rank: int = 0
     delta_parameters: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list, repr=False)
 
 
 @dataclass

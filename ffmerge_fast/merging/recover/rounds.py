@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,12 +78,17 @@ class Replay:
                 self._taken += 1
             yield self.kept[position]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether batches were put aside, with labels to judge by."""
+        return bool(self._held) and all(isinstance(b, Mapping) and b.get("labels") is not None for b in self._held)
+
     def loss(self, model: nn.Module) -> float:
         """The model's label loss on the batches put aside."""
         if not self._held:
             raise FFMergeError(
-                f"refit: rounds are judged on batches that are not fitted: got {self._taken} batches, wanted at least "
-                "2 (use smaller ones), or evaluate="
+                f"refit, distill: the score is of batches that are not fitted: got {self._taken} batches, wanted at "
+                "least 2 (use smaller ones), or evaluate= (distill: judge='error')"
             )
         return _label_loss(model, self._held)
 
@@ -95,7 +100,8 @@ def _label_loss(model: nn.Module, batches: Sequence[Any]) -> float:
         loss = getattr(run(model, to_device(batch, model)), "loss", None)
         if loss is None:
             raise FFMergeError(
-                "refit: the held-out batches have no labels to judge rounds by; add them or give evaluate="
+                "refit, distill: the held-out batches have no labels to be scored by; add them, or give evaluate= "
+                "(distill: judge='error')"
             )
         labels = int((batch["labels"] != -100).sum())
         total, count = total + loss.item() * labels, count + labels

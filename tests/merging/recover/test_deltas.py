@@ -12,7 +12,7 @@ from ffmerge_fast.merging.recover.deltas import _nearest, compute, nearest_delta
 from ffmerge_fast.models.ffn_weights import ffn_weights
 from ffmerge_fast.ops.shared_ffn.weights import FFNWeights
 from tests.helpers.tiny_models import D_FF, D_MODEL, logits, tiny_model
-from tests.merging.recover.test_distill import FAMILIES, members, pair
+from tests.merging.recover.test_distill import FAMILIES, by_error_, members, pair
 from tests.merging.search.test_proxy import apply, flows
 
 NAMES = [name for name in FAMILIES if name != "transformer_encoder"]
@@ -21,7 +21,7 @@ NAMES = [name for name in FAMILIES if name != "transformer_encoder"]
 def with_deltas(name, rank=3, steps=10, dtype=torch.float32, **options):
     """(model, teacher, batches)."""
     model, teacher, batches = pair(name, dtype=dtype)
-    ff.local_distill_(model, teacher, batches, steps=steps, lr=3e-3, delta_rank=rank, **options)
+    by_error_(model, teacher, batches, steps=steps, lr=3e-3, delta_rank=rank, **options)
     return model, teacher, batches
 
 
@@ -93,7 +93,7 @@ def test_neurons_are_aligned_before_weights_are_compared(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_full_rank_gives_the_original_model_back(name):
     model, teacher, batches = pair(name, count=10)
-    group = ff.local_distill_(model, teacher, batches, steps=1, lr=1e-30, delta_rank=D_MODEL).groups[0]
+    group = by_error_(model, teacher, batches, steps=1, lr=1e-30, delta_rank=D_MODEL).groups[0]
     assert group.before > 0.1 and group.history[0][1] < 1e-20
     torch.testing.assert_close(logits(model, batches[0]), logits(teacher, batches[0]), atol=1e-10, rtol=0)
     for ffn in ff.find_ffns(model):
@@ -176,8 +176,8 @@ def shares_at_start(model, teacher, of_ranks, rank):
 def test_it_starts_at_the_best_deltas_and_improves_on_them(name):
     model, teacher, batches = pair(name, count=10)
     expected = shares_at_start(model, teacher, [batches], rank=3)
-    plain = ff.local_distill_(copy.deepcopy(model), teacher, batches, steps=30, lr=3e-3)
-    report = ff.local_distill_(model, teacher, batches, steps=30, lr=3e-3, delta_rank=3)
+    plain = by_error_(copy.deepcopy(model), teacher, batches, steps=30, lr=3e-3)
+    report = by_error_(model, teacher, batches, steps=30, lr=3e-3, delta_rank=3)
     for group, without in zip(report.groups, plain.groups, strict=True):
         assert group.history[0] == (0, pytest.approx(expected[group.stack], rel=1e-6))
         assert group.before == without.before and group.after < 0.9 * group.history[0][1]
@@ -189,8 +189,8 @@ def test_gradients_are_those_of_full_weights(name):
     """Of one step of Adam, from the gradients that autograd gives through W + A B."""
     model, teacher, batches = pair(name)
     start, lr = copy.deepcopy(model), 1e-7
-    ff.local_distill_(start, teacher, batches, steps=1, lr=1e-30, delta_rank=3, batch_tokens=10_000)
-    ff.local_distill_(model, teacher, batches, steps=1, lr=lr, delta_rank=3, batch_tokens=10_000)
+    by_error_(start, teacher, batches, steps=1, lr=1e-30, delta_rank=3, batch_tokens=10_000)
+    by_error_(model, teacher, batches, steps=1, lr=lr, delta_rank=3, batch_tokens=10_000)
     for stack, layers in ff.shared_groups(start):
         errors, weights = [], []
         for ffn in members(start, stack, layers):
@@ -218,7 +218,7 @@ def test_a_higher_rank_is_closer_and_counted():
     for rank in (0, 1, 4, 8):
         model, teacher, batches = pair("gpt2", count=10)
         size = sum(p.numel() for p in model.parameters())
-        group = ff.local_distill_(model, teacher, batches, steps=40, lr=3e-3, delta_rank=rank).groups[0]
+        group = by_error_(model, teacher, batches, steps=40, lr=3e-3, delta_rank=rank).groups[0]
         after.append(group.after)
         wanted = 3 * 2 * rank * (D_MODEL + D_FF) + 3 * (D_FF + D_MODEL) * bool(rank)
         assert (group.delta_rank, group.delta_parameters) == (rank, wanted)
@@ -232,7 +232,7 @@ def test_only_the_ffns_change_and_everything_stays_as_it_was(dtype):
     model.train()
     before, original = copy.deepcopy(model), copy.deepcopy(teacher)
     groups, generator = ff.shared_groups(model), torch.get_rng_state()
-    ff.local_distill_(model, teacher, batches, steps=20, delta_rank=2)
+    by_error_(model, teacher, batches, steps=20, delta_rank=2)
     assert ff.shared_groups(model) == groups and all(m.training for m in model.modules())
     assert torch.equal(torch.get_rng_state(), generator)
     kept = dict(model.named_parameters())
