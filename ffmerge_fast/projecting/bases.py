@@ -11,21 +11,27 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .axes import MODEL, ModelAxes
+from .axes import MODEL, Axis, ModelAxes
 from .matrices import ProjectedMatrix, Projection, project_
 from .norms import gain_at_zero
 
 _ROWS = 8192  # of a matrix in float64 at a time
+_POSITIONS = 64  # of a constant table: the first ones occur most
+_CONSTANTS = 10.0  # how much more they weigh than coordinates: of 0, 1 and 10 the best start of Marian
 
 
 @torch.no_grad()
-def stream_basis(model: nn.Module, layout: ModelAxes, kept: Tensor) -> Tensor:
+def stream_basis(model: nn.Module, layout: ModelAxes, kept: Tensor, student: nn.Module | None = None) -> Tensor:
     """Q [d_model', d_model], float64 on the CPU, orthonormal rows.
 
     Its rows span the leading right singular vectors of all matrices along the residual stream, each divided by its
     Frobenius norm and stacked: of all subspaces the one that keeps most of them. Of the bases of that subspace it is
     the one nearest to the selection `kept` (orthogonal Procrustes), so that coordinates keep their meaning as far as
-    possible for what acts on each alone: the norms.
+    possible for what acts on each alone: the norms. What the smaller class makes itself (sinusoids of positions), and Q
+    cannot turn, weighs more: Q brings the model's own near to it.
+
+    Args:
+        student: the smaller model; None: constants are left out of account.
     """
     gram = torch.zeros(layout.d_model, layout.d_model, dtype=torch.float64)
     for name, parameter in model.named_parameters():
@@ -35,7 +41,13 @@ def stream_basis(model: nn.Module, layout: ModelAxes, kept: Tensor) -> Tensor:
                 squares = sum((rows.double().mT @ rows.double()).cpu() for rows in matrix.split(_ROWS))
                 gram += squares / squares.trace().clamp_min(torch.finfo(torch.float64).tiny)
     leading = torch.linalg.eigh(gram).eigenvectors[:, -len(kept) :]
-    u, _, vh = torch.linalg.svd(leading[kept])
+    wanted = leading[kept] / leading[kept].norm()
+    for name, own in student.named_parameters() if student is not None else ():
+        if not own.requires_grad and own.ndim == 2 and layout.axes[name][-1] == Axis(MODEL):
+            table = model.get_parameter(name)[:_POSITIONS].detach().double().cpu()
+            across = own[:_POSITIONS].detach().double().cpu().T @ table @ leading
+            wanted += _CONSTANTS * across / across.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    u, _, vh = torch.linalg.svd(wanted)
     return u @ vh @ leading.T
 
 

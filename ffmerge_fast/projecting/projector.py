@@ -84,7 +84,7 @@ class Projector:
         batches: Iterable[Any],
         ridge: float = 1e-2,
         local_steps: int | None = None,
-        local_lr: float = 1e-3,
+        local_lr: float | None = None,
         seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
         save_seconds: float = 60.0,
@@ -108,7 +108,7 @@ class Projector:
             local_steps: AdamW steps on each block alone, after its matrices, towards the base's stream behind it. The
                 default is 400 where norms stand in the stream (post-norm: BERT, Marian), which no matrix can follow,
                 and none elsewhere; there it costs as much as so many steps of training, for a little.
-            local_lr: of those.
+            local_lr: of those; by default 0.03 / sqrt(d_model) of the student.
             seed: of their order of the batches.
             cache_dir: keep the fitted weights here after each block, at most every `save_seconds`; a killed run goes on
                 with the next block, to the same result.
@@ -314,7 +314,7 @@ def project(
     if init == "svd":
         if sizes.d_model == layout.d_model:
             raise FFMergeError("init: 'svd' is of the residual stream, whose width stays; give keep= or a d_model=")
-        basis = stream_basis(model, layout, selection.d_model)
+        basis = stream_basis(model, layout, selection.d_model, student)
         starts = start_from_basis_(basis, model, layout, matrices, plain, found.stream, selection.d_model)
     settings = {
         "base": f"{base.model_type} {base.fingerprint}",

@@ -52,6 +52,7 @@ from .tied import TiedFFNs
 
 _NAME = "reconstruct"
 _FEW = 20  # tokens per unknown, below which a warning is given
+_RATE = 0.03  # of local training, times 1 / sqrt(d')
 POST_NORM_STEPS = 400  # of local training, by default, where norms stand in the stream
 
 
@@ -198,9 +199,10 @@ class Reconstruction:
         if steps is None:
             steps = POST_NORM_STEPS if any(isinstance(s, Norming) for s in stages) and self._fits.narrower else 0
         if steps:
-            path = self._pair.teacher.blocks[stack][position]
+            path, lr = self._pair.teacher.blocks[stack][position], self._how.local_lr
+            lr = _RATE / len(self._pair.basis) ** 0.5 if lr is None else lr
             self.report.trained[path] = train_block_(
-                self._pair, stack, position, steps, self._how.local_lr, self._how.seed, self._tied.parameters
+                self._pair, stack, position, steps, lr, self._how.seed, self._tied.parameters
             )
 
     def _fit(self, stage: Stage, moments: Regression) -> None:

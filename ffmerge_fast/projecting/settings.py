@@ -40,5 +40,7 @@ class Reconstructing:
     local_steps: int | None = option(
         None, "steps of each block alone, after its matrices (default: 400 in post-norm models, else none)", at_least=0
     )
-    local_lr: float = option(1e-3, "of those", more_than=0, at_most=1000)
+    local_lr: float | None = option(
+        None, "of those (default: 0.03 / sqrt(d_model), 1e-3 at 900)", more_than=0, at_most=1000
+    )
     seed: int = option(0, "of their order of the batches")

@@ -354,7 +354,9 @@ def test_rounds_are_judged_on_every_tenth_batch():
 def test_a_singular_system_says_what_to_do():
     model, teacher, batches = pair("gpt2", dtype=torch.float32)
     before = copy.deepcopy(model)
-    with pytest.raises(ff.FFMergeError, match=r"decoder 0-2: the normal equations are singular .*raise ridge= .* or give more") as error:
+    with pytest.raises(
+        ff.FFMergeError, match=r"decoder 0-2: the normal equations are singular .*raise ridge= .* or give more"
+    ) as error:
         ff.refit_(model, teacher, batches[:1], ridge=0.0, max_tokens=5)
     assert "\n" not in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
