@@ -210,7 +210,7 @@ SECTIONS = (
         "Quality of projected models",
         "nice -n 5 python -m benchmarks.studies.projection_quality ../shared",
         "The same sizes, batches and steps for all, each variant at the learning rate that is best for it on "
-        "validation data. The full-size models: GPT-2 3.727, ViT 1.313, Marian 1.977.",
+        "validation data. The full-size models: GPT-2 3.710, ViT 1.313, Marian 1.977.",
         (
             "projection_quality_gpt2-pystdlib.csv",
             "projection_quality_vit-cifar10.csv",
