@@ -16,12 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..models.forward import run, to_device, without_cache
 from ..models.sublayers import FFNs
 from ..support.errors import FFMergeError
+from ..support.files import WriteError, write_tensors
+from ..support.tensors import same_values
 from .padding import token_masks
 from .passes import Passes
 
@@ -36,7 +38,7 @@ class Kept:
     """
 
     def __init__(self, folder: str | Path | None = None):
-        self._folder = None if folder is None else TemporaryDirectory(dir=folder, prefix=".walk-")
+        self._folder = None if folder is None else _temporary(folder)
         self._tensors: dict[tuple[str, int], Tensor | Path] = {}
 
     def put(self, name: str, number: int, value: Tensor) -> None:
@@ -46,7 +48,10 @@ class Kept:
             self._tensors[name, number] = value
             return
         path = Path(self._folder.name) / f"{name}-{number}.safetensors"
-        save_file({"x": value.contiguous()}, path)
+        try:
+            write_tensors(path, {"x": value.contiguous()})
+        except WriteError as error:
+            raise _unusable(path.parent.parent, error) from error
         self._tensors[name, number] = path
 
     def get(self, name: str, number: int) -> Tensor:
@@ -57,20 +62,29 @@ class Kept:
     def has(self, name: str, number: int) -> bool:
         return (name, number) in self._tensors
 
-    def rename(self, name: str, new: str) -> None:
-        """Let every batch's tensor of one name take the place of those of another."""
-        for key in [key for key in self._tensors if key[0] == name]:
-            self._tensors[new, key[1]] = self._tensors.pop(key)
-
     def drop(self, name: str) -> None:
         """Let go of a name's tensors."""
         for key in [key for key in self._tensors if key[0] == name]:
-            del self._tensors[key]
+            found = self._tensors.pop(key)
+            if isinstance(found, Path):
+                found.unlink()
 
     def close(self) -> None:
         self._tensors.clear()
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def _temporary(folder: str | Path) -> TemporaryDirectory:
+    try:
+        return TemporaryDirectory(dir=folder, prefix=".walk-")
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: str | Path, error: Exception) -> FFMergeError:
+    reason = getattr(error, "strerror", None) or error.__cause__ or error
+    return FFMergeError(f"spool_dir: {folder} cannot be written ({reason}); give a folder with room, or none")
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class Walk(Passes):
     def __init__(self, model: nn.Module, ffns: FFNs, batches: Sequence[Any], kept: Kept):
         super().__init__(model, ffns.by_stack())
         self.blocks = {stack: [f.path for f in members] for stack, members in ffns.by_stack().items()}
-        self.batches, self.kept, self._d_model = batches, kept, ffns[0].d_model
+        self.batches, self.kept = batches, kept
         self._calls: dict[tuple[str, int], list[_Call]] = {}
         self._rest: dict[tuple[str, int], tuple[Any, ...]] = {}  # what blocks return beside the stream
         self._masks: dict[tuple[str, int], Tensor | None] = {}
@@ -124,7 +138,7 @@ class Walk(Passes):
             FFMergeError: something stands between two blocks, so that they cannot be run one by one.
         """
         known = self._rest.get((stack, number - 1))  # blocks that return the stream alone need not run to be known
-        note = _Noting(self, stack, number, known == ())
+        note = _Noting(self.blocks[stack], known == ())
         self._run(number, stack, note)
         self._calls[stack, number], self._rest[stack, number] = note.calls, note.rest
         return note.first
@@ -193,18 +207,20 @@ class _Noting:
     """Notes how one stack's blocks are called: the first runs, the others stand still, and after the last it ends.
 
     Args:
+        paths: of the stack's blocks.
         stream_alone: blocks are known to return the stream and nothing else: the first stands still, too.
     """
 
-    def __init__(self, walk: Walk, stack: str, number: int, stream_alone: bool):
-        self._paths, self._last, self._stream_alone = walk.blocks[stack], None, stream_alone
+    def __init__(self, paths: Sequence[str], stream_alone: bool):
+        self._paths, self._stream_alone = paths, stream_alone
+        self._last: Tensor | None = None
         self.calls: list[_Call] = []
         self.rest: tuple[Any, ...] = ()
         self.first: Tensor | None = None
 
     def call(self, forward: Callable, position: int, *args: Any, **kwargs: Any) -> Any:
         stream, call = _Call.split(args, kwargs)
-        if position != len(self.calls) or (position and not _same(stream, self._last)):
+        if position != len(self.calls) or (position and not same_values(stream, self._last)):
             raise FFMergeError(
                 f"reconstruct: something stands between {self._paths[position - 1]} and {self._paths[position]}, so "
                 "the blocks cannot be run one by one; leave reconstruction out (--no-reconstruct)"
@@ -272,7 +288,3 @@ def _replaced(block: nn.Module, forward: Callable) -> Iterator[None]:
         del block.forward
         if before is not None:
             block.forward = before
-
-
-def _same(a: Tensor, b: Tensor | None) -> bool:
-    return a is b or (b is not None and a.data_ptr() == b.data_ptr() and a.shape == b.shape)

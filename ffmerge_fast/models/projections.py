@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -39,6 +39,12 @@ def out_dim(module: nn.Module) -> int:
 
 def out_features(module: nn.Module) -> int:
     return module.weight.shape[out_dim(module)]
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight as [out, in], a view without gradients."""
+    weight = module.weight.detach()
+    return weight.T if is_conv1d(module) else weight
 
 
 def in_features(module: nn.Module) -> int:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..calibration.least_squares import Regression
 from ..calibration.walk import Walk, enough, watching
+from ..models.projections import matrix
 from ..support.distributed import gather, on_all_ranks
-from .fits import Fits, matrix
+from .fits import Fits
 from .side_by_side import SideBySide
 from .stages import Event, Linears, Reading, norms_of, readings, trace
 

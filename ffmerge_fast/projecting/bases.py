@@ -17,7 +17,7 @@ from .norms import gain_at_zero
 
 _ROWS = 8192  # of a matrix in float64 at a time
 _POSITIONS = 64  # of a constant table: the first ones occur most
-_CONSTANTS = 10.0  # how much more they weigh than coordinates: of 0, 1 and 10 the best start of Marian
+_CONSTANTS = 10.0  # how much more they weigh than coordinates: they are added to every token, and cannot be fitted
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from ..calibration.blocks import at_least_float32
 from ..calibration.padding import token_masks
 from ..support.errors import FFMergeError
 from .axes import ModelAxes
+from .fits import kept_features
 from .selection import Selection
 from .stages import Linears
 
@@ -39,11 +40,7 @@ class CloneLoss:
             module = student.get_submodule(path)
             if id(module) not in seen and (linears.reads(path) or linears.writes(path)):
                 seen.add(id(module))
-                rows = linears.axes[path][0]
-                if linears.writes(path):
-                    self._kept[path] = partial(_turned, basis)
-                else:
-                    self._kept[path] = partial(_selected, None if rows is None else selection.choice(rows).index)
+                self._kept[path] = partial(kept_features, linears.axes[path][0], selection, basis)
         self._given: dict[str, list[Tensor]] = {}
         self._wanted: dict[str, list[Tensor]] = {}
 
@@ -57,7 +54,9 @@ class CloneLoss:
             hook = student.get_submodule(path).register_forward_hook
             handles.append(hook(lambda _, args, y, given=given: given.append(y)))
             hook = self._teacher.get_submodule(path).register_forward_hook
-            handles.append(hook(lambda _, args, y, wanted=wanted, kept=kept: wanted.append(kept(y.detach()))))
+            handles.append(
+                hook(lambda _, args, y, wanted=wanted, kept=kept: wanted.append(kept(at_least_float32(y.detach()))))
+            )
         try:
             yield
         finally:
@@ -90,13 +89,3 @@ class CloneLoss:
 
 
 _TINY = torch.finfo(torch.float32).tiny
-
-
-def _turned(basis: Tensor, y: Tensor) -> Tensor:
-    y = at_least_float32(y)
-    return y @ basis.to(y).T
-
-
-def _selected(index: Tensor | None, y: Tensor) -> Tensor:
-    y = at_least_float32(y)
-    return y if index is None else y.index_select(-1, index.to(y.device))

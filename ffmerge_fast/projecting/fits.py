@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.least_squares import Regression, ridge_factor
-from ..models.projections import is_conv1d
+from ..models.projections import matrix
 from ..support.distributed import broadcast_
 from ..support.errors import FFMergeError
-from .axes import MODEL
+from .axes import MODEL, Axis
 from .norms import Gain
 from .selection import Selection
 from .stages import Linears
@@ -130,11 +130,17 @@ class Fits:
     def _rows(self, path: str, x: Tensor) -> Tensor:
         """What the student keeps of the rows of a teacher's matrix or bias."""
         axis = self._linears.axes[path][0]
-        if axis is None:
-            return x
-        if axis.role == MODEL:
-            return self._basis.to(x.device) @ x.double()
-        return x.index_select(0, self._selection.choice(axis).index.to(x.device))
+        x = x.double() if axis is not None and axis.role == MODEL else x
+        return kept_features(axis, self._selection, self._basis, x.T).T
+
+
+def kept_features(axis: Axis | None, selection: Selection, basis: Tensor, y: Tensor) -> Tensor:
+    """What a student keeps of features y [.., n] along an axis of the base: Q y of the stream, else a selection."""
+    if axis is None:
+        return y
+    if axis.role == MODEL:
+        return y @ basis.to(y).T
+    return y.index_select(-1, selection.choice(axis).index.to(y.device))
 
 
 class _Solver:
@@ -158,12 +164,6 @@ class _Solver:
         """Share of the targets' square that W [m, n] misses, where t is the target itself."""
         left = self._total - (weight * (2 * self.cross.T - weight @ self._gram)).sum()
         return (left / self._total.clamp(min=torch.finfo(torch.float64).tiny)).item()
-
-
-def matrix(module: nn.Module) -> Tensor:
-    """A module's weight as [out, in], a view."""
-    weight = module.weight.detach()
-    return weight.T if is_conv1d(module) else weight
 
 
 def set_(path: str, tensor: Tensor, value: Tensor) -> None:

@@ -25,8 +25,12 @@ def train_block_(
     """Train a block by AdamW, one batch of each rank a step; its old weights stay where they miss less.
 
     Minimised is ‖block(x') − Q x‖² over the tokens that count, with the student's own stream x' before the block and
-    the teacher's x behind it. The last tenth of the batches is held out; what layers share
-    (`left_alone`, ids of parameters) stays.
+    the teacher's x behind it. The last tenth of the batches is held out.
+
+    Args:
+        steps, lr: of AdamW without decay; a short rise of lr, then in a straight line to 0.
+        seed: of the order of the batches.
+        left_alone: ids of parameters that stay: layers share them.
 
     Returns:
         Share of the variance that is missed on the held-out batches, before and after.
@@ -46,14 +50,14 @@ def train_block_(
 
 
 class _BlockTraining:
+    """Gradients and errors of one block on the streams that are kept."""
+
     def __init__(self, pair: SideBySide, stack: str, position: int, parameters: list[nn.Parameter]):
         self._pair, self._stack, self._position, self._parameters = pair, stack, position, parameters
         count = len(pair.numbers)
         held = max(1, count // 10) if count > 1 else 0
-        self._train, self._held = (
-            list(pair.numbers[: count - held]),
-            list(pair.numbers[count - held :]) or [*pair.numbers],
-        )
+        self._train = list(pair.numbers[: count - held])
+        self._held = list(pair.numbers[count - held :]) or self._train
         self._variance = self._total_variance()
 
     def train(self, steps: int, lr: float, seed: int) -> None:
@@ -62,9 +66,8 @@ class _BlockTraining:
         for step in range(1, steps + 1):
             if not order and self._train:
                 order = torch.randperm(len(self._train), generator=generator).tolist()
-            optimizer.param_groups[0]["lr"] = lr * min(
-                1.0, step / max(1.0, _WARMUP * steps), (steps - step + 1) / steps
-            )
+            rise = step / max(1.0, _WARMUP * steps)
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, rise, (steps - step + 1) / steps)
             self._set_gradients(self._train[order.pop()] if order else None)
             optimizer.step()
 

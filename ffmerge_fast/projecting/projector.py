@@ -130,11 +130,7 @@ class Projector:
         ) as cache:
             report = reconstruct_(self._origin("reconstruct_"), self.student, how, batches, cache, spool_dir, tell)
         self.reconstructed = True
-        self.settings["reconstructed"] = {
-            "ridge": ridge,
-            "local_steps": local_steps,
-            "data": from_rank_zero(cache.data),
-        }
+        self.settings["reconstructed"] = {**vars(how), "data": from_rank_zero(cache.data)}
         return report
 
     def clone_loss(self) -> CloneLoss:

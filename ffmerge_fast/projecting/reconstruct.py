@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from ..calibration.blocks import at_least_float32
 from ..calibration.least_squares import Regression
 from ..calibration.walk import enough, watching
+from ..models.projections import matrix
 from ..support.distributed import gather, on_all_ranks
 from ..support.errors import FFMergeError
 from ..support.progress import progress
 from .after_blocks import fit_after_blocks
 from .axes import ModelAxes
-from .fits import Fits, matrix
+from .fits import Fits
 from .local_training import train_block_
 from .selection import Selection
 from .settings import Reconstructing
@@ -132,7 +133,6 @@ class Reconstruction:
 
     def _stack(self, stack: str, before: int) -> Iterator[str | None]:
         """Fit a stack's blocks; yields after each the norm of the stream that it ends with, if it does."""
-        self.report.tokens = 0
         with on_all_ranks(_NAME):
             for number in self._pair.numbers:
                 self._pair.kept.put("teacher", number, self._pair.teacher.open(stack, number))
@@ -147,8 +147,9 @@ class Reconstruction:
                 stages = self._stages(stack, position)
             stages = next(filter(None, gather(stages)))  # of a rank with data
             if before + position < self._done:
-                for number in self._pair.numbers:
-                    self._pass_teacher(stack, position, number, [])
+                with on_all_ranks(_NAME):
+                    for number in self._pair.numbers:
+                        self._pass_teacher(stack, position, number, [])
             else:
                 self._fit_block(stack, position, stages)
             with on_all_ranks(_NAME):
@@ -179,6 +180,7 @@ class Reconstruction:
             )
 
     def _fit_block(self, stack: str, position: int, stages: Sequence[Stage]) -> None:
+        """Fit a block's stages in their order, then train it alone where that is wanted."""
         for index, stage in enumerate(stages):
             free = self._tied.free(stage)
             if free and isinstance(stage, Reading):

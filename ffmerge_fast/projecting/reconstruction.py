@@ -115,14 +115,11 @@ def _expected(base: nn.Module, student: nn.Module, layout: ModelAxes, batches: S
         started = time.perf_counter()
         run(base, batch)
         seconds = (time.perf_counter() - started) * len(batches)
-    sizes = (
-        [value.shape[:2].numel() for value in batch.values() if isinstance(value, Tensor)]
-        if isinstance(batch, dict)
-        else []
-    )
-    tokens = max(sizes, default=0) * len(batches)
+    given = batch.values() if isinstance(batch, dict) else [batch]
+    tokens = max(value.shape[:2].numel() for value in given if isinstance(value, Tensor)) * len(batches)
     return (
-        f"reconstruct: {len(batches)} batches, about {3 * seconds:.0f} s (three passes of the base) and the solves; "
+        f"reconstruct: {len(batches)} batches, about {3 * seconds:.0f} s (three passes of the base), solves and local "
+        f"training apart; "
         f"{format_bytes(8 * tokens * widths)} for the streams"
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.projections import is_conv1d
+from ..models.projections import matrix
 from ..support.errors import FFMergeError
 from .axes import ATTENTION, FFN, MODEL, QUERY_KEY, Axis, ModelAxes, resized
 from .importance import Importance
@@ -288,8 +288,7 @@ def _query_key_scores(model: nn.Module, layout: ModelAxes, path: str) -> Tensor:
     norms = []
     for part, name in enumerate((attention.query, attention.key)):
         module = model.get_submodule(name)
-        weight = module.weight.T if is_conv1d(module) else module.weight
-        norm = weight.detach().double().norm(dim=1).cpu()
+        norm = matrix(module).double().norm(dim=1).cpu()
         if attention.query == attention.key:  # fused
             axis = next(a for a in layout.axes[f"{name}.weight"] if a is not None and a.role == ATTENTION)
             norm = axis.split(norm, attention.head_dim)[part]

@@ -18,6 +18,7 @@ from ..calibration.walk import stream_of, watching
 from ..models.projections import is_conv1d
 from ..models.sublayers import get
 from ..support.errors import FFMergeError
+from ..support.tensors import same_values
 from .axes import MODEL, Axis, ModelAxes
 
 
@@ -161,12 +162,12 @@ def readings(events: Sequence[Event], linears: Linears, foreign: Sequence[Tensor
     """The matrices that read a stream, those with the same input together."""
     groups: list[list[Event]] = []
     for event in (e for e in events if e.path in linears.axes and linears.reads(e.path)):
-        group = next((g for g in groups if _same(g[0].x, event.x)), None)
+        group = next((g for g in groups if same_values(g[0].x, event.x)), None)
         groups.append([event]) if group is None else group.append(event)
     found = []
     for group in groups:
-        norm = next((e.path for e in events if e.path not in linears.axes and _same(e.y, group[0].x)), None)
-        alien = any(_same(t, group[0].x) for t in foreign)
+        norm = next((e.path for e in events if e.path not in linears.axes and same_values(e.y, group[0].x)), None)
+        alien = any(same_values(t, group[0].x) for t in foreign)
         found.append(Reading(tuple(e.path for e in group), None if alien else norm, alien))
     return found
 
@@ -196,10 +197,6 @@ def _norms_of_sums(x: Tensor, events: Sequence[Event], writers: Sequence[Event])
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
     return y.reshape(x.shape)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.numel() == b.numel() > 0 and a.data_ptr() == b.data_ptr())
 
 
 def close(a: Tensor, b: Tensor, scale: Tensor) -> bool:

@@ -48,6 +48,11 @@ def is_usable(score: float, what: str) -> bool:
     return math.isfinite(score)
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one memory, from its start, and are of one size: views of what a module gave."""
+    return a is b or (a.numel() == b.numel() > 0 and a.data_ptr() == b.data_ptr())
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether its values lie where `data_ptr` says; not those of quantised and sharded tensors, which wrap others."""
     if type(tensor) in (Tensor, nn.Parameter) or not tensor.numel() or tensor.is_meta:

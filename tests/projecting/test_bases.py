@@ -169,3 +169,14 @@ def test_bad_input(options, message):
     with pytest.raises(ff.FFMergeError, match=message) as error:
         ff.project(tiny_model("llama", layers=1), **options)
     assert "\n" not in str(error.value)
+
+
+def test_directions_are_turned_towards_what_the_small_class_makes():
+    """Marian's positions are constants of the smaller size: Q brings the base's near to them."""
+    model, proj = projector("marian", init="svd")
+    _, layout, selection, basis = proj._origin("")
+    plain = stream_basis(model, layout, selection.d_model)
+    theirs, own = (m.model.encoder.embed_positions.weight.double() for m in (model, proj.student))
+    torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64))
+    torch.testing.assert_close(basis.T @ basis, plain.T @ plain)  # the same directions
+    assert (theirs @ basis.T - own).norm() < 0.8 * (theirs @ plain.T - own).norm()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
+from ffmerge_fast.models.projections import matrix
 from ffmerge_fast.models.streamed import HANDLE
 from ffmerge_fast.projecting import fits, reconstruction
 from ffmerge_fast.projecting.axes import ModelAxes
-from ffmerge_fast.projecting.fits import matrix
 from ffmerge_fast.projecting.reconstruct import Reconstruction
 from ffmerge_fast.projecting.selection import Sizes, select
 from ffmerge_fast.projecting.settings import Reconstructing
@@ -436,6 +436,14 @@ def test_few_tokens_are_warned_of_and_carried_by_the_ridge():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made(model=model)[1].reconstruct_([tiny_inputs(model, batch=60)])
+
+
+def test_a_folder_for_streams_that_cannot_be_used(tmp_path):
+    model, proj = made()
+    start = weights(proj.student)
+    with pytest.raises(ff.FFMergeError, match="spool_dir: .*none cannot be written .*; give a folder with room"):
+        proj.reconstruct_(data(model), spool_dir=tmp_path / "none")
+    assert equal(weights(proj.student), start)
 
 
 def test_the_base_must_still_be_there():

@@ -68,9 +68,9 @@ def local_distill_(
     inputs; then both are trained along with W. They are parameters of the model, saved with it, and `expand_` folds
     them into full weights. Of rank min(d_model, d_ff) they give the original layers back.
 
-    Memory: 2 · max_tokens · d_model numbers of the model's dtype per merged layer. In a `torch.distributed` job each
-    rank gives its own batches and its share of `max_tokens` and `batch_tokens`; gradients and errors are summed over
-    the ranks, all get the same weights, and an error on one makes all raise.
+    Memory: 2 · max_tokens · d_model numbers of the model's dtype per merged layer, and the batches that are used. In a
+    `torch.distributed` job each rank gives its own batches and its share of `max_tokens` and `batch_tokens`; gradients
+    and errors are summed over the ranks, all get the same weights, and an error on one makes all raise.
 
     Args:
         model: the merged model, plain or after `refit_`. All other weights, the tie, modes and dtypes stay.
@@ -249,7 +249,7 @@ class _Training:
                 now[1] = args[0]
 
         def replace(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-            if not now:  # a layer of another group that shares the module: there is none
+            if not now:  # called outside of the group's blocks
                 return None
             number, x = now
             now.clear()

@@ -12,6 +12,7 @@ from ...calibration.blocks import is_pre_norm
 from ...calibration.passes import Passes
 from ...models.sublayers import FFNSublayer, join
 from ...support.errors import FFMergeError
+from ...support.tensors import same_values
 
 
 def own_norms(model: nn.Module, ffns: Sequence[FFNSublayer], batch: Any) -> dict[str, str]:
@@ -25,7 +26,7 @@ def own_norms(model: nn.Module, ffns: Sequence[FFNSublayer], batch: Any) -> dict
         for path, module in (leaf for ffn in ffns for leaf in _leaves(model, ffn)):
             passes.on_input(path, partial(inputs.__setitem__, path))
             if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters()):
-                passes.on_output(path, partial(_keep, outputs, path))
+                passes.on_output(path, partial(outputs.__setitem__, path))
         passes.take(batch, 0)
     found = {ffn.key: _only_reader(model, ffn, inputs, outputs) for ffn in ffns}
     return {f.key: found[f.key] for f in ffns if found[f.key] is not None and _outside_of_stream(model, f, batch)}
@@ -38,10 +39,6 @@ def _leaves(model: nn.Module, ffn: FFNSublayer) -> Iterator[tuple[str, nn.Module
             yield join(ffn.path, name), module
 
 
-def _keep(outputs: dict[str, Tensor], path: str, y: Tensor) -> None:
-    outputs[path] = y
-
-
 def _only_reader(
     model: nn.Module, ffn: FFNSublayer, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
 ) -> str | None:
@@ -50,8 +47,8 @@ def _only_reader(
     if x is None:  # it did not run
         return None
     paths = [path for path, _ in _leaves(model, ffn)]
-    norm = next((path for path in paths if path in outputs and _same(outputs[path], x)), None)
-    readers = {path for path in paths if isinstance(inputs.get(path), Tensor) and _same(inputs[path], x)}
+    norm = next((path for path in paths if path in outputs and same_values(outputs[path], x)), None)
+    readers = {path for path in paths if isinstance(inputs.get(path), Tensor) and same_values(inputs[path], x)}
     return norm if readers <= {ffn.up_path, ffn.gate_path} else None
 
 
@@ -60,7 +57,3 @@ def _outside_of_stream(model: nn.Module, ffn: FFNSublayer, batch: Any) -> bool:
         return is_pre_norm(model, ffn, batch)
     except FFMergeError:  # of neither kind: the stream may be anywhere
         return False
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel() > 0)
