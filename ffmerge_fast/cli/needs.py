@@ -28,6 +28,10 @@ def _recovers(args: argparse.Namespace) -> bool:
     return args.command == "merge" and args.recover != "none"
 
 
+def _reconstructs(args: argparse.Namespace) -> bool:
+    return not (args.no_reconstruct or args.no_residual)
+
+
 _FALLING = ("linear", "cosine")
 NEEDS = (
     Need("verify env demo", "device dtype", lambda a: False, "a command that runs a model"),
@@ -55,7 +59,12 @@ NEEDS = (
     Need("finetune", "alpha", lambda a: a.teacher, "--teacher"),
     Need("project", "alpha", lambda a: a.teacher or a.distill, "--teacher or --distill"),
     Need("project", "teacher", lambda a: not a.distill, "no --distill, which takes the base model as the teacher"),
-    Need("project", "method calibration", lambda a: not a.importance, "no --importance"),
+    Need("project", "ridge local_steps local_lr", _reconstructs, "no --no-reconstruct and no --no-residual"),
+    Need("project", "no_reconstruct", lambda a: not a.no_residual, "no --no-residual, which says so too"),
+    Need("project", "clone", lambda a: a.distill, "--distill"),
+    Need("project", "clone_weight", lambda a: a.clone, "--clone"),
+    Need("project", "method", lambda a: not a.importance, "no --importance"),
+    Need("project", "calibration", lambda a: not a.importance or _reconstructs(a), "importances to measure"),
     Need("finetune project", "lr_end decay_steps", lambda a: a.schedule in _FALLING, "a linear or cosine --schedule"),
 )  # fmt: skip
 ONLY_OF = {"stride": "lm", "prefix": "translation", "num_beams": "translation"}  # kinds of task, known with the model
