@@ -210,7 +210,7 @@ SECTIONS = (
         "Quality of projected models",
         "nice -n 5 python -m benchmarks.studies.projection_quality ../shared",
         "The same sizes, batches and steps for all, each variant at the learning rate that is best for it on "
-        "validation data. The full-size models: GPT-2 3.710, ViT 1.313, Marian 1.977.",
+        "validation data.",
         (
             "projection_quality_gpt2-pystdlib.csv",
             "projection_quality_vit-cifar10.csv",
@@ -218,6 +218,14 @@ SECTIONS = (
         ),
         at_best_rate,
         machine=_HERE,
+    ),
+    Section(
+        "Reconstruction of a large student",
+        "python -m benchmarks.studies.reconstruction",
+        "Half of a random Llama, batches of 512 tokens. `forward`: one pass of the teacher over the tokens; `passes`: the "
+        "walk without its solves in such passes (limit 3); `peak`: above both models, beside its bound.",
+        ("reconstruction_amd-epyc.csv",),
+        columns("case", "forward_s", "walk_s", "solves_s", "passes", "peak_mib", "bound_mib"),
     ),
     Section(
         "Pipeline",
