@@ -222,8 +222,8 @@ SECTIONS = (
     Section(
         "Reconstruction of a large student",
         "python -m benchmarks.studies.reconstruction",
-        "Half of a random Llama, batches of 512 tokens. `forward`: one pass of the teacher over the tokens; `passes`: the "
-        "walk without its solves in such passes (limit 3); `peak`: above both models, beside its bound.",
+        "Half of a random Llama, batches of 512 tokens. `forward`: one pass of the teacher over the tokens; `passes`: "
+        "the walk without its solves in such passes (limit 3); `peak`: above both models, beside its bound.",
         ("reconstruction_amd-epyc.csv",),
         columns("case", "forward_s", "walk_s", "solves_s", "passes", "peak_mib", "bound_mib"),
     ),
