@@ -131,7 +131,7 @@ class Fits:
         """What the student keeps of the rows of a teacher's matrix or bias."""
         axis = self._linears.axes[path][0]
         x = x.double() if axis is not None and axis.role == MODEL else x
-        return kept_features(axis, self._selection, self._basis, x.T).T
+        return kept_features(axis, self._selection, self._basis, x.movedim(0, -1)).movedim(-1, 0)
 
 
 def kept_features(axis: Axis | None, selection: Selection, basis: Tensor, y: Tensor) -> Tensor:
