@@ -6,7 +6,7 @@ A folder is an ordinary Hugging Face folder plus `ffmerge.json` (version, groups
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +162,15 @@ def _load_plain(model: nn.Module, folder: Path) -> nn.Module:
     members = [[ffns[key] for key in group if key in ffns] for group in keys]
     aliases = tuple(f"{path}." for group in members for ffn in group[1:] for path in ffn.shared)
     wanted = {name: tensor for name, tensor in _unique_state(model).items() if not name.startswith(aliases)}
-    undelta = {name: tensor for name, tensor in tensors.items() if not name.rpartition(".")[2].startswith("delta_")}
-    if any(key not in ffns for group in keys for key in group) or _shapes(undelta) != _shapes(wanted):
+    own = ("delta_", "private_")
+    common = {name: tensor for name, tensor in tensors.items() if not name.rpartition(".")[2].startswith(own)}
+    if any(key not in ffns for group in keys for key in group) or _shapes(common) != _shapes(wanted):
         raise FFMergeError(f"{folder / WEIGHTS} does not fit this {type(model).__name__}: names or shapes differ")
     for group, ffns_of_group in zip(groups, members, strict=True):
-        _share_plain_(model, ffns_of_group, group.get("delta_rank", 0))
+        _share_plain_(model, ffns_of_group, group)
     state = _unique_state(model)
     if _shapes(state) != _shapes(tensors):
-        raise FFMergeError(f"{folder / WEIGHTS} does not hold the deltas that {MANIFEST} names; save the model again")
+        raise FFMergeError(f"{folder / WEIGHTS} does not hold the deltas or neurons that {MANIFEST} names; save the model again")
     if wrong := [n for n, t in state.items() if t.is_floating_point() != tensors[n].is_floating_point()]:
         raise FFMergeError(
             f"{folder / WEIGHTS}: {wrong[0]} is {tensors[wrong[0]].dtype}, wanted {state[wrong[0]].dtype}"
@@ -180,15 +181,20 @@ def _load_plain(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _share_plain_(model: nn.Module, ffns: Sequence[FFNSublayer], rank: int) -> None:
-    """Make the layers share the first one's FFN, or with deltas its weights."""
+def _share_plain_(model: nn.Module, ffns: Sequence[FFNSublayer], group: Mapping[str, Any]) -> None:
+    """Make the layers share the first one's FFN, or its weights beside deltas or neurons of their own."""
     first, *others = ffns
-    if rank:
+    if "delta_rank" in group or "private_neurons" in group:
         require("transformers", extra="hf")
         from ..remote_code import modeling_ffmerge
 
         for name in first.projections:
-            modeling_ffmerge.add_deltas_(model, [ffn.projections[name] for ffn in ffns], rank)
+            paths = [ffn.projections[name] for ffn in ffns]
+            if "delta_rank" in group:
+                modeling_ffmerge.add_deltas_(model, paths, group["delta_rank"])
+            else:
+                halves = 2 if first.fused and name == "up" else 1
+                modeling_ffmerge.add_private_(model, paths, group["private_neurons"], halves, name == "down")
         return
     for ffn in others:
         for path, kept in zip(ffn.shared, first.shared, strict=True):

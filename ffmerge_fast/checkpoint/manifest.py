@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.forward import evaluating, run, to_device
-from ..models.projections import delta_rank
+from ..models.projections import own_capacity
 from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
 from ..support.errors import FFMergeError
@@ -48,8 +48,8 @@ def describe(model: nn.Module, folder: Path) -> dict[str, Any]:
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     """The layers that share an FFN, as the manifest lists them."""
-    deltas = {"delta_rank": rank} if (rank := delta_rank(model)) else {}
-    return [{"stack": stack, "layers": list(layers), **deltas} for stack, layers in shared_groups(model)]
+    own = own_capacity(model)
+    return [{"stack": stack, "layers": list(layers), **own} for stack, layers in shared_groups(model)]
 
 
 def hashes_of_shared(model: nn.Module) -> dict[str, str]:
@@ -89,7 +89,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         read = {
             "groups": [
                 {"stack": g["stack"], "layers": [int(i) for i in g["layers"]]}
-                | ({"delta_rank": int(g["delta_rank"])} if "delta_rank" in g else {})
+                | {name: int(g[name]) for name in ("delta_rank", "private_neurons") if name in g}
                 for g in manifest["groups"]
             ],
             "files": {name: str(digest) for name, digest in manifest["files"].items()},

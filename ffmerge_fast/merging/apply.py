@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models.projections import delta_parameters, delta_rank, deltas_of, is_conv1d, out_dim
+from ..models.projections import describe_own, out_dim, own_capacity, own_parameters_of
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns, set_module
 from ..models.summary import ModelSummary
 from ..models.ties import config_section, groups_among
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from ..support.tensors import not_inference
+from .plain import make_plain_, widths_of_plain
 from .plan import MergeGroup, MergePlan
 
 
@@ -66,18 +67,20 @@ def expand_(model: nn.Module) -> nn.Module:
     """Undo the tie in place: every layer gets its own copy of its FFN, for tools that cannot share.
 
     The model computes the same and has its original size and stock class again. Low-rank deltas become part of the
-    weights, rounded once.
+    weights, rounded once. Neurons that layers have of their own become neurons as the others: all layers of their
+    stack get wider by as many, those that were not merged by neurons of zeros, and the config says so.
     """
     ffns = find_ffns(model)
     groups = [ffns.of(stack, layers) for stack, layers in groups_among(ffns, model)]
+    widths = widths_of_plain(model, groups)
     if getattr(getattr(model, "config", None), "ffmerge", None):
         from ..remote_code import modeling_ffmerge
 
         modeling_ffmerge.release_(model)
-    if delta_rank(model):
-        paths = [path for members in groups for ffn in members for path in ffn.projections.values()]
-        for path, folded in [(path, _folded(model.get_submodule(path))) for path in paths]:
-            set_module(model, path, folded)
+    if own_capacity(model):
+        make_plain_(model, ffns, groups)
+        for field, width in widths.items():
+            setattr(model.config, field, width)
         return model
     for path in (path for members in groups for ffn in members[1:] for path in ffn.shared):
         set_module(model, path, copy.deepcopy(model.get_submodule(path)))
@@ -91,14 +94,14 @@ def print_parameters(model: nn.Module) -> None:
     ffns = find_ffns(model)
     groups = groups_among(ffns, model)
     removed = [ffn for stack, layers in groups for ffn in ffns.of(stack, layers[1:])]
-    deltas = deltas_of(model)
-    extra, extra_bytes = sum(p.numel() for p in deltas), sum(p.nbytes for p in deltas)
+    own = own_parameters_of(model)
+    extra, extra_bytes = sum(p.numel() for p in own), sum(p.nbytes for p in own)
     full = stored - extra + sum(f.parameters for f in removed)
     text = ", ".join(f"{stack} {'+'.join(map(str, layers))}" for stack, layers in groups) or "none"
     print(
         f"parameters {stored:,} of {full:,} ({stored / full - 1:+.1%}), {format_bytes(nbytes)} of "
         f"{format_bytes(nbytes - extra_bytes + sum(f.nbytes for f in removed))}; shared FFNs: {text}"
-        + (f", with deltas of rank {delta_rank(model)}: {extra:,}" if deltas else "")
+        + (f", with {describe_own(own_capacity(model))}: {extra:,}" if own else "")
     )
 
 
@@ -217,26 +220,6 @@ def _share(model: nn.Module, members: Sequence[FFNSublayer], modules: Sequence[n
     for ffn in members:
         for path, module in zip(ffn.shared, modules, strict=True):
             set_module(model, path, module)
-
-
-@torch.no_grad()
-def _folded(projection: nn.Module) -> nn.Module:
-    """An nn.Linear or Conv1D with W + A B and b + c."""
-    a, b, c = delta_parameters(projection).values()
-    wide = torch.promote_types(a.dtype, torch.float32)
-    change = (a.to(wide) @ b.to(wide)).T if is_conv1d(projection) else a.to(wide) @ b.to(wide)
-    values = {"weight": projection.weight + change, "bias": None if c is None else projection.bias + c.to(wide)}
-    with torch.device("meta"):
-        if is_conv1d(projection):
-            from transformers.pytorch_utils import Conv1D
-
-            folded = Conv1D(*reversed(change.shape))
-        else:
-            folded = nn.Linear(*reversed(change.shape), bias=c is not None)
-    for name, value in values.items():
-        if value is not None:
-            setattr(folded, name, nn.Parameter(value.to(a.dtype), requires_grad=a.requires_grad))
-    return folded.train(projection.training)
 
 
 def _record(model: nn.Module, ffns: FFNs, groups: Sequence[MergeGroup]) -> None:

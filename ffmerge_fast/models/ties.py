@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from torch import nn
@@ -15,7 +15,7 @@ CONFIG_VERSION = 1
 
 
 def shared_groups(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Which layers hold one FFN (the same modules, deltas aside): [("decoder", (4, 5, 6, 7)), ...]."""
+    """Which layers hold one FFN (the same modules, what each has of its own aside): [("decoder", (4, 5, 6, 7)), ...]."""
     return groups_among(find_ffns(model), model)
 
 
@@ -33,18 +33,20 @@ def is_merged(model: nn.Module) -> bool:
     return bool(shared_groups(model))
 
 
-def config_section(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int = 0) -> dict:
+def config_section(
+    model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], own: Mapping[str, int] | None = None
+) -> dict:
     """What config.json says of the groups, and of the layout of a family that is not in the table.
 
     Args:
-        rank: of the layers' deltas.
+        own: what layers have beside the shared FFN, as `own_capacity` gives it.
     """
     layout = [asdict(spec) for spec in registered_specs(base_model_type(model))]
-    section = {"version": CONFIG_VERSION, "groups": _config_groups(model, groups, rank)}
+    section = {"version": CONFIG_VERSION, "groups": _config_groups(model, groups, own or {})}
     return section | ({"layout": layout} if layout else {})
 
 
-def _config_groups(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int) -> list[dict]:
+def _config_groups(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], own: Mapping[str, int]) -> list[dict]:
     """Layers, and module paths relative to the base model."""
     base = base_model_path(model)
     prefix = f"{base}." if base else ""
@@ -57,6 +59,9 @@ def _config_groups(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], ra
     for members in groups:
         first = members[0]
         entry = {"layers": [f.index for f in members], "modules": patterns(first, first.shared)}
-        deltas = {"delta_rank": rank, "projections": patterns(first, first.projections.values())} if rank else {}
-        entries.append(entry | deltas)
+        if own:
+            entry |= {**own, "projections": patterns(first, first.projections.values())}
+        if "private_neurons" in own:
+            entry["fused"] = first.fused
+        entries.append(entry)
     return entries

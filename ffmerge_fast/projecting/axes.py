@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.projections import delta_rank, is_conv1d, out_features
+from ..models.config_widths import d_ff_field
+from ..models.projections import describe_own, is_conv1d, out_features, own_capacity
 from ..models.sublayers import FFNs, base_model_type, find_ffns, get, join
 from ..support.errors import FFMergeError
 
@@ -142,8 +143,8 @@ def _check_kind(model: nn.Module) -> None:
         raise FFMergeError(
             f"project: {type(model).__name__} is not a transformers model; a smaller one is built from its config"
         )
-    if rank := delta_rank(model):
-        raise FFMergeError(f"project: layers of this model have deltas of rank {rank}; call expand_ first")
+    if own := own_capacity(model):
+        raise FFMergeError(f"project: layers of this model have {describe_own(own)}; call expand_ first")
 
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -165,11 +166,7 @@ def resized(model: nn.Module, d_model: int, d_ff: Mapping[str, int], heads: int 
         if getattr(config, name, None) == old:
             setattr(config, name, d_model)
     for stack, width in d_ff.items():
-        names = (f"{stack}_ffn_dim", "ffn_dim", "n_inner", "intermediate_size", "d_ff")
-        name = next((n for n in names if hasattr(config, n)), None)
-        if name is None:
-            raise FFMergeError(f"project: the config of {base_model_type(model)!r} has none of {', '.join(names)}")
-        setattr(config, name, width)
+        setattr(config, d_ff_field(config, stack), width)
     if heads is not None:
         names = [n for n in ("encoder_attention_heads", "decoder_attention_heads") if hasattr(config, n)]
         for name in names or ["num_attention_heads"]:

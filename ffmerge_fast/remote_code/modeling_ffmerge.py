@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 
+import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -70,17 +71,84 @@ def _delta(module):
     return module.delta_a, module.delta_b, module.delta_bias
 
 
-def share_(model, groups):
-    """Make all layers of each group hold the modules of its first layer; or its weights, and a delta each.
+class PrivateLinear(nn.Module):
+    """The first of some layers' projections that have W and b in common, beside neurons that each layer has alone.
 
-    `groups` is a list of {"layers": [1, 2, 4], "modules": ["h.{i}.mlp"]}, paths relative to the base model; with
-    deltas it has "delta_rank": 8 and "projections": ["h.{i}.mlp.c_fc", "h.{i}.mlp.c_proj"] as well.
+    A projection into the neurons gives the layer's own after the shared ones (in each of its `halves`, where it holds
+    gate and up); the one `out` of them takes them there. W and b have the names that they had in `linear`.
+    """
+
+    def __init__(self, linear, neurons, halves, out):
+        super().__init__()
+        self.transposed, self.training = type(linear).__name__ == "Conv1D", linear.training
+        self.halves, self.out = halves, out
+        self.register_parameter("weight", linear.weight)
+        self.register_parameter("bias", linear.bias)
+        _register_private(self, neurons)
+
+    def forward(self, x, own=None):
+        weight = self.weight.T if self.transposed else self.weight
+        own_weight, own_bias = own or _private(self)
+        if self.out:
+            bias = self.bias if own_bias is None else self.bias + own_bias
+            shared, private = x.split([weight.shape[1], own_weight.shape[1]], -1)
+            return F.linear(shared, weight, bias) + F.linear(private, own_weight)
+        parts = zip(
+            F.linear(x, weight, self.bias).chunk(self.halves, -1),
+            F.linear(x, own_weight, own_bias).chunk(self.halves, -1),
+        )
+        return torch.cat([part for pair in parts for part in pair], -1)
+
+
+class TiedPrivateLinear(nn.Module):
+    """The same projection in another layer: W and b are those of `shared`, a PrivateLinear; its neurons its own."""
+
+    def __init__(self, shared, neurons):
+        super().__init__()
+        self.shared, self.transposed, self.training = shared, shared.transposed, shared.training
+        self.halves, self.out = shared.halves, shared.out
+        _register_private(self, neurons)
+
+    weight = property(lambda self: self.shared.weight)
+    bias = property(lambda self: self.shared.bias)
+
+    def forward(self, x):
+        return self.shared(x, _private(self))
+
+
+def _register_private(module, neurons):
+    """The layer's own rows of W, [halves * neurons, in], and of b; or columns of W, [out, neurons], and c [out]: zeros.
+
+    They lie as those of nn.Linear.
+    """
+    weight, bias = module.weight.T if module.transposed else module.weight, module.bias
+    shape = (weight.shape[0], neurons) if module.out else (module.halves * neurons, weight.shape[1])
+    own_bias = None if bias is None else bias.new_zeros(shape[0])
+    for name, value in {"weight": weight.new_zeros(shape), "bias": own_bias}.items():
+        parameter = None if value is None else nn.Parameter(value, requires_grad=weight.requires_grad)
+        module.register_parameter(f"private_{name}", parameter)
+
+
+def _private(module):
+    return module.private_weight, module.private_bias
+
+
+def share_(model, groups):
+    """Make all layers of each group hold the modules of its first layer; or its weights, and something of their own.
+
+    `groups` is a list of {"layers": [1, 2, 4], "modules": ["h.{i}.mlp"]}, paths relative to the base model. Layers with
+    low-rank deltas have "delta_rank": 8 and "projections": ["h.{i}.mlp.c_fc", "h.{i}.mlp.c_proj"], W_down last, as
+    well; with neurons of their own "private_neurons": 40, the projections, and "fused": whether one holds gate and up.
     """
     base = _base_model(model)
     for group in _present(base, groups):
-        for paths in _paths(group):
+        for number, paths in enumerate(_paths(group), start=1):
             if "delta_rank" in group:
                 add_deltas_(base, paths, group["delta_rank"])
+                continue
+            if "private_neurons" in group:
+                out = number == len(group["projections"])
+                add_private_(base, paths, group["private_neurons"], 2 if group["fused"] and not out else 1, out)
                 continue
             shared = base.get_submodule(paths[0])
             for path in paths[1:]:
@@ -97,7 +165,7 @@ def _present(base, groups):
 
 def _paths(group):
     """The paths of each shared module of a group, one per layer."""
-    patterns = group["projections" if "delta_rank" in group else "modules"]
+    patterns = group["projections" if _own_parts(group) else "modules"]
     for pattern in patterns:
         if not _PATTERN.fullmatch(pattern):
             raise ValueError(f"config.ffmerge: got the path {pattern!r}, wanted one like 'h.{{i}}.mlp'")
@@ -110,6 +178,19 @@ def add_deltas_(base, paths, rank):
     _set(base, paths[0], shared)
     for path in paths[1:]:
         _set(base, path, TiedDeltaLinear(shared, rank))
+
+
+def add_private_(base, paths, neurons, halves, out):
+    """Give the projections at these paths the weights of the first one, and neurons of their own, of zeros."""
+    shared = PrivateLinear(base.get_submodule(paths[0]), neurons, halves, out)
+    _set(base, paths[0], shared)
+    for path in paths[1:]:
+        _set(base, path, TiedPrivateLinear(shared, neurons))
+
+
+def _own_parts(group):
+    """Whether the layers of a group share weights only, and have modules of their own."""
+    return "delta_rank" in group or "private_neurons" in group
 
 
 def _set(base, path, module):
@@ -193,7 +274,7 @@ def _alias_names(model, groups):
     prefix = "" if base is model else model.base_model_prefix + "."
     names = set()
     for group in _present(base, groups):
-        inside = "shared." if "delta_rank" in group else ""
+        inside = "shared." if _own_parts(group) else ""
         for first, *others in _paths(group):
             parameters = [n for n, _ in base.get_submodule(first).named_parameters()]
             names |= {f"{prefix}{path}.{inside}{n}" for path in others for n in parameters}

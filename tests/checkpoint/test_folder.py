@@ -253,7 +253,7 @@ def test_deltas_in_a_plain_module(tmp_path):
     manifest["groups"][0]["delta_rank"] = 2
     del manifest["checksum"]
     (tmp_path / "folder" / "ffmerge.json").write_text(json.dumps(manifest))
-    with pytest.raises(ff.FFMergeError, match="does not hold the deltas that ffmerge.json names"):
+    with pytest.raises(ff.FFMergeError, match="does not hold the deltas or neurons that ffmerge.json names"):
         ff.from_pretrained(tmp_path / "folder", model=tiny_model("sequential", seed=1))
 
 

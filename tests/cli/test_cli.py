@@ -237,7 +237,7 @@ def test_merge_with_deltas(capsys, folder, text, tmp_path):
     assert type(ff.from_pretrained(tmp_path / "full")).__name__ == "GPT2LMHeadModel"
     for wrong, message in (
         (("--delta-rank", 2), "--delta-rank: does nothing here, it needs --recover distill"),
-        ((*distill, "--delta-rank", 17), "delta_rank: got 17, wanted 0 (no deltas) to 16"),
+        ((*distill, "--delta-rank", 17), "delta_rank: got 17, wanted 0 (none) to 16"),
     ):
         assert message in refuse(capsys, "merge", folder, tmp_path / "none", *options, *wrong)
     assert not (tmp_path / "none").exists()

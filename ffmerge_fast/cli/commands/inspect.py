@@ -13,7 +13,7 @@ _COLUMNS = ("stack", "index", "path", "d_model", "d_ff", "activation", "gated", 
 
 
 def run(args, inputs) -> Result:
-    from ...models.projections import delta_rank, deltas_of
+    from ...models.projections import describe_own, own_capacity, own_parameters_of
     from ...models.ties import shared_groups
 
     summary, model = inputs.summary()
@@ -22,9 +22,9 @@ def run(args, inputs) -> Result:
         f.parameters for f in summary.ffns for g in groups if f.stack == g["stack"] and f.index in g["layers"][1:]
     )
     shared = "; ".join(f"{g['stack']} {g['layers']}" for g in groups) or "none"
-    if rank := delta_rank(model):
-        extra = sum(p.numel() for p in deltas_of(model))
-        of_ffns, shared = of_ffns + extra, f"{shared}, with deltas of rank {rank}: {extra:,} parameters"
+    if own := own_capacity(model):
+        extra = sum(p.numel() for p in own_parameters_of(model))
+        of_ffns, shared = of_ffns + extra, f"{shared}, with {describe_own(own)}: {extra:,} parameters"
     text = (
         f"{format_table(_COLUMNS, [[getattr(f, c) for c in _COLUMNS] for f in summary.ffns])}\n"
         f"{summary.model_type}: {summary.parameters:,} parameters ({format_bytes(summary.nbytes)}), "

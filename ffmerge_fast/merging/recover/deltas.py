@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.projections import delta_parameters, is_conv1d
-from ...models.sublayers import FFNSublayer, set_module
-from ...models.ties import config_section
+from ...models.sublayers import FFNSublayer
 from ...ops import assign
 from ...ops.shared_ffn.weights import FFNWeights, activate
 from ...support.distributed import broadcast_, sum_over_ranks
-from ...support.env import require
-from ...support.errors import FFMergeError
 
 
 class Delta(NamedTuple):
@@ -147,65 +142,3 @@ def unfused(deltas: Deltas) -> Deltas:
     gate_c, up_c = (None, None) if c is None else c.chunk(2)
     gate_a, up_a = a.chunk(2)
     return {**deltas, "gate": Delta(gate_a, b, gate_c), "up": Delta(up_a, b, up_c)}
-
-
-# --------------------------------------------------------------------------------------------------------- the model
-
-
-def check_rank(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], rank: int) -> None:
-    """Raise FFMergeError unless the groups' projections can get deltas of this rank."""
-    for first in (members[0] for members in groups):
-        if rank and isinstance(model.get_submodule(first.path), nn.TransformerEncoderLayer):
-            raise FFMergeError(
-                f"delta_rank: {first.path} is a torch.nn.TransformerEncoderLayer, whose fast path reads the weights of "
-                "its projections and would leave their deltas out; use delta_rank=0"
-            )
-        most = min(first.d_model, first.d_ff)
-        if not isinstance(rank, int) or not 0 <= rank <= most:
-            raise FFMergeError(f"delta_rank: got {rank}, wanted 0 (no deltas) to {most}, the width of {first.key}")
-        for path in first.projections.values() if rank else ():
-            module = model.get_submodule(path)
-            plain = type(module) is nn.Linear or is_conv1d(module)
-            if not plain or type(module.weight) not in (nn.Parameter, Tensor):
-                raise FFMergeError(
-                    f"delta_rank: {path} is a {type(module).__name__} of {type(module.weight).__name__}, wanted a "
-                    "plain nn.Linear or Conv1D: recover before quantising or wrapping the model"
-                )
-    if rank:
-        require("transformers", extra="hf")
-
-
-@torch.no_grad()
-def attach_(model: nn.Module, groups: Sequence[Sequence[FFNSublayer]], deltas: Mapping[str, Deltas]) -> None:
-    """Give every layer of the merged groups a delta in each projection; they go on sharing the weights.
-
-    Args:
-        deltas: {FFN key: Deltas}.
-    """
-    from ...remote_code import modeling_ffmerge
-
-    rank = next(iter(deltas.values()))["down"].a.shape[1]
-    adopted = bool(getattr(getattr(model, "config", None), "ffmerge", None))
-    section = config_section(model, groups, rank) if adopted else {}
-    if adopted:
-        modeling_ffmerge.release_(model)
-    for members in groups:
-        _separate_(model, members)
-        for name in members[0].projections if not adopted else ():
-            modeling_ffmerge.add_deltas_(model, [f.projections[name] for f in members], rank)
-    if adopted:
-        modeling_ffmerge.adopt_(model, section)
-    for member in (f for members in groups for f in members):
-        for name, path in member.projections.items():
-            new = delta_parameters(model.get_submodule(path)).values()
-            for parameter, value in zip(new, deltas[member.key][name], strict=True):
-                if parameter is not None:
-                    parameter.copy_(value)
-
-
-def _separate_(model: nn.Module, members: Sequence[FFNSublayer]) -> None:
-    """Give each layer its own FFN module around the projections that they share."""
-    projections = [model.get_submodule(path) for path in members[0].projections.values()]
-    for path in (path for f in members[1:] for path in f.shared):
-        module = model.get_submodule(path)
-        set_module(model, path, copy.deepcopy(module, {id(p): p for p in projections}))

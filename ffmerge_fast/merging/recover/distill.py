@@ -23,7 +23,8 @@ from ...support.progress import progress
 from ...support.tensors import not_inference
 from ..groups import format_indices
 from ..settings import JUDGES
-from .deltas import Delta, Deltas, attach_, check_rank, compute, nearest_deltas, same_on_all_ranks, unfused
+from .attach import attach_, check_own
+from .deltas import Delta, Deltas, compute, nearest_deltas, same_on_all_ranks, unfused
 from .own_norms import own_norms
 from .recording import LayerData, groups_to_recover, record, stream_weights
 from .reports import DistillGroup, DistillReport
@@ -94,7 +95,7 @@ def local_distill_(
     with on_all_ranks("distill"):
         _check_arguments(steps, lr, batch_tokens, max_tokens, judge)
         groups = groups_to_recover(model, teacher, "distill")
-        check_rank(model, groups, delta_rank)
+        check_own(model, groups, "delta_rank", delta_rank, "d_model, d_ff")
         replay, ffns = Replay(batches, hold_out=judge != "error"), [f for g in groups for f in g]
         first = next(iter(replay), None)
         found = own_norms(teacher, ffns, first) if norms and first is not None else {}
@@ -114,7 +115,8 @@ def local_distill_(
     for training in trainings:
         training.write_()
     if delta_rank:
-        attach_(model, groups, {key: deltas for training in trainings for key, deltas in training.deltas().items()})
+        deltas = {key: deltas for training in trainings for key, deltas in training.deltas().items()}
+        attach_(model, groups, {"delta_rank": delta_rank}, deltas)
     return DistillReport([training.report() for training in trainings])
 
 

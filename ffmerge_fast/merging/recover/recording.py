@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...calibration.blocks import BlockPasses, Flow
 from ...models.ffn_weights import check_activation
-from ...models.projections import delta_rank
+from ...models.projections import describe_own, own_capacity
 from ...models.sublayers import FFNSublayer, find_ffns
 from ...models.ties import is_merged, shared_groups
 from ...support.errors import FFMergeError
@@ -109,9 +109,9 @@ def groups_to_recover(model: nn.Module, teacher: nn.Module, name: str) -> list[l
     found = shared_groups(model)
     if not found:
         raise FFMergeError(f"{name}: this model has no merged FFNs; merge first, then {name}")
-    if rank := delta_rank(model):
+    if own := own_capacity(model):
         raise FFMergeError(
-            f"{name}: this model's layers have deltas of rank {rank} already; start from the merged model without them"
+            f"{name}: this model's layers have {describe_own(own)} already; start from the merged model without them"
         )
     if is_merged(teacher):
         raise FFMergeError(

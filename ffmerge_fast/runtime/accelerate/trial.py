@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ...models.projections import delta_parameters, in_features
+from ...models.projections import in_features, own_parameters
 from ...models.sublayers import FFNSublayer
 from ...ops.common.activations import FORWARD
 from ...support.tensors import has_memory
@@ -40,8 +40,8 @@ def form_of(module: nn.Module, ffn: FFNSublayer, recompute: str) -> OpForm | str
         return f"activation {ffn.activation!r}"
     for path in filter(None, (up, gate, down)):
         part = at(module, path)
-        if delta_parameters(part):
-            return "its layer has low-rank deltas"
+        if own_parameters(part):
+            return "its layer has low-rank deltas or neurons of its own"
         if type(part) is not nn.Linear and type(part).__name__ not in _LINEAR:
             return f"a projection is a {type(part).__name__}"
         if part.weight.is_meta:

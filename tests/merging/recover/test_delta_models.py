@@ -109,9 +109,9 @@ def test_parameters_are_printed(capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(delta_rank=-1), r"delta_rank: got -1, wanted 0 \(no deltas\) to 16"),
-        (dict(delta_rank=2.5), r"delta_rank: got 2.5, wanted 0 \(no deltas\) to 16"),
-        (dict(delta_rank=17), r"delta_rank: got 17, wanted 0 \(no deltas\) to 16, the width of decoder.0"),
+        (dict(delta_rank=-1), r"delta_rank: got -1, wanted 0 \(none\) to 16"),
+        (dict(delta_rank=2.5), r"delta_rank: got 2.5, wanted 0 \(none\) to 16"),
+        (dict(delta_rank=17), r"delta_rank: got 17, wanted 0 \(none\) to 16, the width of decoder.0"),
         (dict(model=tiny_model("gpt2")), "distill: this model has no merged FFNs"),
         (dict(model=with_deltas("gpt2")[0]), "distill: this model's layers have deltas of rank 3 already"),
         (dict(model=with_deltas("gpt2")[0], delta_rank=0), "distill: this model's layers have deltas of rank 3 alr"),
