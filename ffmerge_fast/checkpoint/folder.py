@@ -170,7 +170,9 @@ def _load_plain(model: nn.Module, folder: Path) -> nn.Module:
         _share_plain_(model, ffns_of_group, group)
     state = _unique_state(model)
     if _shapes(state) != _shapes(tensors):
-        raise FFMergeError(f"{folder / WEIGHTS} does not hold the deltas or neurons that {MANIFEST} names; save the model again")
+        raise FFMergeError(
+            f"{folder / WEIGHTS} does not hold the deltas or neurons that {MANIFEST} names; save the model again"
+        )
     if wrong := [n for n, t in state.items() if t.is_floating_point() != tensors[n].is_floating_point()]:
         raise FFMergeError(
             f"{folder / WEIGHTS}: {wrong[0]} is {tensors[wrong[0]].dtype}, wanted {state[wrong[0]].dtype}"

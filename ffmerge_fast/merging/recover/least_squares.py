@@ -43,6 +43,16 @@ class LeastSquares:
         """W_down as [d_ff, d_model], a view."""
         return self.weights.down.detach().T
 
+    @property
+    def neurons(self) -> int:
+        """How many each layer has of its own."""
+        return 0
+
+    @property
+    def own_parameters(self) -> int:
+        """Numbers in them."""
+        return 0
+
     def hidden(self, x: Tensor) -> Tensor:
         """What the shared FFN hands to W_down for its input x."""
         return self.weights.hidden(x.to(self.weights.up), self.first.activation)
@@ -58,9 +68,14 @@ class LeastSquares:
         compute = "fp64" if down.dtype == torch.float64 else "auto"
         self.state = CorrelationState(widths, pairs, down.device, compute)
 
-    def add(self, ffn: FFNSublayer, h: Tensor, y: Tensor, mask: Tensor) -> None:
-        """Add one layer's tokens: h [.., d_ff], y [.., d_model]."""
-        scale, state = self.scales[ffn.index], self.state
+    def add(self, ffn: FFNSublayer, x: Tensor, y: Tensor, mask: Tensor, h: Tensor | None = None) -> None:
+        """Add one layer's tokens.
+
+        Args:
+            x: [.., d_model], what goes into the FFN; y: [.., d_model], what should come out.
+            h: [.., d_ff], `hidden(x)` where it is known.
+        """
+        scale, state, h = self.scales[ffn.index], self.state, self.hidden(x) if h is None else h
         state.push("h", at_least_float32(h).to(state.device) * scale, mask)
         state.push("y", at_least_float32(y).to(state.device) * scale, mask)
         if "1" in state.widths:
@@ -69,6 +84,9 @@ class LeastSquares:
             state.end_batch()
         except FFMergeError as error:
             raise FFMergeError(f"refit: layer {ffn.key}: {error}") from error
+
+    def all_reduce_(self) -> None:
+        self.state.all_reduce_()
 
     def solve(self, ridge: float) -> Solution:
         """The step from the present W_down and b_down to the minimum, in float64."""
@@ -91,7 +109,8 @@ class LeastSquares:
         if intercept is not None:
             before += intercept.square().sum() * ones[0]
             intercept -= h_mean @ step
-        return Solution(step, intercept, *((x / total).item() for x in (before, after)))
+        steps = [(self.weight, step), *([] if intercept is None else [(self.weights.down_bias, intercept)])]
+        return Solution(steps, *((x / total).item() for x in (before, after)))
 
     def _moment(self, a: str, b: str) -> Tensor:
         """Mean of the products of two columns over the pooled rows, float64 [d_a, d_b]."""
@@ -107,10 +126,7 @@ class LeastSquares:
         Raises:
             FFMergeError: a value is beyond the parameter's dtype.
         """
-        steps = [(self.weight, solution.step)]
-        if solution.intercept is not None:
-            steps.append((self.weights.down_bias, solution.intercept))
-        found = [(tensor, (tensor.double() + size * step).to(tensor.dtype)) for tensor, step in steps]
+        found = [(tensor, (tensor.double() + size * step).to(tensor.dtype)) for tensor, step in solution.steps]
         for tensor, value in found:
             if not value.isfinite().all():
                 raise FFMergeError(
@@ -122,7 +138,8 @@ class LeastSquares:
 
 @dataclass(frozen=True)
 class Solution:
-    step: Tensor  # [d_ff, d_model]
-    intercept: Tensor | None  # [d_model]
+    """(tensor of the model, or a view of it: float64 step to its best values), ...; and the shares missed."""
+
+    steps: list[tuple[Tensor, Tensor]]
     before: float
     after: float

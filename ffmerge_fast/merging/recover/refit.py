@@ -16,7 +16,9 @@ from ...support.distributed import on_all_ranks, share_of_rank, world_size
 from ...support.errors import FFMergeError
 from ...support.tensors import not_inference
 from ..settings import INPUTS, WEIGHTS
+from .attach import check_own
 from .least_squares import LeastSquares, Solution
+from .private import PrivateLeastSquares, attach_private_
 from .recording import groups_to_recover, stream_weights
 from .reports import RefitGroup, RefitReport
 from .rounds import Best, Replay
@@ -35,6 +37,7 @@ def refit_(
     rounds: int = 0,
     max_tokens: int = 10_000,
     weights: str = "stream",
+    private: int = 0,
     evaluate: Callable[[nn.Module], float] | None = None,
     higher_is_better: bool = False,
 ) -> RefitReport:
@@ -62,6 +65,9 @@ def refit_(
         weights: w_i, from the first 1,024 tokens: "stream", 1 / the variance of the stream after block i, which an
             error of y_i is added to; "output", 1 / var(y_i); "equal". The first was never far behind the best of the
             three; the second fails where a layer writes much more than the others, as first layers do.
+        private: k: every layer also gets k neurons of its own beside the shared ones, those of its original ones that
+            help it best, and a b_down of its own where there is one; see `PrivateLeastSquares`. They are parameters of
+            the model, saved with it, and `expand_` turns them into neurons as the others.
         evaluate: maps the model to a score on held-out data; the model gets the best weights of: as merged, first
             fit, each round. By default with `rounds`: the loss on every tenth batch, which is left out of the fits.
             That is a small sample: on 200 images, rounds whose losses differ by less than about 0.05 are chosen by
@@ -76,14 +82,22 @@ def refit_(
     """
     with on_all_ranks("refit"):
         _check_arguments(ridge, inputs, rounds, max_tokens, weights)
-        groups = [LeastSquares(model, ffns) for ffns in groups_to_recover(model, teacher, "refit")]
+        members = groups_to_recover(model, teacher, "refit")
+        check_own(model, members, "private", private, "d_ff")
+        groups = [
+            PrivateLeastSquares(model, teacher, ffns, private) if private else LeastSquares(model, ffns)
+            for ffns in members
+        ]
     data = Replay(batches, hold_out=bool(rounds) and evaluate is None)
     if data.hold_out:
         evaluate, higher_is_better = data.loss, False
     fit = _Fit(groups, model, teacher, data, share_of_rank(max_tokens))
-    best = Best(model, groups, evaluate, higher_is_better)
     fit.set_weights(weights)
     first = solutions = fit.solve(inputs == "merged", ridge)
+    if private:
+        fit.check(solutions)
+        attach_private_(model, groups)
+    best = Best(model, groups, evaluate, higher_is_better)
     best.note()
     try:
         fit.move_(solutions, 1.0)
@@ -94,7 +108,10 @@ def refit_(
             best.note()
     finally:
         best.restore()
-    missed = [RefitGroup(g.first.stack, g.layers, s.before, s.after) for g, s in zip(groups, first, strict=True)]
+    missed = [
+        RefitGroup(g.first.stack, g.layers, s.before, s.after, g.neurons, g.own_parameters)
+        for g, s in zip(groups, first, strict=True)
+    ]
     return RefitReport(missed, best.scores, best.index)
 
 
@@ -138,8 +155,13 @@ class _Fit:
             self._see_merged() if merged else self._see_original()
         if world_size() > 1:
             for group in self.groups:
-                group.state.all_reduce_()
+                group.all_reduce_()
         return [group.solve(ridge) for group in self.groups]
+
+    def check(self, solutions: Sequence[Solution]) -> None:
+        """Raise FFMergeError if the weights cannot hold the solutions."""
+        for group, solution in zip(self.groups, solutions, strict=True):
+            group.moved(solution, 1.0)
 
     @torch.no_grad()
     def move_(self, solutions: Sequence[Solution], size: float) -> None:
@@ -151,7 +173,7 @@ class _Fit:
     def _see_original(self) -> None:
         def receive(ffn: FFNSublayer, flow: Flow, mask: Tensor) -> None:
             group = self._group[ffn.key]
-            group.add(ffn, group.hidden(flow.x), flow.y, mask)
+            group.add(ffn, flow.x, flow.y, mask)
 
         with BlockPasses(self.teacher, self._ffns, self.max_tokens, receive) as passes:
             for _ in passes.over(self.batches, "refit"):
@@ -168,7 +190,7 @@ class _Fit:
 
         def receive(ffn: FFNSublayer, flow: Flow, mask: Tensor) -> None:
             stream = flow.stream(self._pre_norm[ffn.stack])
-            self._group[ffn.key].add(ffn, flow.h, goals.pop(ffn.key).to(stream.device) - stream, mask)
+            self._group[ffn.key].add(ffn, flow.x, goals.pop(ffn.key).to(stream.device) - stream, mask, flow.h)
 
         original = BlockPasses(self.teacher, self._ffns, self.max_tokens, keep)
         own = BlockPasses(self.model, self._ffns, self.max_tokens, receive)

@@ -28,7 +28,12 @@ class RefitGroup(RecoveredGroup):
         stack, layers: of the group.
         before, after: share of the FFN outputs' (weighted) variance on the calibration tokens that the shared FFN
             misses, before and after the fit; without b_down, of their second moment.
+        private_neurons: of each layer, beside the shared ones; 0 without.
+        private_parameters: how many parameters they added.
     """
+
+    private_neurons: int = 0
+    private_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,10 @@ class RefitReport(RecoveryReport):
     best: int = 0
 
     def __str__(self) -> str:
-        text = self._table("refit", {})
+        columns = {}
+        if any(g.private_neurons for g in self.groups):
+            columns = {"private neurons": "private_neurons", "private parameters": "private_parameters"}
+        text = self._table("refit", columns)
         if not self.scores:
             return text
         names = ["merged", "refit", *(f"round {i}" for i in range(1, len(self.scores) - 1))]
