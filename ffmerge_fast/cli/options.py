@@ -157,6 +157,8 @@ def recover_options(parser) -> None:
         "--recover-lr", type=number(float, more_than=0, at_most=1000), default=1e-3, help="of distill (default 1e-3)"
     )
     help_deltas = "distill gives each layer low-rank deltas W + A B of rank R (default 0: none), saved with the model"
+    help_private = "refit gives each layer K neurons of its own beside the shared ones (default 0: none), saved with it"
+    group.add_argument("--private", type=number(int, at_least=0), default=0, metavar="K", help=help_private)
     group.add_argument("--delta-rank", type=number(int, at_least=0), default=0, metavar="R", help=help_deltas)
 
 

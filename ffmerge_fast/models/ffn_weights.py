@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ops.common.activations import FORWARD
 from ..ops.shared_ffn.weights import FFNWeights
 from ..support.errors import FFMergeError
-from .projections import is_conv1d
+from .projections import is_conv1d, private_parameters
 from .sublayers import FFNSublayer
 
 
@@ -22,6 +22,20 @@ def ffn_weights(model: nn.Module, ffn: FFNSublayer, replaced: Mapping[int, Tenso
     gate = model.get_submodule(ffn.gate_path) if ffn.gate_path else None
     up, down = (model.get_submodule(path) for path in (ffn.up_path, ffn.down_path))
     return weights_of(up, gate, down, ffn.fused, replaced)
+
+
+def private_weights(model: nn.Module, ffn: FFNSublayer, replaced: Mapping[int, Tensor] | None = None) -> FFNWeights:
+    """An FFN of the neurons that a layer has beside the shared ones, with its own b_down."""
+
+    def own(path: str | None) -> tuple[Tensor | None, Tensor | None]:
+        found = private_parameters(model.get_submodule(path)).values() if path else (None, None)
+        return tuple(p if p is None else (replaced or {}).get(id(p), p) for p in found)
+
+    (up, up_bias), (gate, gate_bias), (down, down_bias) = map(own, (ffn.up_path, ffn.gate_path, ffn.down_path))
+    if ffn.fused:
+        gate, up = up.chunk(2)
+        gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+    return FFNWeights(up, gate, down, up_bias, gate_bias, down_bias)
 
 
 def weights_of(

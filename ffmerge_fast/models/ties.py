@@ -15,7 +15,7 @@ CONFIG_VERSION = 1
 
 
 def shared_groups(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Which layers hold one FFN (the same modules, what each has of its own aside): [("decoder", (4, 5, 6, 7)), ...]."""
+    """Which layers hold one FFN, what each has beside it aside: [("decoder", (4, 5, 6, 7)), ...]."""
     return groups_among(find_ffns(model), model)
 
 

@@ -93,11 +93,12 @@ class PrivateLinear(nn.Module):
             bias = self.bias if own_bias is None else self.bias + own_bias
             shared, private = x.split([weight.shape[1], own_weight.shape[1]], -1)
             return F.linear(shared, weight, bias) + F.linear(private, own_weight)
-        parts = zip(
-            F.linear(x, weight, self.bias).chunk(self.halves, -1),
-            F.linear(x, own_weight, own_bias).chunk(self.halves, -1),
-        )
-        return torch.cat([part for pair in parts for part in pair], -1)
+        shared, private = F.linear(x, weight, self.bias), F.linear(x, own_weight, own_bias)
+        if self.halves == 1:
+            return torch.cat([shared, private], -1)
+        gate, up = shared.chunk(2, -1)
+        own_gate, own_up = private.chunk(2, -1)
+        return torch.cat([gate, own_gate, up, own_up], -1)
 
 
 class TiedPrivateLinear(nn.Module):

@@ -243,6 +243,24 @@ def test_merge_with_deltas(capsys, folder, text, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_merge_with_neurons(capsys, folder, text, tmp_path):
+    options = ("--layers", "1-3", "--method", "average", *_data(text), "--tokens", 800, "--batch-size", 4)
+    both = ("--recover", "refit+distill", "--recover-steps", 5, "--private", 3)
+    values = run(capsys, "merge", folder, tmp_path / "own", *options, *both)
+    (group,) = values["refit"]["groups"]
+    assert group["private_neurons"] == 3 and group["private_parameters"] > 0 and "distill" in values
+    assert run(capsys, "verify", tmp_path / "own")["groups"][0]["private_neurons"] == 3
+    assert run(capsys, "inspect", tmp_path / "own")["shared_groups"] == [{"stack": "decoder", "layers": [1, 2, 3]}]
+    run(capsys, "export", tmp_path / "own", tmp_path / "full", "--expand")
+    assert type(ff.from_pretrained(tmp_path / "full")).__name__ == "GPT2LMHeadModel"
+    for wrong, message in (
+        (("--private", 2), "--private: does nothing here, it needs --recover refit"),
+        ((*both, "--delta-rank", 2), "--delta-rank: does nothing here, it needs no --private"),
+    ):
+        assert message in refuse(capsys, "merge", folder, tmp_path / "none", *options, *wrong)
+    assert not (tmp_path / "none").exists()
+
+
 def test_finetune_keeps_the_tie(capsys, folder, text, tmp_path):
     run(capsys, "merge", folder, tmp_path / "merged", "--layers", "1-3", "--method", "average")
     options = ("--steps", 6, "--lr", 1e-2, "--batch-size", 4, "--eval-every", 3, "--save-every", 3, "--eval-limit", 8)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ffmerge_fast as ff
+from ffmerge_fast.models.projections import own_parameters
 from tests.helpers.tiny_models import FAMILIES, logits, tiny_inputs, tiny_model
 
 transformers = pytest.importorskip("transformers")
@@ -28,16 +29,21 @@ AUTO = {
 
 
 DELTAS = {f"{name} with deltas": name for name in ("gpt2", "llama", "phi3", "vit", "marian", "t5-gated")}
-FOLDERS = dict.fromkeys(FAMILIES) | DELTAS  # name of the folder: family, if not that
+NEURONS = {f"{name} with neurons": name for name in ("gpt2", "phi3", "marian")}
+FOLDERS = dict.fromkeys(FAMILIES) | DELTAS | NEURONS  # name of the folder: family, if not that
 
 
 def merged_model(name: str, layers: str = "1-3") -> torch.nn.Module:
-    if name not in DELTAS:
+    if name in FAMILIES:
         model = tiny_model(name)
         return ff.merge_(model, ff.plan(layers=layers, method="random", model=model))
-    teacher = tiny_model(DELTAS[name])
+    teacher = tiny_model(FOLDERS[name])
     model = ff.merge(teacher, ff.plan(layers=layers, method="average", model=teacher))
-    ff.local_distill_(model, teacher, [tiny_inputs(teacher, batch=8)], steps=2, delta_rank=3)
+    batches = [tiny_inputs(teacher, batch=8)]
+    if name in DELTAS:
+        ff.local_distill_(model, teacher, batches, steps=2, delta_rank=3)
+    else:
+        ff.refit_(model, teacher, batches, private=3)
     return model
 
 
@@ -47,9 +53,9 @@ def tied_modules(model) -> list[list[str]]:
     tied = []
     for stack, layers in ff.shared_groups(model):
         first, *others = (ffns[stack, i] for i in layers)
-        deltas = hasattr(model.get_submodule(first.down_path), "delta_a")
-        for i, path in enumerate(first.projections.values() if deltas else first.shared):
-            same = [f"{[*f.projections.values()][i]}.shared" if deltas else f.shared[i] for f in others]
+        own = bool(own_parameters(model.get_submodule(first.down_path)))
+        for i, path in enumerate(first.projections.values() if own else first.shared):
+            same = [f"{[*f.projections.values()][i]}.shared" if own else f.shared[i] for f in others]
             tied.append([path, *same])
     return tied
 

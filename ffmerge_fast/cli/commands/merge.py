@@ -51,7 +51,12 @@ def run(args, inputs) -> Result:
 
 def _recovery_options(args) -> dict[str, dict]:
     return {
-        "refit": {"ridge": args.ridge, "rounds": args.recover_rounds, "max_tokens": args.tokens},
+        "refit": {
+            "ridge": args.ridge,
+            "rounds": args.recover_rounds,
+            "max_tokens": args.tokens,
+            "private": args.private,
+        },
         "distill": {
             "steps": args.recover_steps,
             "lr": args.recover_lr,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.blocks import at_least_float32
-from ...models.ffn_weights import ffn_parameters, ffn_weights
+from ...models.ffn_weights import ffn_parameters, ffn_weights, private_weights
 from ...models.forward import evaluating
+from ...models.projections import own_parameters, private_parameters
 from ...models.sublayers import FFNSublayer
 from ...ops.shared_ffn.op import apply_ffn
 from ...ops.shared_ffn.weights import FFNWeights
@@ -63,6 +64,8 @@ def local_distill_(
     batch, which is put aside, where these have labels (the local error goes on falling when the model's loss rises);
     else by the local error on the last tenth of the tokens.
 
+    Neurons that layers have of their own (`refit_(private=...)`) are trained along.
+
     With `delta_rank` r every layer also gets low-rank deltas of its own, in each projection W_i = W + A_i B_i (A_i of r
     columns, B_i of r rows; never multiplied out) and b_i = b + c_i where there is a bias. At first A_i B_i is the
     residual W_i − W of the original weights, cut to rank r by an SVD weighted by the second moments of the projection's
@@ -88,13 +91,14 @@ def local_distill_(
             parameters of its own, and biases of its own.
 
     Raises:
-        FFMergeError: bad arguments; nothing is merged, or it has deltas already; deltas for quantised or wrapped
+        FFMergeError: bad arguments; nothing is merged, or it has deltas already, or neurons of its layers' own and is
+            to get deltas; deltas for quantised or wrapped
             projections; the teacher is merged or of another layout; too little data; features or errors that are not
             finite (names the group). The model is unchanged then.
     """
     with on_all_ranks("distill"):
         _check_arguments(steps, lr, batch_tokens, max_tokens, judge)
-        groups = groups_to_recover(model, teacher, "distill")
+        groups = groups_to_recover(model, teacher, "distill", () if delta_rank else ("private_neurons",))
         check_own(model, groups, "delta_rank", delta_rank, "d_model, d_ff")
         replay, ffns = Replay(batches, hold_out=judge != "error"), [f for g in groups for f in g]
         first = next(iter(replay), None)
@@ -151,7 +155,14 @@ class _Training:
         self._model, self._ffns, self._layers = model, ffns, [data[f.key] for f in ffns]
         self._norms = [model.get_submodule(norms[f.key]) if f.key in norms else None for f in ffns]
         of_norms = [p for norm in self._norms if norm is not None for p in norm.parameters()]
-        self._parameters = ffn_parameters(model, ffns[0]) + of_norms
+        self._with_neurons = ffns if private_parameters(model.get_submodule(ffns[0].down_path)) else []
+        of_neurons = [
+            p
+            for f in self._with_neurons
+            for path in f.projections.values()
+            for p in own_parameters(model.get_submodule(path))
+        ]
+        self._parameters = ffn_parameters(model, ffns[0]) + of_norms + of_neurons
         self._copies = [at_least_float32(p.detach()).clone().requires_grad_() for p in self._parameters]
         self._replaced = {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=True)}
         self._split(batch_tokens, seed)
@@ -296,7 +307,7 @@ class _Training:
     def _error(self, tokens: Tensor | slice) -> Tensor:
         """Σ w ‖FFN(x) − y‖² over the layers and these tokens."""
         like = self._copies[0]
-        inputs = [self._input(i, layer.x[tokens]) for i, layer in enumerate(self._layers)]
+        inputs = {i: self._input(i, layer.x[tokens]) for i, layer in enumerate(self._layers)}
         outputs = self._outputs(inputs)
         errors = [
             w * (output - layer.y[tokens].to(like)).square().sum()
@@ -314,19 +325,24 @@ class _Training:
 
     def _output(self, number: int, x: Tensor) -> Tensor:
         """What one layer gives for what goes into its norm, if that is trained, or into its FFN."""
-        weights, activation = self._weights(), self._ffns[0].activation
-        x = self._input(number, x)
-        if not self._deltas:
-            return apply_ffn([x], weights, activation, recompute="none")[0]
-        deltas = self._deltas[number]
-        return compute(x, weights, unfused(deltas) if self._ffns[0].fused else deltas, activation)
+        return self._outputs({number: self._input(number, x)})[0]
 
-    def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
+    def _outputs(self, inputs: Mapping[int, Tensor]) -> list[Tensor]:
+        """What layers' FFNs give for their inputs."""
         weights, activation = self._weights(), self._ffns[0].activation
-        if not self._deltas:
-            return apply_ffn(inputs, weights, activation, recompute="none")  # there is no other layer's memory to save
-        deltas = map(unfused, self._deltas) if self._ffns[0].fused else self._deltas
-        return [compute(x, weights, mine, activation) for x, mine in zip(inputs, deltas, strict=True)]
+        if self._deltas:
+            deltas = {i: unfused(self._deltas[i]) if self._ffns[0].fused else self._deltas[i] for i in inputs}
+            return [compute(x, weights, deltas[i], activation) for i, x in inputs.items()]
+        # there is no other layer's memory to save
+        outputs = apply_ffn(list(inputs.values()), weights, activation, recompute="none")
+        if not self._with_neurons:
+            return outputs
+        own = [apply_ffn([x], self._neurons(i), activation, recompute="none")[0] for i, x in inputs.items()]
+        return [shared + mine for shared, mine in zip(outputs, own, strict=True)]
+
+    def _neurons(self, number: int) -> FFNWeights:
+        """A layer's own neurons as an FFN, and its own b_down, as they are trained."""
+        return private_weights(self._model, self._ffns[number], self._replaced)
 
     def _weights(self) -> FFNWeights:
         """The shared FFN's, as they are trained."""

@@ -55,9 +55,11 @@ class _Layer:
 class PrivateLeastSquares(LeastSquares):
     """The shared FFN of some layers and neurons of their own beside it, and the moments that their fit needs.
 
-    min  Σ_i w_i (‖h_i W + p_i D_i + b + c_i − y_i‖² + λ_i ‖D_i‖²) + λ ‖W − W_merged‖²,  p_i = some of layer i's original
-    neurons. Those are chosen once, by elimination of the others from a regression of what the best W alone misses;
-    W and all D_i are solved for together. Memory per layer: (2 d_ff)² sums until then, (d_ff + k)² afterwards.
+        min  Σ_i w_i (‖h_i W + p_i D_i + b + c_i − y_i‖² + λ_i ‖D_i‖²)  +  λ ‖W − W_merged‖²
+
+    p_i are some of layer i's original neurons. They are chosen once, by elimination of the others from a regression of
+    what the best W alone misses; then W and all D_i are solved for together. Memory per layer: (2 d_ff)² sums until
+    they are chosen, (d_ff + k)² afterwards.
 
     Args:
         teacher: has the original neurons.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -99,17 +99,24 @@ def stream_weights(variances: Tensor) -> Tensor:
     return w / w.mean()
 
 
-def groups_to_recover(model: nn.Module, teacher: nn.Module, name: str) -> list[list[FFNSublayer]]:
+def groups_to_recover(
+    model: nn.Module, teacher: nn.Module, name: str, may_have: Collection[str] = ()
+) -> list[list[FFNSublayer]]:
     """The layers of each merged group of `model`, which `teacher`, the original, must fit.
 
+    Args:
+        may_have: what layers may have beside the shared FFN already, by its name in `own_capacity`.
+
     Raises:
-        FFMergeError: nothing is merged; the teacher is merged or of another layout; an activation is not known.
+        FFMergeError: nothing is merged; its layers have something else of their own; the teacher is merged or of
+            another layout; an activation is not known.
     """
     ffns, originals = find_ffns(model), find_ffns(teacher)
     found = shared_groups(model)
     if not found:
         raise FFMergeError(f"{name}: this model has no merged FFNs; merge first, then {name}")
-    if own := own_capacity(model):
+    own = own_capacity(model)
+    if not own.keys() <= set(may_have):
         raise FFMergeError(
             f"{name}: this model's layers have {describe_own(own)} already; start from the merged model without them"
         )
