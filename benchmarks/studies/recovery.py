@@ -8,9 +8,10 @@ one, for as many CPU seconds (one thread) as refit and distill take together. Tu
 others on the calibration examples among it. Scores are of test data; `recovered` is the share of the test loss lost by
 merging that came back.
 
-With --ranks, distill also runs with low-rank deltas, for half the steps (and about the time); and on models with fewer
-FFNs merged, a smaller window or more groups, on which as many parameters can be spent. `ffns` is what is left of the
-FFNs of `layers`, in FFNs' parameters, deltas included; `recovered` is of what merging all of `layers` into one costs.
+With --ranks, distill also runs with low-rank deltas, for half the steps (and about the time); with --neurons, each
+layer gets neurons of its own in the refit, alone and then distilled for half the steps; and what else the parameters
+could buy, fewer FFNs merged, a smaller window or more groups. `ffns` is what is left of the FFNs of `layers`, in FFNs'
+parameters, deltas and neurons included; `recovered` is of what merging all of `layers` into one costs.
 """
 
 from __future__ import annotations
@@ -46,14 +47,21 @@ class Run:
     """One model's rows.
 
     Args:
-        ranks: of deltas to try.
+        ranks, neurons: of deltas, and of each layer's own, to try.
         limit: calibration and test examples, instead of the case's.
     """
 
     def __init__(
-        self, name: str, shared: Path, tokens: int, steps: int, ranks: Sequence[int] = (), limit: int | None = None
+        self,
+        name: str,
+        shared: Path,
+        tokens: int,
+        steps: int,
+        ranks: Sequence[int] = (),
+        limit: int | None = None,
+        neurons: Sequence[int] = (),
     ):
-        self.ranks = ranks
+        self.ranks, self.neurons = ranks, neurons
         self.name, self.case, self.tokens, self.steps = name, CASES[name], tokens, steps
         self.model = ff.from_pretrained(str(shared / "models" / name))
         self.task = self.case.build(shared, self.model)
@@ -74,12 +82,27 @@ class Run:
             made = copy.deepcopy(start)
             took = before + _cpu_seconds(lambda made=made: self.distill(made, self.steps))
             yield self.row(layers, recovery, made, took, self.steps)
+            if recovery == "distill" and self.neurons:
+                yield from self.with_neurons(layers, merged)
             if recovery == "distill" and self.ranks:
                 yield from self.at_more_parameters(layers, merged)
         for recovery, start, before in (("tune", merged, 0.0), ("refit + tune", refitted, seconds)):
             made, steps = copy.deepcopy(start), self.tuning_steps(start, took - before)
             spent = before + _cpu_seconds(lambda made=made, steps=steps: self.tune(made, steps))
             yield self.row(layers, recovery, made, spent, steps)
+
+    def with_neurons(self, layers: str, merged: nn.Module) -> Iterator[dict]:
+        """Neurons of each layer's own, fitted, and then trained for half the steps."""
+        for neurons in self.neurons:
+            made = copy.deepcopy(merged)
+            took = _cpu_seconds(
+                lambda made=made, k=neurons: ff.refit_(
+                    made, self.model, self.batches, max_tokens=self.tokens, private=k
+                )
+            )
+            yield self.row(layers, f"refit, {neurons} neurons", made, took)
+            took += _cpu_seconds(lambda made=made: self.distill(made, self.steps // 2))
+            yield self.row(layers, f"refit + distill, {neurons} neurons", made, took, self.steps // 2)
 
     def at_more_parameters(self, layers: str, merged: nn.Module) -> Iterator[dict]:
         """Deltas, with half the steps, so that they take no longer; and what else the parameters could buy."""
@@ -136,12 +159,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_480, help="calibration tokens")
     parser.add_argument("--steps", type=int, default=400, help="of distill")
     parser.add_argument("--ranks", type=int, nargs="*", default=(8, 16, 32), help="of deltas; none: without")
+    parser.add_argument("--neurons", type=int, nargs="*", default=(8, 40, 80), help="of each layer; none: without")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for recovery_<model>.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.models:
-        run = Run(name, args.shared, args.tokens, args.steps, args.ranks)
+        run = Run(name, args.shared, args.tokens, args.steps, args.ranks, neurons=args.neurons)
         with (args.out / f"recovery_{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
