@@ -1,7 +1,7 @@
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: install test lint bench gpu clean
+.PHONY: install test lint bench sanitize gpu clean
 
 install:  ## editable, with the test extra; builds the C++ extension in place
 	python3 -m venv $(VENV)
@@ -16,6 +16,17 @@ lint:
 
 bench:  ## small sizes, one thread, table and CSV
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.run --size small
+
+SANITIZED = build/sanitized
+SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+
+sanitize:  ## op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer (GCC or Clang, Linux)
+	$(PY) -m pip install -q -c constraints.txt pybind11 setuptools
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r csrc ffmerge_fast tests setup.py pyproject.toml README.md $(SANITIZED) && rm -f $(SANITIZED)/ffmerge_fast/*.so
+	cd $(SANITIZED) && CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+		$(abspath $(PY)) -m pytest -n 1 tests/ops -m "not gpu" -k "not triton and not interpreter"
 
 gpu:  ## CUDA tests and benchmarks; says why not where there is no GPU
 	@if reason=$$($(PY) -m benchmarks.harness.measure --why-no-gpu); then \

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -32,12 +33,26 @@ ffmerge::Isa usable_isa(const std::string& name) {
   throw std::invalid_argument("isa: got " + name + ", which this process cannot use");
 }
 
+// A number that Python gives for an enum whose last value is `last`.
+template <class Enum>
+Enum checked(int value, Enum last, const char* name) {
+  if (value < 0 || value > static_cast<int>(last))
+    throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value));
+  return static_cast<Enum>(value);
+}
+
+ffmerge::Dtype dtype_of(int value) { return checked(value, ffmerge::Dtype::float16, "dtype"); }
+ffmerge::Activation activation_of(int value) {
+  return checked(value, ffmerge::Activation::quick_gelu, "activation");
+}
+
 // Addresses come as integers: tensor.data_ptr().
 template <class T>
 void assignment(uintptr_t scores, int64_t batch, int64_t d, int64_t batch_stride, int64_t row_stride, bool transposed,
                 bool minimize, const std::string& isa_name, int threads, uintptr_t permutation, uintptr_t objective,
                 uintptr_t gap) {
   const ffmerge::Isa isa = usable_isa(isa_name);
+  if (d < 0 || d > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("d: got " + std::to_string(d));
   const ffmerge::AssignmentShape shape{batch, static_cast<int>(d), batch_stride, row_stride, transposed};
   py::gil_scoped_release release;
   ffmerge::assignment_solve(reinterpret_cast<const T*>(scores), shape, minimize, isa, threads,
@@ -52,9 +67,9 @@ T* pointer(uintptr_t address) {
 
 ffmerge::Features features(uintptr_t x, int dtype, int64_t tokens, int64_t width, int64_t stride, int activation,
                            uintptr_t pivot, uintptr_t sum, uintptr_t sumsq) {
-  return {pointer<const void>(x),      static_cast<ffmerge::Dtype>(dtype),           tokens,
-          width,                       stride,                                       static_cast<ffmerge::Activation>(activation),
-          pointer<const float>(pivot), pointer<double>(sum),                         pointer<double>(sumsq)};
+  return {pointer<const void>(x),      dtype_of(dtype),      tokens,
+          width,                       stride,               activation_of(activation),
+          pointer<const float>(pivot), pointer<double>(sum), pointer<double>(sumsq)};
 }
 
 // (width, left, right, split)
@@ -75,7 +90,11 @@ void multiply_tiles(const std::vector<std::tuple<Form, int64_t, std::vector<uint
     tiled.push_back({tile_form(form), tokens, chunks.back().data()});
   }
   std::vector<ffmerge::TileProduct> sums;
-  for (const auto& [accumulator, a, b] : products) sums.push_back({pointer<float>(accumulator), a, b});
+  for (const auto& [accumulator, a, b] : products) {
+    const int count = static_cast<int>(tiled.size());
+    if (a < 0 || a >= count || b < 0 || b >= count) throw std::invalid_argument("products: a layer that is not given");
+    sums.push_back({pointer<float>(accumulator), a, b});
+  }
   ffmerge::correlation_multiply_tiles(tiled, sums, emulated, threads);
 }
 
@@ -147,10 +166,11 @@ PYBIND11_MODULE(_C, m) {
   const auto strides = [](const Pair& pair) { return ffmerge::Strides{std::get<0>(pair), std::get<1>(pair)}; };
   m.def(
       "projection_select_f32",
-      [=](const Pair& shape, uintptr_t x, const Pair& x_strides, uintptr_t rows, uintptr_t columns, uintptr_t residual,
+      [=](const Pair& shape, const Pair& x_shape, uintptr_t x, const Pair& x_strides, uintptr_t rows, uintptr_t columns, uintptr_t residual,
           const Pair& residual_strides, uintptr_t out, int64_t out_stride, int threads) {
         ffmerge::projection_select_f32(
-            {std::get<0>(shape), std::get<1>(shape), pointer<const float>(x), strides(x_strides),
+            {std::get<0>(shape), std::get<1>(shape), std::get<0>(x_shape), std::get<1>(x_shape),
+             pointer<const float>(x), strides(x_strides),
              pointer<const int64_t>(rows), pointer<const int64_t>(columns), pointer<const float>(residual),
              strides(residual_strides), pointer<float>(out), out_stride},
             threads);
@@ -158,10 +178,11 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "projection_scatter_f32",
-      [=](const Pair& shape, uintptr_t y, const Pair& y_strides, uintptr_t rows, uintptr_t columns, uintptr_t out,
-          int64_t out_stride, int threads) {
+      [=](const Pair& shape, const Pair& out_shape, uintptr_t y, const Pair& y_strides, uintptr_t rows,
+          uintptr_t columns, uintptr_t out, int64_t out_stride, int threads) {
         ffmerge::projection_scatter_f32(
-            {std::get<0>(shape), std::get<1>(shape), pointer<const float>(y), strides(y_strides),
+            {std::get<0>(shape), std::get<1>(shape), std::get<0>(out_shape), std::get<1>(out_shape),
+             pointer<const float>(y), strides(y_strides),
              pointer<const int64_t>(rows), pointer<const int64_t>(columns), pointer<float>(out), out_stride},
             threads);
       },
@@ -170,17 +191,20 @@ PYBIND11_MODULE(_C, m) {
       "shared_ffn_decode",
       [](const Weight& up, const Weight& gate, const Weight& down, int dtype, int activation, uintptr_t x,
          int64_t tokens, int64_t x_stride, uintptr_t y, const std::string& isa, int tiles, int threads) {
-        const ffmerge::FFN ffn{ffn_weight(up), ffn_weight(gate), ffn_weight(down), static_cast<ffmerge::Dtype>(dtype),
-                               static_cast<ffmerge::Activation>(activation)};
+        const ffmerge::FFN ffn{ffn_weight(up), ffn_weight(gate), ffn_weight(down), dtype_of(dtype),
+                               activation_of(activation)};
+        for (const ffmerge::FFNWeight& weight : {ffn.up, ffn.down}) {
+          if (weight.outputs < 1 || weight.inputs < 1) throw std::invalid_argument("shared_ffn_decode: empty weight");
+        }
         ffmerge::shared_ffn_decode(ffn, pointer<const void>(x), tokens, x_stride, pointer<void>(y), usable_isa(isa),
-                                   static_cast<ffmerge::Tiles>(tiles), threads);
+                                   checked(tiles, ffmerge::Tiles::emulated, "tiles"), threads);
       },
       no_gil);
   m.def(
       "shared_ffn_activate",
       [](int activation, int dtype, uintptr_t up, uintptr_t gate, uintptr_t hidden, int64_t count,
          const std::string& isa, int threads) {
-        ffmerge::shared_ffn_activate(static_cast<ffmerge::Activation>(activation), static_cast<ffmerge::Dtype>(dtype),
+        ffmerge::shared_ffn_activate(activation_of(activation), dtype_of(dtype),
                                      pointer<const void>(up), pointer<const void>(gate), pointer<void>(hidden), count,
                                      usable_isa(isa), threads);
       },
@@ -190,8 +214,7 @@ PYBIND11_MODULE(_C, m) {
       [](int activation, int dtype, uintptr_t d_hidden, uintptr_t up, uintptr_t gate, uintptr_t d_up, uintptr_t d_gate,
          uintptr_t hidden, int64_t count, const std::string& isa, int threads) {
         ffmerge::shared_ffn_activate_backward(
-            static_cast<ffmerge::Activation>(activation), static_cast<ffmerge::Dtype>(dtype),
-            pointer<const void>(d_hidden), pointer<const void>(up), pointer<const void>(gate), pointer<void>(d_up),
+            activation_of(activation), dtype_of(dtype), pointer<const void>(d_hidden), pointer<const void>(up), pointer<const void>(gate), pointer<void>(d_up),
             pointer<void>(d_gate), pointer<void>(hidden), count, usable_isa(isa), threads);
       },
       no_gil);

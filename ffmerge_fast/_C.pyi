@@ -115,6 +115,7 @@ def correlation_tile(matrix: int, width_a: int, width_b: int, accumulator: int, 
 
 def projection_select_f32(
     shape: tuple[int, int],
+    x_shape: tuple[int, int],
     x: int,
     x_strides: tuple[int, int],
     rows: int,
@@ -127,11 +128,13 @@ def projection_select_f32(
 ) -> None:
     """out[i, j] = x[rows[i], columns[j]] + residual[i, j] for float32 matrices; indices int64, 0 for the whole axis.
 
-    `shape` is that of out, whose rows are contiguous; a residual of 0 is none. Strides in elements.
+    `shape` is that of out, whose rows are contiguous; a residual of 0 is none. Strides in elements. IndexError for an
+    index outside of `x_shape`; nothing was written then.
     """
 
 def projection_scatter_f32(
     shape: tuple[int, int],
+    out_shape: tuple[int, int],
     y: int,
     y_strides: tuple[int, int],
     rows: int,
@@ -140,7 +143,10 @@ def projection_scatter_f32(
     out_stride: int,
     threads: int,
 ) -> None:
-    """out[rows[i], columns[j]] += y[i, j] for float32 matrices. `shape` is that of y; rows of out are contiguous."""
+    """out[rows[i], columns[j]] += y[i, j] for float32 matrices. `shape` is that of y; rows of out are contiguous.
+
+    IndexError for an index outside of `out_shape`; nothing was written then.
+    """
 
 # Shared FFN (csrc/shared_ffn/). A weight is (data, bias, outputs, inputs, stride, transposed): rows of inputs `stride`
 # elements apart, or transposed, rows of outputs; bias 0 if there is none, data 0 for the gate of a plain FFN.

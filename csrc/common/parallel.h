@@ -5,10 +5,31 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace ffmerge {
+
+// Starts up to `threads - 1` threads of run(1), run(2), ...: fewer where the system has no more. Ends when all have.
+class Helpers {
+ public:
+  template <class Run>
+  Helpers(int threads, Run run) {
+    try {
+      threads_.reserve(std::max(threads - 1, 0));
+      for (int thread = 1; thread < threads; ++thread) threads_.emplace_back(run, thread);
+    } catch (const std::system_error&) {
+      // The others do its work.
+    }
+  }
+  ~Helpers() {
+    for (std::thread& helper : threads_) helper.join();
+  }
+
+ private:
+  std::vector<std::thread> threads_;
+};
 
 // Calls make_worker() once per thread and its result with 0, 1, ..., count - 1, each index once. The calling thread
 // works too. The first exception ends the work of its thread and is thrown again here.
@@ -25,10 +46,10 @@ void parallel_for(int64_t count, int threads, MakeWorker make_worker) {
       errors[thread] = std::current_exception();
     }
   };
-  std::vector<std::thread> helpers;
-  for (int thread = 1; thread < threads; ++thread) helpers.emplace_back(run, thread);
-  if (threads > 0) run(0);
-  for (std::thread& helper : helpers) helper.join();
+  {
+    const Helpers helpers(threads, run);
+    if (threads > 0) run(0);
+  }
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }

@@ -1,7 +1,6 @@
 #include "common/team.h"
 
-#include <thread>
-#include <vector>
+#include "common/parallel.h"
 
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -28,10 +27,8 @@ void run_team(int threads, void (*work)(void*), void* data) {
   if (threads <= 1) return work(data);
   static const Parallel parallel = find_openmp();
   if (parallel) return parallel(work, data, static_cast<unsigned>(threads), 0);
-  std::vector<std::thread> helpers;
-  for (int thread = 1; thread < threads; ++thread) helpers.emplace_back(work, data);
+  const Helpers helpers(threads, [=](int) { work(data); });
   work(data);
-  for (std::thread& helper : helpers) helper.join();
 }
 
 }  // namespace ffmerge

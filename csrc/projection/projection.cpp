@@ -1,6 +1,8 @@
 #include "projection/projection.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/parallel.h"
@@ -11,10 +13,15 @@ namespace {
 constexpr int64_t kRows = 32;
 constexpr int64_t kColumns = 128;
 
-// Offsets of entries 0 ... count - 1 of an axis, in elements.
-std::vector<int64_t> offsets(const int64_t* index, int64_t count, int64_t stride) {
+// Offsets of entries 0 ... count - 1 of an axis of `limit` entries, in elements.
+std::vector<int64_t> offsets(const int64_t* index, int64_t count, int64_t limit, int64_t stride) {
   std::vector<int64_t> found(count);
-  for (int64_t i = 0; i < count; ++i) found[i] = (index ? index[i] : i) * stride;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = index ? index[i] : i;
+    if (at < 0 || at >= limit)
+      throw std::out_of_range("projection: index " + std::to_string(at) + " of an axis of " + std::to_string(limit));
+    found[i] = at * stride;
+  }
   return found;
 }
 
@@ -34,8 +41,8 @@ void for_tiles(int64_t height, int64_t width, int threads, Visit visit) {
 // A tile is read in the order in which x lies, and written along rows: where x is stored by columns the cache could not
 // hold a tile's lines, which are 4 KiB apart in many matrices and so compete for the same few places.
 void projection_select_f32(const Selection& s, int threads) {
-  const auto rows = offsets(s.rows, s.height, s.x_strides.row);
-  const auto columns = offsets(s.columns, s.width, s.x_strides.column);
+  const auto rows = offsets(s.rows, s.height, s.x_height, s.x_strides.row);
+  const auto columns = offsets(s.columns, s.width, s.x_width, s.x_strides.column);
   const bool as_it_lies = !s.columns && s.x_strides.column == 1;
   const bool by_columns = s.x_strides.row < s.x_strides.column;
   for_tiles(s.height, s.width, threads, [&](int64_t top, int64_t end_i, int64_t left, int64_t end_j) {
@@ -63,8 +70,8 @@ void projection_select_f32(const Selection& s, int threads) {
 }
 
 void projection_scatter_f32(const Scatter& s, int threads) {
-  const auto rows = offsets(s.rows, s.height, s.out_stride);
-  const auto columns = offsets(s.columns, s.width, 1);
+  const auto rows = offsets(s.rows, s.height, s.out_height, s.out_stride);
+  const auto columns = offsets(s.columns, s.width, s.out_width, 1);
   for_tiles(s.height, s.width, threads, [&](int64_t top, int64_t end_i, int64_t left, int64_t end_j) {
     for (int64_t i = top; i < end_i; ++i) {
       const float* y = s.y + i * s.y_strides.row;

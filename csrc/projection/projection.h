@@ -5,6 +5,8 @@
 
 namespace ffmerge {
 
+// Both throw std::out_of_range, before anything is written, for an index outside of the matrix.
+
 struct Strides {
   int64_t row, column;  // in elements
 };
@@ -12,6 +14,7 @@ struct Strides {
 // out[i, j] = x[rows[i], columns[j]] + residual[i, j]; a null index is i (or j), a null residual is 0.
 struct Selection {
   int64_t height, width;  // of out, whose rows are contiguous
+  int64_t x_height, x_width;
   const float* x;
   Strides x_strides;
   const int64_t *rows, *columns;
@@ -24,7 +27,8 @@ void projection_select_f32(const Selection& selection, int threads);
 
 // out[rows[i], columns[j]] += y[i, j]; no row and no column occurs twice.
 struct Scatter {
-  int64_t height, width;  // of y
+  int64_t height, width;          // of y
+  int64_t out_height, out_width;
   const float* y;
   Strides y_strides;
   const int64_t *rows, *columns;

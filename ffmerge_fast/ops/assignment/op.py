@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import isnan
 
+import torch
 from torch import Tensor
 
 from ...support.errors import FFMergeError
 from ...support.tensors import check_memory
 from . import reference
 from .registered import assign_op
+
+_LARGEST = 1e300  # of a float64 score: sums of larger ones overflow
 
 
 @dataclass(eq=False)
@@ -56,7 +59,7 @@ def assign(scores: Tensor, maximize: bool = True) -> Assignment:
         maximize: False looks for the smallest sum.
 
     Raises:
-        FFMergeError: not a floating-point tensor, not square, or NaN or Inf inside.
+        FFMergeError: not a floating-point tensor, not square, NaN or Inf inside, or float64 scores beyond 1e300.
     """
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
@@ -65,6 +68,8 @@ def assign(scores: Tensor, maximize: bool = True) -> Assignment:
         raise FFMergeError(f"scores: got shape {list(scores.shape)}, want [d, d] or [B, d, d]")
     check_memory("scores", scores)
     scores = scores.detach()
+    if scores.dtype == torch.float64 and scores.numel() and _LARGEST < scores.abs().max() < torch.inf:
+        raise FFMergeError(f"scores: got one of {scores.abs().max():.1e}, wanted at most 1e300: scale them down")
     single = scores.ndim == 2
     permutation, objective, gap = assign_op(scores[None] if single else scores, maximize)
     objectives, gaps = objective.tolist(), gap.tolist()

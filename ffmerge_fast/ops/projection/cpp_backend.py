@@ -139,7 +139,8 @@ def _select_(out: Tensor, x: Tensor, index: Tensor, residual: Tensor | None) -> 
         residual = None if residual is None else residual.T
     added = (0, (0, 0)) if residual is None else (residual.data_ptr(), residual.stride())
     machine.extension().projection_select_f32(
-        tuple(out.shape), x.data_ptr(), x.stride(), rows, columns, *added, out.data_ptr(), out.stride(0), _threads()
+        *(tuple(out.shape), tuple(x.shape), x.data_ptr(), x.stride(), rows, columns),
+        *(*added, out.data_ptr(), out.stride(0), _threads()),
     )
 
 
@@ -149,7 +150,8 @@ def _scatter_(out: Tensor, y: Tensor, index: Tensor) -> None:
     if out.stride(1) != 1:
         out, y, rows, columns = out.T, y.T, columns, rows
     machine.extension().projection_scatter_f32(
-        tuple(y.shape), y.data_ptr(), y.stride(), rows, columns, out.data_ptr(), out.stride(0), _threads()
+        *(tuple(y.shape), tuple(out.shape), y.data_ptr(), y.stride(), rows, columns),
+        *(out.data_ptr(), out.stride(0), _threads()),
     )
 
 

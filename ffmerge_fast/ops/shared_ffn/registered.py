@@ -8,6 +8,7 @@ import torch
 
 from ..common import backends
 from ..common.registry import define_op
+from . import reference
 from .weights import FFNWeights
 
 _WEIGHTS = "Tensor up, Tensor? gate, Tensor down, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias"
@@ -16,14 +17,19 @@ _WEIGHTS = "Tensor up, Tensor? gate, Tensor down, Tensor? up_bias, Tensor? gate_
 def forward(xs, weights: FFNWeights, activation, recompute):
     """By the backend of the weights' device; arguments and results as `reference.forward`'s."""
     with _no_autocast(weights.up):
-        return backends.select("shared_ffn", weights.up).forward(xs, weights, activation, recompute)
+        return _backend(weights).forward(xs, weights, activation, recompute)
 
 
 def backward(grads, xs, saved, weights: FFNWeights, activation, recompute, needs, into=None):
     """By the backend of the weights' device; arguments and results as `reference.backward`'s."""
     with _no_autocast(weights.up):
-        backend = backends.select("shared_ffn", weights.up)
-        return backend.backward(grads, xs, saved, weights, activation, recompute, needs, into)
+        return _backend(weights).backward(grads, xs, saved, weights, activation, recompute, needs, into)
+
+
+def _backend(weights: FFNWeights):
+    """The reference where a weight has no elements: kernels would have neither work nor addresses."""
+    empty = 0 in (*weights.up.shape, len(weights.down))
+    return reference if empty else backends.select("shared_ffn", weights.up)
 
 
 _AS_IT_IS = nullcontext()
