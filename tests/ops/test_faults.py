@@ -125,16 +125,16 @@ def test_threads_that_cannot_start(op):
         machine.extension()
         torch.manual_seed(0)
         if {op!r} == "assignment":
-            scores = torch.randn(64, 64, 64)
+            scores = torch.randn(64, 160, 160)
             run = lambda: ff.ops.assign(scores).permutation
         else:
             x, index = torch.randn(4096, 64), torch.arange(4000)
             run = lambda: (out := torch.empty(4000, 64), cpp_backend._select_(out, x, index, None))[0]
         torch.set_grad_enabled(False)
         wanted = run()
-        pages = int(open("/proc/self/statm").read().split()[0])
         torch.set_num_threads(64)
-        limit = pages * resource.getpagesize() + 48 * 2**20
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + 32 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
             got = run()
