@@ -115,34 +115,22 @@ def test_numbers_that_name_nothing():
 
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-@pytest.mark.parametrize("op", ["assignment", "projection"])
-def test_threads_that_cannot_start(op):
+def test_threads_that_cannot_start():
     """With no room for the stacks of 64 threads the work is done by those that are there, or is a MemoryError."""
-    script = f"""
+    script = """
         import resource, torch, ffmerge_fast as ff
-        from ffmerge_fast.support import machine
-        from ffmerge_fast.ops.projection import cpp_backend
-        machine.extension()
-        torch.manual_seed(0)
-        if {op!r} == "assignment":
-            scores = torch.randn(64, 160, 160)
-            run = lambda: ff.ops.assign(scores).permutation
-        else:
-            x, index = torch.randn(4096, 64), torch.arange(4000)
-            run = lambda: (out := torch.empty(4000, 64), cpp_backend._select_(out, x, index, None))[0]
-        torch.set_grad_enabled(False)
-        wanted = run()
+        scores = torch.randn(64, 160, 160)
+        wanted = ff.ops.assign(scores).permutation
         torch.set_num_threads(64)
         pages = int(open("/proc/self/statm").read().split()[0])
         limit = pages * resource.getpagesize() + 32 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
-            got = run()
-        except (MemoryError, RuntimeError) as error:
+            got = ff.ops.assign(scores).permutation
+        except MemoryError:
             print("refused")
         else:
-            assert torch.equal(got, wanted)
-            print("done")
+            print("done" if got.tolist() == wanted.tolist() else "wrong")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip() in ("done", "refused"), done.stderr[-2000:]
