@@ -188,8 +188,8 @@ SECTIONS = (
         "python -m benchmarks.studies.recovery ../shared --models gpt2-pystdlib vit-cifar10 marian-en-de",
         "What merging (permute) costs in test loss, and the share of it that came back. Tuning trains the merged "
         "model end to end for the CPU seconds that refit and distill take together; deltas are trained for half "
-        "the steps; neurons of each layer's own (`refit_(private=)`) are fitted, then trained for half the steps. `ffns`: "
-        "parameters left of the layers' FFNs, deltas and neurons included, in FFNs. One run each.",
+        "the steps; neurons of each layer's own (`refit_(private=)`) are fitted, then trained for half the steps. "
+        "`ffns`: parameters left of the layers' FFNs, deltas and neurons included, in FFNs. One run each.",
         ("recovery_gpt2-pystdlib.csv", "recovery_vit-cifar10.csv", "recovery_marian-en-de.csv"),
         columns(
             "layers", "recovery", "ffns:.2f", "steps", "cpu_seconds", "loss:.4g", "recovered:.2f", "metric", "score:.4g"

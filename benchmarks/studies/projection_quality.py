@@ -122,7 +122,7 @@ class Runs:
         self.name, self.case, self.keep, self.steps, self.cache = name, CASES[name], keep, steps, cache
         self.path = args.out / f"projection_quality_{name}.csv"
         self.rows = _read(self.path)
-        self.model = ff.from_pretrained(str(args.shared / "models" / name)).eval()
+        self.model = ff.from_pretrained(str(args.shared / "models" / name)).eval().to(args.device)
         self.task: Task = quality.CASES[name].build(args.shared, self.model)
         self.task.metric, self.task.higher_is_better = "loss", False
 
@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 50], help="of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for projection_quality_<model>.csv")
+    parser.add_argument("--device", default="cpu", help="to train and score on")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
