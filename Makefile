@@ -18,6 +18,8 @@ bench:  ## small sizes, one thread, table and CSV
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.run --size small
 
 SANITIZED = build/sanitized
+# libstdc++ too: without it at the start, AddressSanitizer does not find what throws exceptions
+PRELOADED = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 
 sanitize:  ## op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer (GCC or Clang, Linux)
@@ -25,7 +27,7 @@ sanitize:  ## op tests on a build with AddressSanitizer and UndefinedBehaviorSan
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r csrc ffmerge_fast tests setup.py pyproject.toml README.md $(SANITIZED) && rm -f $(SANITIZED)/ffmerge_fast/*.so
 	cd $(SANITIZED) && CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(abspath $(PY)) setup.py -q build_ext --inplace
-	cd $(SANITIZED) && LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	cd $(SANITIZED) && LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 		$(abspath $(PY)) -m pytest -n 1 tests/ops -m "not gpu" -k "not triton and not interpreter"
 
 gpu:  ## CUDA tests and benchmarks; says why not where there is no GPU

@@ -87,7 +87,9 @@ def test_layers_with_deltas_compute_by_their_own_code(name, calls):
     calls.clear()
     torch.testing.assert_close(logits(accelerated, batches[0]), expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == 1  # of the layer that is not merged
-    with pytest.warns(UserWarning, match="decoder.0: its layer has low-rank deltas or neurons of its own; decoder.1: .*; decoder.2: "):
+    with pytest.warns(
+        UserWarning, match="decoder.0: its layer has low-rank deltas or neurons of its own; decoder.1: .*; decoder.2: "
+    ):
         accelerate_(model)
     calls.clear()
     torch.testing.assert_close(logits(model, batches[0]), expected, rtol=1e-4, atol=1e-4)
