@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from ..models.forward import run, to_device, without_cache
 from ..models.sublayers import FFNs
 from ..support.errors import FFMergeError
-from ..support.files import WriteError, write_tensors
+from ..support.files import WriteError, hidden_folder, write_tensors
 from ..support.tensors import same_values
 from .padding import token_masks
 from .passes import Passes
@@ -38,7 +37,8 @@ class Kept:
     """
 
     def __init__(self, folder: str | Path | None = None):
-        self._folder = None if folder is None else _temporary(folder)
+        self._context = contextlib.ExitStack()
+        self._folder = None if folder is None else self._context.enter_context(_temporary(Path(folder)))
         self._tensors: dict[tuple[str, int], Tensor | Path] = {}
 
     def put(self, name: str, number: int, value: Tensor) -> None:
@@ -47,7 +47,7 @@ class Kept:
         if self._folder is None:
             self._tensors[name, number] = value
             return
-        path = Path(self._folder.name) / f"{name}-{number}.safetensors"
+        path = self._folder / f"{name}-{number}.safetensors"
         try:
             write_tensors(path, {"x": value.contiguous()})
         except WriteError as error:
@@ -71,15 +71,18 @@ class Kept:
 
     def close(self) -> None:
         self._tensors.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._context.close()
 
 
-def _temporary(folder: str | Path) -> TemporaryDirectory:
-    try:
-        return TemporaryDirectory(dir=folder, prefix=".walk-")
-    except OSError as error:
-        raise _unusable(folder, error) from error
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A folder in `folder`, where those of killed processes are removed."""
+    with contextlib.ExitStack() as context:
+        try:
+            made = context.enter_context(hidden_folder(folder / "walk"))
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        yield made
 
 
 def _unusable(folder: str | Path, error: Exception) -> FFMergeError:

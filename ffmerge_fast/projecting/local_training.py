@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..support.distributed import from_rank_zero, sum_over_ranks
+from ..support.distributed import from_rank_zero, on_all_ranks, sum_over_ranks
 from ..support.errors import FFMergeError
 from .side_by_side import SideBySide
 
@@ -74,18 +74,19 @@ class _BlockTraining:
     @torch.no_grad()
     def held_out(self) -> float:
         """Mean error of the held-out tokens, as a share of the variance."""
-        found = [torch.stack(self._error(number)) for number in self._held]
+        with on_all_ranks("reconstruct"):
+            found = [torch.stack(self._error(number)) for number in self._held]
         error, count = sum_over_ranks([sum(found, self._pair.like.new_zeros(2)).double()])[0].tolist()
         return error / max(count, 1.0) / self._variance
 
     def _set_gradients(self, number: int | None) -> None:
         """Of the mean error of one batch of each rank."""
         gradients, count = [torch.zeros_like(p) for p in self._parameters], self._pair.like.new_zeros(())
-        if number is not None:
-            with torch.enable_grad():
+        with on_all_ranks("reconstruct"), torch.enable_grad():
+            if number is not None:
                 error, count = self._error(number)
                 found = torch.autograd.grad(error / self._variance, self._parameters, allow_unused=True)
-            gradients = [zero if g is None else g for zero, g in zip(gradients, found, strict=True)]
+                gradients = [zero if g is None else g for zero, g in zip(gradients, found, strict=True)]
         *gradients, count = sum_over_ranks([*gradients, count])
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient.div_(count.clamp(min=1))
@@ -107,12 +108,13 @@ class _BlockTraining:
     def _total_variance(self) -> float:
         """Mean ‖x − mean x‖² of the targets of all ranks."""
         pair, sums = self._pair, None
-        for number in pair.numbers:
-            x = pair.to_student(pair.kept.get("teacher", number).to(pair.like.device)).flatten(0, -2)
-            mask = pair.student.mask(self._stack, number, len(x))
-            x = (x if mask is None else x[mask.to(x.device)]).double()
-            found = torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([float(len(x))])])
-            sums = found if sums is None else sums + found
+        with on_all_ranks("reconstruct"):
+            for number in pair.numbers:
+                x = pair.to_student(pair.kept.get("teacher", number).to(pair.like.device)).flatten(0, -2)
+                mask = pair.student.mask(self._stack, number, len(x))
+                x = (x if mask is None else x[mask.to(x.device)]).double()
+                found = torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([float(len(x))])])
+                sums = found if sums is None else sums + found
         if sums is None:
             sums = pair.like.new_zeros(len(pair.basis) + 2, dtype=torch.float64)
         total = sum_over_ranks([sums])[0]

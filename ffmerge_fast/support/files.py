@@ -56,7 +56,7 @@ def new_folder(
     new_parents = [p for p in path.parents if not p.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(path) as beside:
+        with hidden_folder(path) as beside:
             yield beside
             _open_permissions(beside)
             try:
@@ -162,7 +162,7 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         if os.path.exists(real) and not os.path.isfile(real):
             raise OSError(errno.EEXIST, "it is a folder, a device or a pipe")
         real.parent.mkdir(parents=True, exist_ok=True)
-        with _hidden_folder(real) as beside:
+        with hidden_folder(real) as beside:
             yield beside / real.name
             _open_permissions(beside)
             os.replace(beside / real.name, real)
@@ -223,7 +223,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _hidden_folder(path: Path) -> Iterator[Path]:
+def hidden_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, locked until it is removed or renamed."""
     remove_leftovers(path.parent, path.name)
     while True:

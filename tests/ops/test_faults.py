@@ -1,5 +1,6 @@
 """What once ended the process, wrote outside of its memory or passed in silence, in the ops' kernels."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -115,6 +116,7 @@ def test_numbers_that_name_nothing():
 
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers reserve terabytes of addresses")
 def test_threads_that_cannot_start():
     """With no room for the stacks of 64 threads the work is done by those that are there, or is a MemoryError."""
     script = """

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
+from ffmerge_fast.calibration.walk import Kept
 from ffmerge_fast.models.projections import matrix
 from ffmerge_fast.models.streamed import HANDLE
 from ffmerge_fast.projecting import fits, reconstruction
@@ -436,6 +437,22 @@ def test_few_tokens_are_warned_of_and_carried_by_the_ridge():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made(model=model)[1].reconstruct_([tiny_inputs(model, batch=60)])
+
+
+def test_what_killed_runs_left_in_the_spool_goes_and_what_is_in_use_stays(tmp_path):
+    """Kept streams are in a locked folder; one without a lock is of a process that is no more."""
+    dead = tmp_path / ".walk.0123abcd.tmp"
+    dead.mkdir()
+    (dead / "teacher-0.safetensors").write_bytes(b"x")
+    first, second = Kept(tmp_path), Kept(tmp_path)
+    assert not dead.exists() and len(list(tmp_path.iterdir())) == 2
+    for number, kept in enumerate((first, second)):
+        kept.put("teacher", 0, torch.full((3,), float(number)))
+    assert [kept.get("teacher", 0).tolist() for kept in (first, second)] == [[0.0] * 3, [1.0] * 3]
+    first.close()
+    assert len(list(tmp_path.iterdir())) == 1
+    second.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_for_streams_that_cannot_be_used(tmp_path):
