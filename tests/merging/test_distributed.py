@@ -75,6 +75,9 @@ def _work(rank, folder):
         options["delta_rank"] = 3
         report = ff.local_distill_(merged, teacher, in_float64(batches(teacher, seeds[rank])), **options)
         found[f"{case}, deltas"] = (merged.state_dict(), report.to_dict())
+        merged, teacher = pair()
+        report = ff.refit_(merged, teacher, in_float64(batches(teacher, seeds[rank])), private=3)
+        found[f"{case}, neurons"] = (merged.state_dict(), report.to_dict())
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -169,6 +172,20 @@ def test_deltas_start_from_the_moments_of_all_ranks(job, case):
     for group in report["groups"]:
         assert group["history"][0][1] == pytest.approx(expected[group["stack"]], rel=1e-6)
         assert group["after"] < group["history"][0][1]
+
+
+@pytest.mark.parametrize("case", DISTILLED)
+def test_private_neurons_are_those_of_all_ranks_tokens(job, case):
+    (weights, report), other = (torch.load(job / f"{rank}.pt")[f"{case}, neurons"] for rank in range(2))
+    expected, teacher = pair()
+    of_all = [in_float64(batches(teacher, s)) for s in DISTILLED[case] if s]
+    wanted = ff.refit_(expected, teacher, [batch for of_rank in of_all for batch in of_rank], private=3)
+    assert other[1] == report
+    for group, alone in zip(report["groups"], wanted.groups, strict=True):
+        assert (group["before"], group["after"]) == pytest.approx((alone.before, alone.after), rel=1e-6)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(weights[key], other[0][key]), key
+        torch.testing.assert_close(weights[key], value, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("case", DISTILLED)

@@ -45,11 +45,15 @@ def test_bit_equal_at_any_budget(family, place, merged):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["gpt2", "marian"])
-def test_deltas_go_with_their_layer_and_the_weights_they_share_are_read_once(family, place, reads):
+@pytest.mark.parametrize("own", ["deltas", "neurons"])
+def test_what_a_layer_has_of_its_own_goes_with_it_and_shared_weights_are_read_once(own, family, place, reads):
     teacher = tiny_model(family, 6)
     model = ff.merge(teacher, ff.plan(layers="1-3", method="average", model=teacher))
     batches = [tiny_inputs(teacher, batch=4, seed=seed) for seed in range(3)]
-    ff.local_distill_(model, teacher, batches, steps=5, delta_rank=2)
+    if own == "deltas":
+        ff.local_distill_(model, teacher, batches, steps=5, delta_rank=2)
+    else:
+        ff.refit_(model, teacher, batches, private=3)
     wanted, before = logits(model, batches[0]), state(model)
     with ff.stream_(model, "cpu", place, needs(model)[0]) as stream:
         logits(model, batches[0])
