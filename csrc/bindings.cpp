@@ -144,6 +144,19 @@ PYBIND11_MODULE(_C, m) {
                                         tile_form(form), filled, chunks.data(), usable_isa(isa), threads);
       },
       no_gil);
+  m.def(
+      "correlation_accumulate_ring",
+      [](uintptr_t x, int dtype, int64_t tokens, int64_t width, int64_t stride, int activation, uintptr_t pivot,
+         uintptr_t sum, uintptr_t sumsq, uintptr_t rows, int64_t count, int64_t first, uintptr_t signs, uintptr_t at,
+         const std::string& isa, int threads) {
+        if (count < 4 || first < 0 || first >= count)
+          throw std::invalid_argument("ring: got row " + std::to_string(first) + " of " + std::to_string(count));
+        const ffmerge::Ring ring{pointer<float>(rows), count, first, pointer<const float>(signs),
+                                 pointer<const int64_t>(at)};
+        ffmerge::correlation_accumulate_ring(
+            features(x, dtype, tokens, width, stride, activation, pivot, sum, sumsq), ring, usable_isa(isa), threads);
+      },
+      no_gil);
   m.def("correlation_chunk_bytes", [](const Form& form) { return ffmerge::correlation_chunk_bytes(tile_form(form)); });
   m.def("correlation_accumulator_bytes", &ffmerge::correlation_accumulator_bytes);
   m.def("correlation_multiply_tiles", &multiply_tiles, no_gil);

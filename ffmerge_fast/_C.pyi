@@ -91,6 +91,29 @@ def correlation_pack_tiles(
 ) -> None:
     """The same to the operand forms of AMX, behind the `filled` tokens that the chunks hold already."""
 
+def correlation_accumulate_ring(
+    x: int,
+    dtype: int,
+    tokens: int,
+    width: int,
+    stride: int,
+    activation: int,
+    pivot: int,
+    sum: int,
+    sumsq: int,
+    rows: int,
+    count: int,
+    first: int,
+    signs: int,
+    at: int,
+    isa: str,
+    threads: int,
+) -> None:
+    """Add signs[t] · (activation(x[at[t]]) - pivot) to row (first + t) % count of a ring [count, width], and Σ, Σ².
+
+    signs float32 [tokens]; at int64 [tokens], or 0 for 0, 1, ..., tokens - 1.
+    """
+
 def correlation_chunk_bytes(form: tuple[int, bool, bool, bool]) -> int:
     """Size of a chunk of 256 tokens."""
 

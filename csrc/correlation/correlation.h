@@ -1,4 +1,4 @@
-// Streaming second moments of features: packing with statistics, and products of packed features in tiles.
+// Streaming second moments of features: packing with statistics, products of packed features in tiles, and sketches.
 //
 // Two forms of packed features. Rows: [tokens, width] float32, multiplied elsewhere by a GEMM of torch.
 // Tiles: bfloat16 in the operand forms of AMX, in chunks of 256 tokens (tiles.h).
@@ -25,6 +25,17 @@ struct Features {
 
 // Rows [tokens, width]; `rounded`: to bfloat16 values, and the sums are those of the rounded.
 void correlation_pack_rows(const Features& features, bool rounded, float* out, Isa isa, int threads);
+
+// A sketch of one layer: token t is added with its sign to row (first + t) % count, and to the layer's sums.
+struct Ring {
+  float* rows;         // [count, width]
+  int64_t count;       // 4 or more
+  int64_t first;       // row of token 0
+  const float* signs;  // [tokens] of +1 and -1
+  const int64_t* at;   // [tokens] row of `features` of each token; null: 0, 1, ...
+};
+
+void correlation_accumulate_ring(const Features& features, const Ring& ring, Isa isa, int threads);
 
 // What a layer's chunks hold. A layer that is only ever the left side of a pair needs no right form, and so on.
 struct TileForm {

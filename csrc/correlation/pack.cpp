@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "common/parallel.h"
 #include "correlation/correlation.h"
@@ -16,6 +17,8 @@
 
 namespace ffmerge {
 namespace {
+
+constexpr int64_t kRingTokens = 256;  // a block: its tokens share visits to the sums in the same way in any call
 
 namespace portable {
 #include "correlation/pack.inc"
@@ -39,18 +42,20 @@ namespace avx512 {
 
 using PackRows = void (*)(const Features&, bool, float*, int64_t, int64_t);
 using PackTiles = void (*)(const Features&, const TileForm&, int64_t, char* const*, int64_t, int64_t);
+using AccumulateRing = void (*)(const Features&, const Ring&, int64_t, int64_t);
 
 struct Functions {
   PackRows rows;
   PackTiles tiles;
+  AccumulateRing ring;
 };
 
 Functions functions_for([[maybe_unused]] Isa isa) {
 #if FFMERGE_X86
-  if (isa >= Isa::avx512) return {avx512::pack_rows, avx512::pack_tiles};
-  if (isa == Isa::avx2) return {avx2::pack_rows, avx2::pack_tiles};
+  if (isa >= Isa::avx512) return {avx512::pack_rows, avx512::pack_tiles, avx512::accumulate_ring};
+  if (isa == Isa::avx2) return {avx2::pack_rows, avx2::pack_tiles, avx2::accumulate_ring};
 #endif
-  return {portable::pack_rows, portable::pack_tiles};
+  return {portable::pack_rows, portable::pack_tiles, portable::accumulate_ring};
 }
 
 // Each thread takes whole columns, so that sums do not depend on the number of threads.
@@ -75,6 +80,11 @@ void correlation_pack_tiles(const Features& features, const TileForm& form, int6
   const PackTiles pack = functions_for(isa).tiles;
   over_strips(features.width, threads,
               [&](int64_t first, int64_t last) { pack(features, form, filled, chunks, first, last); });
+}
+
+void correlation_accumulate_ring(const Features& features, const Ring& ring, Isa isa, int threads) {
+  const AccumulateRing accumulate = functions_for(isa).ring;
+  over_strips(features.width, threads, [&](int64_t first, int64_t last) { accumulate(features, ring, first, last); });
 }
 
 int64_t correlation_chunk_bytes(const TileForm& form) { return ChunkLayout(form).bytes; }

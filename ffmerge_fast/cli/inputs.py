@@ -137,6 +137,7 @@ class Inputs:
                 cache_dir=args.cache_dir,
                 fresh=args.fresh,
                 max_memory=args.max_memory,
+                sketch=None if args.exact else args.sketch or "auto",
             )
 
     def _load_task(self, **splits: list[str] | None) -> Any:

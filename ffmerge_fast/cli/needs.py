@@ -33,6 +33,7 @@ def _reconstructs(args: argparse.Namespace) -> bool:
 
 
 _FALLING = ("linear", "cosine")
+_COLLECTED = "features cache_dir sketch exact"
 NEEDS = (
     Need("verify env demo", "device dtype", lambda a: False, "a command that runs a model"),
     Need("inspect", "device", lambda a: False, "a command that runs a model"),
@@ -46,7 +47,7 @@ NEEDS = (
     Need("merge", "delta_rank", lambda a: "distill" in a.recover, "--recover distill or refit+distill"),
     Need("merge", "delta_rank", lambda a: not a.private, "no --private: a layer has neurons or deltas of its own"),
     Need("merge", "data tokens", lambda a: _collects(a) or _recovers(a), "statistics to collect, or --recover"),
-    Need("merge search", "features cache_dir", _collects, "statistics to collect: no --statistics or --plan given"),
+    Need("merge search", _COLLECTED, _collects, "statistics to collect: no --statistics or --plan given"),
     Need("search", "tokens", _collects, "statistics to collect: no --statistics given"),
     Need("merge", "max_memory", lambda a: _collects(a) or a.statistics, "statistics, which this merge has no use for"),
     Need("merge", "eval_data task max_length prefix batch_size", lambda a: a.data, "--data"),

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from ..driver.training.settings import STEPS, TrainingSettings
-from ..merging.settings import ANCHORS, METHODS, RECOVERIES
+from ..merging.settings import ANCHORS, METHODS, RECOVERIES, SMALLEST_SKETCH
 from ..projecting.settings import INITS, OFFLOADS, SHARES, STATES, Reconstructing, Widths
 from ..projecting.settings import METHODS as METHODS_OF_IMPORTANCE
 from ..support.settings import Range, options
@@ -101,6 +101,15 @@ def collect_options(parser) -> None:
     )
     group.add_argument("--features", default="pre", choices=("pre", "post"), help="before or after the activation")
     group.add_argument("--cache-dir", type=work_folder, help="keep running sums here, so that a killed run goes on")
+    sketch = group.add_mutually_exclusive_group()
+    sketch.add_argument(
+        "--sketch",
+        type=number(int, at_least=SMALLEST_SKETCH),
+        metavar="ROWS",
+        help="rows per layer from which any pair's correlation is estimated (default: 1024, or exact where that is "
+        "cheaper or few tokens come)",
+    )
+    sketch.add_argument("--exact", action="store_true", help="exact correlations, as in the paper")
     fresh_option(group, "begin anew, whatever --cache-dir (and search's --resume) holds")
     memory_option(group)
 

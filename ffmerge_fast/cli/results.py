@@ -58,6 +58,7 @@ def plan_values(plan: Any) -> dict[str, Any]:
         "bytes": plan.model.nbytes,
         "bytes_after": plan.nbytes_after,
         "search": [{"layers": layers, "score": score} for layers, score in plan.search],
+        "sketched": plan.sketched and plan.sketched._asdict(),
     }
 
 

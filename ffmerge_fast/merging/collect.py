@@ -19,8 +19,10 @@ from ..support.digests import content_hash, weights_hash
 from ..support.distributed import gather, on_all_ranks, share_of_rank, world_size
 from ..support.errors import FFMergeError
 from ..support.resume import RunningSums
+from ..support.sizes import parse_bytes
 from ..support.tensors import not_inference
 from .groups import anchor_of, parse_layers, windows
+from .sketching import chosen_rows
 from .statistics import CorrelationStats, Pair, layer_pairs
 
 
@@ -39,6 +41,7 @@ def collect(
     save_seconds: float = 60.0,
     max_memory: int | str | None = None,
     fresh: bool = False,
+    sketch: int | str | None = None,
 ) -> CorrelationStats:
     """Correlate the FFN features of pairs of layers, in one pass over calibration data (paper A, eq. 1).
 
@@ -63,11 +66,14 @@ def collect(
         max_memory: bytes, or text such as "8GiB", for the sums of each stack; beyond it features go to disk (TMPDIR)
             and are multiplied pair by pair when a correlation is read. CPU only.
         fresh: begin anew, whatever `cache_dir` holds.
+        sketch: instead of the products of each pair (paper A, exact: None) keep so many rows per layer, from which any
+            pair of its layers is estimated (`CorrelationStats.sketch_error`): little memory, and additions instead of
+            products while collecting. "auto": 1024 rows, or exact where that costs less or few tokens come.
 
     Raises:
         FFMergeError: none or several of window, pairs, layers; unsupported or merged model; no data, fewer than two
             tokens; NaN or Inf features (names layer and batch); a mask that does not fit; a cache that is of
-            another run (model, data, settings), damaged or in use.
+            another run (model, data, settings), damaged or in use; a sketch below 16 rows or above `max_tokens`.
     """
     with on_all_ranks("collect"):
         _check_arguments(features, max_tokens)
@@ -75,7 +81,9 @@ def collect(
         wanted = _wanted_pairs(ffns, window, pairs, layers, anchor)
         devices = {s: device or model.get_submodule(ffns.by_stack()[s][0].down_path).weight.device for s in wanted}
         settings = {"features": features, "max_tokens": max_tokens}
-        stats = CorrelationStats.empty(ModelSummary.of(model, ffns), wanted, devices, max_memory, **settings)
+        limit = None if max_memory is None else parse_bytes(max_memory, "max_memory")
+        rows = chosen_rows(sketch, wanted, ffns, max_tokens, limit)
+        stats = CorrelationStats.empty(ModelSummary.of(model, ffns), wanted, devices, max_memory, rows, **settings)
         signature = _signature(stats) | ({"weights": weights_hash(model)} if cache_dir else {})
         with RunningSums(cache_dir, "statistics", save_seconds, signature, fresh) as cache:
             _collect_here(model, stats, batches, cache, max_memory)
@@ -118,6 +126,7 @@ def _collect_here(
                 taker.end_batch(number)
                 if taker.settled():  # so that neither a save nor going on from one changes what is rounded
                     cache.save_if_due(stats)
+        stats.settle()
         cache.save(stats)
     stats.data = cache.data
 
@@ -174,7 +183,7 @@ def _resume_(stats: CorrelationStats, cache: RunningSums, max_memory: int | str 
 
 
 def _signature(stats: CorrelationStats) -> dict[str, Any]:
-    return {"model": stats.model.fingerprint, **stats.settings}
+    return {"model": stats.model.fingerprint, **stats.settings, "sketch": stats.sketch}
 
 
 # ------------------------------------------------------------------------------------------------- pairs and tokens

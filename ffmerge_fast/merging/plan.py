@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from ..support.tables import format_table
 from ..support.tensors import not_inference
 from .groups import Group, anchor_of, check_groups, format_indices, format_layers, parse_layers, windows
 from .methods import MATCHES, Sources
-from .settings import METHODS
+from .settings import METHODS, SMALLEST_SKETCH
+from .sketching import WANTED_LOSS
 from .statistics import CorrelationStats
 
 FORMAT = 1
@@ -66,6 +67,19 @@ class MergeGroup:
                 raise FFMergeError(f"scores: got {list(scores)} for layer {layer} of group {name}, wanted two numbers")
 
 
+class Sketched(NamedTuple):
+    """What a plan's neurons were matched on, where that was no exact correlation."""
+
+    rows: int  # of each layer's sketch
+    expected_loss: float  # of the matched correlation, as a share; measured on one pair of layers
+
+    def __str__(self) -> str:
+        more = f"; collect with --sketch {2 * self.rows} for half of it" if self.expected_loss > WANTED_LOSS else ""
+        return (
+            f"matched on sketches of {self.rows:,} rows: expected loss {self.expected_loss:.2%} of the matches" + more
+        )
+
+
 @dataclass
 class MergePlan:
     """Everything `merge_` needs. Prints as a table.
@@ -75,12 +89,14 @@ class MergePlan:
         method: "permute", "average", "random" or "weights".
         groups: disjoint groups of layers.
         search: [("4-7", score), ...] of all windows, if a search made this plan.
+        sketched: what the neurons were matched on, where that was a sketch.
     """
 
     model: ModelSummary
     method: str
     groups: list[MergeGroup]
     search: list[tuple[str, float]] = field(default_factory=list)
+    sketched: Sketched | None = None
 
     @property
     def layers(self) -> str:
@@ -133,6 +149,8 @@ class MergePlan:
             f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%}), "
             f"{format_bytes(self.model.nbytes)} -> {format_bytes(self.nbytes_after)}"
         )
+        if self.sketched:
+            summary += f"\n{self.sketched}"
         return f"{format_table(headers, rows)}\n{summary}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +173,8 @@ class MergePlan:
             "groups": groups,
             "search": search,
         }
+        if self.sketched:
+            values["sketched"] = list(self.sketched)
         return sealed(values)
 
     @classmethod
@@ -178,7 +198,8 @@ class MergePlan:
                 for g in values["groups"]
             ]
             search = [(str(layers), math.nan if score is None else float(score)) for layers, score in values["search"]]
-            made = cls(ModelSummary.from_dict(values["model"]), values["method"], groups, search)
+            sketched = _sketched(*values["sketched"]) if "sketched" in values else None
+            made = cls(ModelSummary.from_dict(values["model"]), values["method"], groups, search, sketched)
             unsealed(values)  # after what says more than "edited or damaged"
             return made
         except DamagedError as error:
@@ -221,14 +242,27 @@ def plan(
     if (layers is None) == (window is None):
         raise FFMergeError("plan: give exactly one of layers= and window=")
     if layers is not None:
-        return plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed)
+        made = plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed)
+        return note_sketch(made, stats)
     if stats is None:
         raise FFMergeError("plan: choosing a window needs statistics; give stats= or layers=")
     ranked = rank_windows(stats, window, anchor)
     best = max(ranked, key=lambda entry: entry[1])[0]
     chosen = plan_groups(stats, summary, best, anchor, method, model, seed)
     chosen.search = [(format_layers(groups, summary.stacks), score) for groups, score in ranked]
-    return chosen
+    return note_sketch(chosen, stats)
+
+
+def note_sketch(made: MergePlan, stats: CorrelationStats | None) -> MergePlan:
+    """Note in a plan what its matches are expected to lose, where they were made on sketches.
+
+    Measured on the first group's anchor and the layer farthest from it: one more assignment.
+    """
+    if made.method == "permute" and stats.sketch is not None:
+        group = made.groups[0]
+        farthest = max(group.layers, key=lambda i: abs(i - group.anchor))
+        made.sketched = Sketched(stats.sketch, stats.expected_loss(group.anchor, farthest, group.stack))
+    return made
 
 
 def rank_windows(stats: CorrelationStats, window: int, anchor: str) -> list[tuple[list[Group], float]]:
@@ -290,6 +324,12 @@ def _index(value: object) -> int:
     return value
 
 
+def _sketched(rows: object, loss: object) -> Sketched:
+    if type(rows) is not int or rows < SMALLEST_SKETCH or not 0 <= float(loss) < math.inf:
+        raise ValueError(f"{rows!r} rows with an expected loss of {loss!r} are no sketch")
+    return Sketched(rows, float(loss))
+
+
 def _permutation(values: Sequence[int]) -> Tensor:
     found = torch.tensor(values)
     if found.dtype != torch.int64:
@@ -302,9 +342,8 @@ def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> Non
     wanted = []
     for stack, indices in groups:
         first = anchor_of(indices, anchor)
-        pairs = stats.settings["pairs"].get(stack, [])
         for i in (i for i in indices if i != first):
-            if [first, i] not in pairs and [i, first] not in pairs:
+            if not stats.holds(stack, first, i):
                 raise FFMergeError(
                     f"plan: the statistics hold no correlation of {stack} layers {first} and {i}; collect again with a "
                     "larger window= or with these layers="

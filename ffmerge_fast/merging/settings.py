@@ -6,3 +6,4 @@ RECOVERIES = ("refit", "distill")  # quality without training the model; distill
 INPUTS = ("original", "merged")  # whose stream the first fit of `refit_` sees
 WEIGHTS = ("stream", "output", "equal")  # by which `refit_` weighs the errors of its layers
 JUDGES = ("loss", "error")  # what local distillation keeps the best step by: of the model, or of the layers' outputs
+SMALLEST_SKETCH = 16  # rows

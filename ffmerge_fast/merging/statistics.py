@@ -18,8 +18,9 @@ from ..support.digests import content_hash
 from ..support.errors import FFMergeError
 from ..support.progress import progress
 from ..support.sealed import DamagedError, read_sealed_tensors, write_sealed_tensors
+from .sketching import described
 
-FORMAT = 1
+EXACT, SKETCHED = FORMATS = 1, 2  # earlier versions read the first only
 Pair = tuple[int, int]
 
 
@@ -43,7 +44,7 @@ class CorrelationStats:
 
     Attributes:
         model: the model they were measured on.
-        settings: how (pairs, features, max_tokens).
+        settings: how (pairs, features, max_tokens, and sketch where there is one).
         states: {stack: CorrelationState whose keys are layer indices}.
         data: hash of the batches that were counted; None where that is not known.
     """
@@ -56,16 +57,39 @@ class CorrelationStats:
 
     @classmethod
     def empty(
-        cls, model: ModelSummary, pairs: Mapping[str, Iterable[Pair]], devices, max_memory=None, **settings
+        cls, model: ModelSummary, pairs: Mapping[str, Iterable[Pair]], devices, max_memory=None, sketch=None, **settings
     ) -> CorrelationStats:
-        """Accumulators for `pairs` ({stack: [(i, j)]}) on `devices` ({stack: device}), with nothing counted yet."""
+        """Sums for `pairs` ({stack: [(i, j)]}) on `devices` ({stack: device}), with nothing counted yet."""
         states = {}
         for stack, wanted in pairs.items():
             layers = sorted({i for pair in wanted for i in pair})
             sizes = {ffn.index: ffn.d_ff for ffn in model.ffns.of(stack, layers)}
-            states[stack] = ops.CorrelationState(sizes, wanted, devices[stack], max_memory=max_memory)
+            states[stack] = ops.CorrelationState(sizes, wanted, devices[stack], max_memory=max_memory, sketch=sketch)
         settings["pairs"] = {stack: [list(p) for p in state.pairs] for stack, state in states.items()}
+        if sketch is not None:
+            settings["sketch"] = sketch
         return cls(model, settings, states)
+
+    @property
+    def sketch(self) -> int | None:
+        """Rows of each layer's sketch; None where correlations are exact."""
+        return self.settings.get("sketch")
+
+    @property
+    def sketch_error(self) -> float:
+        """Standard deviation of an estimated correlation; 0 where they are exact."""
+        return next(iter(self.states.values())).sketch_error
+
+    def described(self) -> str:
+        """What is kept, exact products or sketches, and what the other way would take."""
+        return described(self.sketch, self.settings["pairs"], self.model.ffns, self.settings["max_tokens"])
+
+    def holds(self, stack: str, i: int, j: int) -> bool:
+        """Whether `correlation(i, j)` can be had: of a sketch, of any two of its layers."""
+        state = self.states.get(stack)
+        if state is None or self.sketch is None:
+            return state is not None and ((i, j) in state.pairs or (j, i) in state.pairs)
+        return {i, j} <= state.widths.keys()
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -81,6 +105,8 @@ class CorrelationStats:
 
         Raises:
             FFMergeError: the pair was not collected; no `stack` given for an encoder-decoder model.
+
+        From a sketch: an estimate, with a standard deviation of `sketch_error`.
         """
         return self._state(stack).correlation(i, j)
 
@@ -94,6 +120,22 @@ class CorrelationStats:
             unmatched = scores.diagonal().double().mean().item()
             self._alignments[key] = Alignment(found.permutation.cpu(), found.objective / len(scores), unmatched)
         return self._alignments[key]
+
+    def expected_loss(self, anchor: int, layer: int, stack: str | None = None) -> float:
+        """Which share of the matched correlation `alignment` loses by matching on a sketch, as far as can be told.
+
+        The match of half of the sketch is scored on that half and on the other one. Its score on its own half is too
+        high by about as much as it truly is too low, and errors halve with twice the rows: a fourth of the gap.
+        """
+        stack = stack or self._only_stack()
+        if self.sketch is None:
+            return 0.0
+        mine, other = self._state(stack).half_correlations(anchor, layer)
+        found = ops.assign(mine)
+        columns = found.permutation.to(other.device)[:, None]
+        gap = found.objective - other.gather(1, columns).double().sum().item()
+        whole = self.alignment(anchor, layer, stack).matched * len(mine)
+        return max(0.0, gap / 4 / whole) if whole > 0 else 1.0
 
     def align(self, wanted: Iterable[tuple[str, int, int]]) -> None:
         """Compute the alignments of many (stack, anchor, layer), several at a time: one per torch thread.
@@ -113,14 +155,19 @@ class CorrelationStats:
         """Add the tokens of `other` (same model, pairs and features) in place; exact however they were split."""
         if other.model.fingerprint != self.model.fingerprint:
             raise FFMergeError("merge: the statistics are of different models; collect both from the same one")
-        for name in ("pairs", "features"):
-            if self.settings[name] != other.settings[name]:
+        for name in ("pairs", "features", "sketch"):
+            if self.settings.get(name) != other.settings.get(name):
                 raise FFMergeError(f"merge: the statistics differ in {name}; collect both with the same settings")
         for stack, state in self.states.items():
             state.merge_(other.states[stack])
         self.data = content_hash(self.data, other.data)
         self._alignments.clear()
         return self
+
+    def settle(self) -> None:
+        """Add what waits: nothing is added after this."""
+        for state in self.states.values():
+            state.settle()
 
     def all_reduce(self, group=None) -> CorrelationStats:
         """Add up the tokens of all processes of a `torch.distributed` group, in place, on every one of them."""
@@ -136,7 +183,8 @@ class CorrelationStats:
             for stack, state in self.states.items()
             for name, tensor in state.state_dict().items()
         }
-        header = {"format": FORMAT, "model": self.model.to_dict(), "settings": self.settings, "data": self.data}
+        kind = EXACT if self.sketch is None else SKETCHED
+        header = {"format": kind, "model": self.model.to_dict(), "settings": self.settings, "data": self.data}
         write_sealed_tensors(path, tensors, header | {"progress": progress})
 
     @classmethod
@@ -166,8 +214,8 @@ class CorrelationStats:
             raise FFMergeError(f"statistics: {path} is damaged ({error}); collect again") from error
         if header is None:
             raise FFMergeError(f"statistics: {path} is a safetensors file, but not one of statistics")
-        if header["format"] != FORMAT:
-            raise FFMergeError(f"statistics: {path} has format {header['format']}, this version reads {FORMAT}")
+        if header["format"] not in FORMATS:
+            raise FFMergeError(f"statistics: {path} has format {header['format']}, this version reads 1 and 2")
         settings = header["settings"]
         pairs = {stack: [tuple(p) for p in wanted] for stack, wanted in settings.pop("pairs").items()}
         devices = dict.fromkeys(pairs, device)

@@ -436,7 +436,7 @@ def test_bad_max_memory(capsys, folder, text, tmp_path):
 
 def test_too_little_memory_names_bytes_and_the_option(capsys, folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr(products, "free_memory", lambda device: 100)
-    line = refuse(capsys, "collect", folder, tmp_path / "s", "--window", 3, *_data(text))
+    line = refuse(capsys, "collect", folder, tmp_path / "s", "--window", 3, "--exact", *_data(text))
     needed = int(re.search(r"[(](\d+) bytes[)]", line)[1])
     d_ff = ff.find_ffns(tiny_model("gpt2", layers=5))[0].d_ff
     assert needed >= 7 * 4 * d_ff**2 and re.search(r"--max-memory \d+MiB", line)

@@ -17,6 +17,7 @@ CASES = {
     "two stacks": ("marian", ([4], [5, 6]), dict(window=2)),
     "budget": ("gpt2", ([0, 1], [2, 3]), dict(window=2, max_tokens=21)),
 }
+SKETCHED = ([0, 1, 2], [0, 4])  # the first batch on both: with the same signs it would count four times
 PROXY = ([0, 1], [2])  # seeds of each rank's batches
 DISTILLED = {"distilled": ([0, 1, 2, 3], [4]), "distilled, one rank is empty": ([0, 1], [])}
 
@@ -51,6 +52,8 @@ def _work(rank, folder):
         stats.save(f"{folder}/{case} {rank}")
         again = ff.collect(model, batches(model, seeds[rank]), **wanted, cache_dir=f"{folder}/cache {case}")
         again.save(f"{folder}/{case} {rank} resumed")
+    model = tiny_model("gpt2", layers=4)
+    ff.collect(model, batches(model, SKETCHED[rank]), window=3, sketch=32).save(f"{folder}/sketched {rank}")
     try:
         ff.collect(model, [], window=2)
     except ff.FFMergeError as error:
@@ -107,6 +110,20 @@ def test_both_ranks_have_the_statistics_of_all_data(job, case):
     for rank in range(2):
         for ending in ("", " resumed"):
             close(ff.CorrelationStats.load(job / f"{case} {rank}{ending}"), alone)
+
+
+def test_sketches_of_ranks_add_up(job):
+    model = tiny_model("gpt2", layers=4)
+    exact = ff.collect(model, batches(model, SKETCHED[0] + SKETCHED[1]), window=3)
+    first, second = (ff.CorrelationStats.load(job / f"sketched {rank}") for rank in range(2))
+    assert first.tokens == second.tokens == exact.tokens
+    ours, theirs, truth = (stats.states["decoder"] for stats in (first, second, exact))
+    assert torch.equal(ours.correlation(0, 3), theirs.correlation(0, 3))
+    for layer in range(4):
+        torch.testing.assert_close(ours.mean(layer), truth.mean(layer), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.variance(layer), truth.variance(layer), rtol=1e-5, atol=0)
+    error = torch.stack([first.correlation(i, j) - exact.correlation(i, j) for i, j in ((0, 1), (1, 2), (1, 3))])
+    assert 0.5 < error.std() / first.sketch_error < 1.3
 
 
 def test_the_token_budget_is_that_of_all_ranks_together(job):

@@ -244,3 +244,23 @@ def test_opcheck():
     for compute in ("bf16", "fp32"):
         arguments = (features(20, 6, 1), torch.rand(20) < 0.5, count, *sums, "gelu", compute, True)
         torch.library.opcheck(registered.accumulate_layer_, arguments)
+
+
+@pytest.mark.parametrize("rows", [64, 100])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "dtype, activation", [(torch.float32, None), (torch.bfloat16, "gelu"), (torch.float16, "relu")]
+)
+def test_rings_match_the_reference_in_any_batches(rows, masked, dtype, activation):
+    x = {0: features(600, 130, 1, 5.0, dtype), 1: features(600, 7, 2, 0.0, dtype)}
+    mask = torch.rand(600, generator=torch.Generator().manual_seed(3)) < 0.7 if masked else None
+    with nan_poisoned_empty():
+        state = accumulate(x, [(0, 1)], mask=mask, sketch=rows, activation=activation)
+        parts = accumulate(x, [(0, 1)], (1, 300, 557), mask, sketch=rows, activation=activation)
+    found, again = state.state_dict(), parts.state_dict()
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "accumulate_ring_", reference.accumulate_ring_)
+        expected = accumulate(x, [(0, 1)], mask=mask, sketch=rows, activation=activation).state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=2e-5)

@@ -88,6 +88,25 @@ def test_sums_kernel_compiles_for_hopper():
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype, activation", [("bf16", "none"), ("fp32", "gelu"), ("fp16", "silu")])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_ring_kernel_compiles_for_hopper(dtype, activation, chosen):
+    from ffmerge_fast.ops.correlation import triton_kernels as kernels
+
+    kernel = kernels._correlation_accumulate_ring_kernel
+    kinds = {"x": f"*{dtype}", "at": "*i64", "signs": "*fp32", "pivot": "*fp32", "ring": "*fp32", "sums": "*fp64"}
+    kinds |= dict.fromkeys(["tokens", "offset", "chunk", "width", "stride_t"], "i32")
+    constants = {"stride_d": 1, "ACTIVATION": activation, "BLOCK_T": 8, "BLOCK_D": 128}
+    constants |= {} if chosen else {"at": None}
+    both = kinds | dict.fromkeys(constants, "constexpr")
+    arguments = {name: both[name] for name in kernel.arg_names}
+    shared, ptx, registers, stack = compile_for_hopper(kernel, arguments, constants, num_warps=4)
+    print(f"shared {shared}, registers {registers}, stack {stack}")
+    assert shared <= SHARED_BYTES and stack == 0 and registers <= 128
+    assert "atom" not in ptx and "red.global" not in ptx
+
+
+@needs_triton
 @pytest.mark.parametrize("compute", ["bf16", "auto"])
 def test_launches_bind_and_other_token_counts_compile_nothing(compute, monkeypatch):
     from triton.backends.compiler import GPUTarget

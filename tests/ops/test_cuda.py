@@ -114,6 +114,21 @@ def test_one_large_pair_may_go_to_cublas():
     assert (state.correlation(0, 1)[some][:, some] - expected).abs().max() <= 3e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sketches_are_those_of_the_cpu(dtype, masked):
+    on_cpu = {key: torch.randn(5000, width).to(dtype) for key, width in ((0, 300), (1, 520))}
+    mask = torch.rand(5000) < 0.7 if masked else None
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        state = ff.CorrelationState({0: 300, 1: 520}, [(0, 1)], device, activation="gelu", sketch=256)
+        for rows in (slice(0, 1300), slice(1300, 5000)):
+            part = None if mask is None else mask[rows].to(device)
+            ff.ops.correlation_accumulate_(state, {k: v[rows].to(device) for k, v in on_cpu.items()}, part)
+        found.append(state.correlation(0, 1).cpu())
+    assert (found[0] - found[1]).abs().max() <= 2e-3 and torch.equal(found[1], found[2])  # TF32 where it is allowed
+
+
 def test_correlation_in_a_cuda_graph():
     require_triton()
     x = correlated(4096, (300, 520), dtype=torch.bfloat16)

@@ -26,6 +26,12 @@ def run(args, inputs) -> Result:
     counted = ", ".join(f"{stack} {n:,} tokens" for stack, n in stats.tokens.items())
     pairs = sum(map(len, stats.settings["pairs"].values()))
     return Result(
-        {"statistics": str(args.out), "tokens": stats.tokens, "seconds": inputs.seconds},
-        f"{args.out}: {counted}, {pairs} pairs, {inputs.seconds['collect']:.1f} s",
+        {
+            "statistics": str(args.out),
+            "tokens": stats.tokens,
+            "sketch": stats.sketch,
+            "sketch_error": stats.sketch_error,
+            "seconds": inputs.seconds,
+        },
+        f"{args.out}: {counted}, {pairs} pairs, {inputs.seconds['collect']:.1f} s; {stats.described()}",
     )

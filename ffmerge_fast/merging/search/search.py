@@ -24,7 +24,7 @@ from ...support.sizes import parse_bytes
 from ...support.tensors import is_usable, not_inference
 from ..apply import merged, summary_of_unmerged
 from ..groups import Group, format_layers, windows
-from ..plan import MergePlan, check_given, plan, plan_groups, rank_windows
+from ..plan import MergePlan, check_given, note_sketch, plan, plan_groups, rank_windows
 from ..statistics import CorrelationStats
 from .prefix import PrefixOutputs
 from .proxy import proxy_scores
@@ -114,7 +114,7 @@ def search(
     best = (max if higher_is_better else min)(usable, key=lambda entry: entry[1])[0]
     chosen = planned(wanted[best])
     chosen.search = ranked
-    return chosen
+    return note_sketch(chosen, stats)
 
 
 def _checked(model: nn.Module, stats: CorrelationStats) -> ModelSummary:

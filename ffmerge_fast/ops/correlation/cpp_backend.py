@@ -64,6 +64,27 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
     reference.accumulate_pair_(a, b, products)
 
 
+def accumulate_ring_(
+    x: Tensor,
+    at: Tensor | None,
+    signs: Tensor,
+    pivot: Tensor,
+    rows: Tensor,
+    first: int,
+    sum_: Tensor,
+    sumsq: Tensor,
+    activation: str | None,
+) -> None:
+    """As the reference, in one pass over x."""
+    x = _readable(x)
+    pointer, dtype, _, width, *rest = _arguments(x, activation, pivot, sum_, sumsq)
+    at = at if at is None else at.contiguous()
+    ring = rows.data_ptr(), len(rows), first, signs.data_ptr(), 0 if at is None else at.data_ptr()
+    machine.extension().correlation_accumulate_ring(
+        pointer, dtype, len(signs), width, *rest, *ring, machine.native_isa(), _threads()
+    )
+
+
 class _RowPacking(RowPacking):
     """Rows for torch's GEMM, of the tokens that count only; of a self product the upper half.
 

@@ -79,6 +79,12 @@ class LayerSums:
         self.pivot.copy_(pivot)
         return PivotMove(before, shift, self.sum)
 
+    def add_(self, other: LayerSums) -> None:
+        """Add sums around the same pivot."""
+        for name in ("count", "sum", "sumsq"):
+            getattr(self, name).add_(getattr(other, name))
+        self.tokens += other.tokens
+
 
 class Accumulators(Protocol):
     """The products of all pairs. `settle` comes before anything that writes: pivots, merging, loading."""
@@ -127,10 +133,7 @@ class Moments:
         worst = [layer.sumsq.max() for layer in layers]  # NaN and Inf of any token are in the squares
         counts = [layer.count.double() for layer in layers]
         worst, counts = torch.stack([*worst, *counts]).view(2, -1).tolist()
-        largest = torch.finfo(next(iter(layers)).pivot.dtype).max
-        bad = [key for key, squares in zip(self.layers, worst, strict=True) if not squares <= largest]
-        if bad:
-            raise FFMergeError(f"features of layers {bad} hold NaN, Inf or values beyond float32; start a new state")
+        check_finite(self.layers, worst, next(iter(layers)).pivot.dtype)
         better = {}
         for (key, layer), count in zip(self.layers.items(), map(int, counts), strict=True):
             if 0 < layer.tokens < min(_SETTLED, count):
@@ -138,6 +141,23 @@ class Moments:
             layer.tokens = count
         if better:
             self.move_pivots_(better)
+
+    def layer(self, key: Key) -> LayerSums:
+        """A layer's sums over all its tokens."""
+        return self.layers[key]
+
+    def check_pair(self, pair: Pair) -> None:
+        """Nothing to do: partners are checked when they are pushed."""
+
+    def waits(self) -> bool:
+        """Whether features wait for more tokens before they are multiplied."""
+        return self.accumulators.held() > 0
+
+    def settle(self) -> None:
+        self.accumulators.settle()
+
+    def discard_open_batch(self) -> None:
+        self.accumulators.discard_open_batch()
 
     def comoments(self, pair: Pair) -> Tensor:
         """Σ (x_a - mean_a)ᵀ(x_b - mean_b), a new matrix [d_a, d_b]: count times covariance."""
@@ -147,6 +167,13 @@ class Moments:
         if a is b:  # what split products leave out, low half times low half, adds up where both sides are one feature
             comoments.diagonal().copy_(a.sumsq - a.sum.square() / a.count)
         return comoments
+
+    def correlation(self, pair: Pair) -> Tensor:
+        """Pearson correlation, a new matrix [d_a, d_b]."""
+        first, second = (self.layers[key] for key in pair)
+        matrix = self.comoments(pair)
+        rows, columns = first.inverse_std() / first.count, second.inverse_std()
+        return matrix.mul_(rows.to(matrix.dtype)[:, None]).mul_(columns.to(matrix.dtype))
 
     def move_pivots_(self, pivots: Mapping[Key, Tensor]) -> None:
         """Express sums and products around new pivots; layers that are not named keep theirs."""
@@ -158,10 +185,7 @@ class Moments:
     def merge_(self, other: Moments) -> None:
         """Add the tokens of `other`, which stays as it is: common pivots first, then plain sums."""
         theirs = {key: other.layers[key].copy_as(layer) for key, layer in self.layers.items()}
-        pivots = {}
-        for key, layer in self.layers.items():
-            count = (layer.count + theirs[key].count).clamp(min=1)
-            pivots[key] = (layer.total() + theirs[key].total()) / count
+        pivots = merged_pivots(self.layers, theirs)
         self.accumulators.settle()
         moves, their_moves = _move_layers_(self.layers, pivots), _move_layers_(theirs, pivots)
         for pair in self.pairs:
@@ -169,35 +193,26 @@ class Moments:
             products = _moved_(self.accumulators.product(pair), pair, moves)
             self.accumulators.replace_(pair, products.add_(_moved_(added, pair, their_moves)))
         for key, layer in self.layers.items():
-            for name in ("count", "sum", "sumsq"):
-                getattr(layer, name).add_(getattr(theirs[key], name))
-            layer.tokens += theirs[key].tokens
+            layer.add_(theirs[key])
 
     def all_reduce_(self, group=None) -> None:
         """Sum over the processes of a group; the pivots become the common means first."""
-        layers, widths = self.layers.values(), [len(layer.pivot) for layer in self.layers.values()]
-        totals = torch.cat([part for layer in layers for part in (layer.count.double()[None], layer.total())])
-        sum_over_ranks([totals], group)
-        totals = dict(zip(self.layers, totals.split([1 + width for width in widths]), strict=True))
-        self.move_pivots_({key: total[1:] / total[0].clamp(min=1) for key, total in totals.items()})
-        sums = torch.cat([part for layer in layers for part in (layer.sum, layer.sumsq)])
-        sum_over_ranks([sums], group)
-        for (key, layer), part in zip(self.layers.items(), sums.split([2 * width for width in widths]), strict=True):
-            for mine, common in zip((layer.sum, layer.sumsq), part.chunk(2), strict=True):
-                mine.copy_(common)
-            layer.count.copy_(totals[key][0])
-            layer.tokens = int(layer.count)
+        counts, pivots = common_pivots(self.layers, group)
+        self.move_pivots_(pivots)
+        sum_layers_over_ranks_(self.layers, counts, group)
         for pair in self.pairs:
             self.accumulators.replace_(pair, *sum_over_ranks([self.accumulators.product(pair)], group))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All sums by name."""
         self.accumulators.settle()
-        return self._sums() | {name: self.accumulators.product(pair) for name, pair in self._pair_names().items()}
+        return layer_tensors(self.layers) | {
+            name: self.accumulators.product(pair) for name, pair in self._pair_names().items()
+        }
 
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace all sums, or raise FFMergeError if a tensor is missing, unknown or of another shape or dtype."""
-        sums, pairs = self._sums(), self._pair_names()
+        sums, pairs = layer_tensors(self.layers), self._pair_names()
         want = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in sums.items()}
         for name, pair in pairs.items():
             a, b = (self.layers[key].pivot for key in pair)
@@ -216,15 +231,51 @@ class Moments:
         for layer in self.layers.values():
             layer.tokens = int(layer.count)
 
-    def _sums(self) -> dict[str, Tensor]:
-        return {
-            f"layer/{key}/{name}": tensor
-            for key, layer in self.layers.items()
-            for name, tensor in zip(_NAMES, layer.tensors(), strict=True)
-        }
-
     def _pair_names(self) -> dict[str, Pair]:
         return {f"pair/{a}|{b}": (a, b) for a, b in self.pairs}
+
+
+def check_finite(keys: Iterable[Key], worst: Iterable[float], dtype: torch.dtype) -> None:
+    """Raise FFMergeError, naming layers, unless their largest squares are finite."""
+    bad = [key for key, squares in zip(keys, worst, strict=True) if not squares <= torch.finfo(dtype).max]
+    if bad:
+        bad = list(dict.fromkeys(bad))
+        raise FFMergeError(f"features of layers {bad} hold NaN, Inf or values beyond float32; start a new state")
+
+
+def merged_pivots(ours: Mapping[Key, LayerSums], theirs: Mapping[Key, LayerSums]) -> dict[Key, Tensor]:
+    """The mean of both sides' tokens, for each layer."""
+    counts = {key: (layer.count + theirs[key].count).clamp(min=1) for key, layer in ours.items()}
+    return {key: (layer.total() + theirs[key].total()) / counts[key] for key, layer in ours.items()}
+
+
+def common_pivots(layers: Mapping[Key, LayerSums], group) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
+    """(number, mean) of all processes' tokens, for each layer."""
+    totals = torch.cat([part for layer in layers.values() for part in (layer.count.double()[None], layer.total())])
+    sum_over_ranks([totals], group)
+    totals = dict(zip(layers, totals.split([1 + len(layer.pivot) for layer in layers.values()]), strict=True))
+    return {k: t[0] for k, t in totals.items()}, {k: t[1:] / t[0].clamp(min=1) for k, t in totals.items()}
+
+
+def sum_layers_over_ranks_(layers: Mapping[Key, LayerSums], counts: Mapping[Key, Tensor], group) -> None:
+    """Add up the sums of all processes, which are around the same pivots; `counts` are added up already."""
+    sums = torch.cat([part for layer in layers.values() for part in (layer.sum, layer.sumsq)])
+    sum_over_ranks([sums], group)
+    widths = [2 * len(layer.pivot) for layer in layers.values()]
+    for (key, layer), part in zip(layers.items(), sums.split(widths), strict=True):
+        for mine, common in zip((layer.sum, layer.sumsq), part.chunk(2), strict=True):
+            mine.copy_(common)
+        layer.count.copy_(counts[key])
+        layer.tokens = int(layer.count)
+
+
+def layer_tensors(layers: Mapping[Key, LayerSums]) -> dict[str, Tensor]:
+    """The sums by name."""
+    return {
+        f"layer/{key}/{name}": tensor
+        for key, layer in layers.items()
+        for name, tensor in zip(_NAMES, layer.tensors(), strict=True)
+    }
 
 
 def _move_layers_(layers: Mapping[Key, LayerSums], pivots: Mapping[Key, Tensor]) -> dict[Key, PivotMove]:

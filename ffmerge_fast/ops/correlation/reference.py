@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common.activations import FORWARD
 from .packing import RowPacking
+from .ring import add_rows_
 
 packing = RowPacking  # how this backend keeps features and products
 _ROWS = 256  # rows per float64 block: bounds the temporaries of the column sums
@@ -57,6 +58,27 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
     """products [d_a, d_b] += aᵀ b for the pivoted features a [T, d_a] and b [T, d_b] of two layers."""
     with torch.autocast(products.device.type, enabled=False):
         products.addmm_(a.to(products.dtype).T, b.to(products.dtype))
+
+
+def accumulate_ring_(
+    x: Tensor,  # [T or more, d]
+    at: Tensor | None,  # [T] int64, row of x of each token; None: x has T rows, all tokens
+    signs: Tensor,  # [T] float32
+    pivot: Tensor,  # [d] float32
+    rows: Tensor,  # [m, d] float32
+    first: int,  # row of token 0
+    sum_: Tensor,  # [d] float64
+    sumsq: Tensor,  # [d] float64
+    activation: str | None,
+) -> None:
+    """Add each token, activated, pivoted and times its sign, to its row of a ring, and its Σ and Σ² without sign."""
+    for start in range(0, len(signs), _ROWS):
+        block = x[start : start + _ROWS] if at is None else x[at[start : start + _ROWS]]
+        values = block.float() if activation is None else FORWARD[activation](block.float())
+        values = values - pivot
+        for total, part in zip((sum_, sumsq), _column_sums(values), strict=True):
+            total += part
+        add_rows_(rows, (first + start) % len(rows), values * signs[start : start + _ROWS, None])
 
 
 def _column_sums(x: Tensor) -> tuple[Tensor, Tensor]:

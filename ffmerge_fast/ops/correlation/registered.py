@@ -34,3 +34,15 @@ accumulate_pair_ = define_op(
     _accumulate_pair_,
     lambda a, b, products: None,
 )
+
+
+def _accumulate_ring_(x: Tensor, *rest) -> None:
+    backends.select("correlation", x).accumulate_ring_(x, *rest)
+
+
+accumulate_ring_ = define_op(
+    "_correlation_accumulate_ring_(Tensor x, Tensor? at, Tensor signs, Tensor pivot, Tensor(a!) rows, int first,"
+    " Tensor(b!) sum, Tensor(c!) sumsq, str? activation) -> ()",
+    _accumulate_ring_,
+    lambda *arguments: None,
+)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ...support.errors import FFMergeError
-from ...support.sizes import parse_bytes
+from ...support.sizes import format_bytes, parse_bytes
 from ...support.tensors import not_inference
 from ..common import backends
 from ..common.activations import check_activation
 from .batch import Batch, flat_features
 from .moments import Key, LayerSums, Moments, Pair
 from .products import make_accumulators, partners
+from .sketch import SMALLEST, SketchedMoments
 
 _COMPUTE = ("auto", "bf16", "bf16x3", "fp32", "fp64")
 
@@ -35,10 +36,14 @@ class CorrelationState:
         activation: applied to the features first (relu, gelu, gelu_tanh, silu, relu2, quick_gelu), or None.
         max_memory: bytes, or text such as "8GiB", that the products of all pairs may take. Beyond it, features are
             spooled to disk (TMPDIR) and each pair is multiplied when it is read; results are the same. CPU only.
+        sketch: instead of products, keep so many rows per layer (16 or more, float32 [sketch, d]) from which the
+            covariance of any two layers of equal tokens is estimated, without bias (`sketch_error`). Means and
+            variances are exact. Collecting costs T·d additions per layer, reading a pair sketch·d_a·d_b products.
 
     Raises:
         FFMergeError: unknown key in `pairs`, width below 1, unknown `compute` or `activation`, `max_memory` that is no
-            number of bytes or below one pair's products, too little memory (with the bytes needed).
+            number of bytes or below one pair's products, too little memory (with the bytes needed); `sketch` below 16,
+            or with another `compute` than "auto" and "fp32", or that takes more than `max_memory`.
     """
 
     @not_inference
@@ -50,22 +55,21 @@ class CorrelationState:
         compute: str = "auto",
         activation: str | None = None,
         max_memory: int | str | None = None,
+        sketch: int | None = None,
     ):
-        self.widths, self.compute, self.activation = dict(widths), compute, activation
+        self.widths, self.compute, self.activation, self.sketch = dict(widths), compute, activation, sketch
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
         self.max_memory = None if max_memory is None else parse_bytes(max_memory, "max_memory")
         self._check_arguments()
         self.pairs = self._distinct(pairs)
         self._partners = partners(self.widths, self.pairs)
         self.dtype = torch.float64 if compute == "fp64" else torch.float32
-        backend = backends.select("correlation", torch.empty(0, device=self.device))
-        packing = backend.packing(self.widths, self.pairs, self.device, compute, activation)
-        layers = {key: LayerSums.empty(width, self.dtype, self.device) for key, width in self.widths.items()}
-        self._moments = Moments(layers, self.pairs, make_accumulators(packing, self.max_memory))
+        self._moments = self._exact_moments() if sketch is None else self._sketched_moments()
         self._batch = Batch()
 
     def __repr__(self) -> str:
-        return f"CorrelationState({len(self.widths)} layers, {len(self.pairs)} pairs, {self.compute}, {self.device})"
+        kind = self.compute if self.sketch is None else f"sketch of {self.sketch} rows"
+        return f"CorrelationState({len(self.widths)} layers, {len(self.pairs)} pairs, {kind}, {self.device})"
 
     # Accumulate
 
@@ -106,18 +110,18 @@ class CorrelationState:
         seen, self._batch = self._batch.tokens, Batch()
         missing = [key for key in self.widths if key not in seen]
         if missing:
-            self._moments.accumulators.discard_open_batch()
+            self._moments.discard_open_batch()
             raise FFMergeError(f"end_batch: layers {missing} were not pushed in this batch; push every layer once")
         self._moments.end_batch()
 
     def waits(self) -> bool:
         """Whether features wait for more tokens before they are multiplied."""
-        return self._moments.accumulators.held() > 0
+        return self._moments.waits()
 
     def settle(self) -> None:
         """Multiply what waits; the sums that follow are rounded otherwise than without."""
         self._no_open_batch()
-        self._moments.accumulators.settle()
+        self._moments.settle()
 
     def check_batch(self, features: Mapping[Key, Tensor], mask: Tensor | None = None) -> None:
         """Raise FFMergeError unless `features` are one whole batch of this state; changes nothing."""
@@ -151,20 +155,33 @@ class CorrelationState:
     def covariance(self, a: Key, b: Key) -> Tensor:
         """Covariance (1/n) of the features of two layers, float32 [d_a, d_b]; rows are those of `a`."""
         pair = self._stored(a, b)
-        matrix = self._moments.comoments(pair).div_(self._layer(pair[0]).count).float()
+        matrix = self._moments.comoments(pair).div_(self.count(pair[0])).float()
         return matrix if pair == (a, b) else matrix.T
 
     def correlation(self, a: Key, b: Key) -> Tensor:
         """Pearson correlation of the features of two layers, float32 [d_a, d_b] in [-1, 1]; rows are those of `a`.
 
-        A feature without variance (a dead neuron) has correlation 0 with everything.
+        A feature without variance (a dead neuron) has correlation 0 with everything. Of a sketch: the estimate.
         """
         pair = self._stored(a, b)
-        first, second = (self._layer(key) for key in pair)
-        rows, columns = first.inverse_std() / first.count, second.inverse_std()
-        matrix = self._moments.comoments(pair).mul_(rows.to(self.dtype)[:, None]).mul_(columns.to(self.dtype))
-        matrix = matrix.clamp_(-1, 1).float()
+        matrix = self._moments.correlation(pair).clamp_(-1, 1).float()
         return matrix if pair == (a, b) else matrix.T
+
+    @property
+    def sketch_error(self) -> float:
+        """Standard deviation of an estimated correlation near 0 (about √2 times as much near 1); 0 without a sketch."""
+        return 0.0 if self.sketch is None else self.sketch**-0.5
+
+    def half_correlations(self, a: Key, b: Key) -> tuple[Tensor, Tensor]:
+        """Two estimates of `correlation(a, b)`, of half a sketch each: errors of one are not those of the other.
+
+        Raises:
+            FFMergeError: this is no sketch; as `correlation`.
+        """
+        if self.sketch is None:
+            raise FFMergeError("half_correlations: want a state with sketch=; this one is exact")
+        pair, half = self._stored(a, b), self.sketch // 2
+        return tuple(self._moments.correlation(pair, rows) for rows in (slice(half), slice(half, 2 * half)))
 
     # Merge, save, load
 
@@ -173,9 +190,9 @@ class CorrelationState:
         """Add the tokens of another state of the same layers and pairs (Chan et al. 1979: exact for any split).
 
         Raises:
-            FFMergeError: the states differ in layers, widths, pairs or activation, or a batch is open.
+            FFMergeError: the states differ in layers, widths, pairs, activation or sketch, or a batch is open.
         """
-        for name in ("widths", "pairs", "activation"):
+        for name in ("widths", "pairs", "activation", "sketch"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise FFMergeError(f"merge_: the states differ in {name}: {mine} and {theirs}")
@@ -196,7 +213,9 @@ class CorrelationState:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All sums: "layer/<key>/count|pivot|sum|sumsq" and "pair/<a>|<b>"; to be read only, valid until the next push.
+        """All sums: "layer/<key>/count|pivot|sum|sumsq" and "pair/<a>|<b>", of a sketch "ring/<key>/rows|ones|waiting".
+
+        To be read only, valid until the next push.
 
         The products are the state's own where the backend keeps plain matrices, else copies.
         """
@@ -216,6 +235,27 @@ class CorrelationState:
 
     # Private
 
+    def _exact_moments(self) -> Moments:
+        backend = backends.select("correlation", torch.empty(0, device=self.device))
+        packing = backend.packing(self.widths, self.pairs, self.device, self.compute, self.activation)
+        layers = {key: LayerSums.empty(width, self.dtype, self.device) for key, width in self.widths.items()}
+        return Moments(layers, self.pairs, make_accumulators(packing, self.max_memory))
+
+    def _sketched_moments(self) -> SketchedMoments:
+        m = self.sketch
+        if type(m) is not int or m < SMALLEST:
+            raise FFMergeError(f"sketch: got {m!r}, want a number of rows, {SMALLEST} or more (1024 is usual), or None")
+        if self.compute not in ("auto", "fp32"):
+            raise FFMergeError(f"compute: got {self.compute!r}, a sketch is kept in float32: leave it out")
+        needed = 4 * m * sum(self.widths.values())
+        if self.max_memory is not None and needed > self.max_memory:
+            fit = self.max_memory // (4 * sum(self.widths.values()))
+            raise FFMergeError(
+                f"max_memory: {format_bytes(self.max_memory)}, but {m} rows of {len(self.widths)} layers take "
+                f"{format_bytes(needed)}: give that much, or sketch={fit}"
+            )
+        return SketchedMoments(self.widths, m, self.device, self.activation)
+
     def _check_arguments(self) -> None:
         if self.compute not in _COMPUTE:
             raise FFMergeError(f"compute: got {self.compute!r}, want one of {', '.join(_COMPUTE)}")
@@ -227,7 +267,7 @@ class CorrelationState:
                 raise FFMergeError(f"widths: layer {key!r} has width {width}, want at least 1")
         if len({str(key) for key in self.widths}) < len(self.widths):
             raise FFMergeError(f"widths: keys {list(self.widths)} are not different as strings; rename them")
-        if self.max_memory is not None and self.device.type != "cpu":
+        if self.max_memory is not None and self.sketch is None and self.device.type != "cpu":
             raise FFMergeError(f"max_memory: the state is on {self.device}, wanted device='cpu' to spool features")
 
     def _distinct(self, pairs: Iterable[Pair]) -> list[Pair]:
@@ -251,7 +291,7 @@ class CorrelationState:
         layer = self._layer(key)
         if not layer.tokens:
             raise FFMergeError(f"layer {key!r} has seen no tokens: accumulate features first")
-        return layer
+        return self._moments.layer(key)
 
     def _no_open_batch(self) -> None:
         if self._batch.tokens:
@@ -259,9 +299,10 @@ class CorrelationState:
 
     def _stored(self, a: Key, b: Key) -> Pair:
         """The pair of two layers that have seen tokens, as it is stored."""
-        if b not in self._partners.get(a, ()):
+        if self.sketch is None and b not in self._partners.get(a, ()):
             raise FFMergeError(f"pair ({a!r}, {b!r}) was not accumulated: name it in pairs")
-        pair = self._partners[a][b]
+        pair = self._partners.get(a, {}).get(b, (a, b))
         for key in pair:
             self._closed(key)
+        self._moments.check_pair(pair)
         return pair

@@ -15,9 +15,10 @@ from . import reference
 from .moments import Key, LayerSums, Pair
 from .packing import Packed, Product, RowPacking
 
-__all__ = ["accumulate_layer_", "accumulate_pair_", "can_run", "packing"]
+__all__ = ["accumulate_layer_", "accumulate_pair_", "accumulate_ring_", "can_run", "packing"]
 
 _CHUNK, _COLUMNS = 256, 128  # tokens and features of one program of the layer kernel
+_RING_CHUNK = 64  # tokens of one program of the ring kernel
 _FAR = 1.0  # |mean| / std from which a bfloat16 feature gets a pivot; below, x itself is exact and needs no low half
 _PIECE = 2048  # tokens that one call of cuBLAS sums: beyond, its error leaves float32's; rounded features allow more
 _ROUNDED_PIECE = 8192
@@ -51,6 +52,45 @@ def accumulate_pair_(a: Tensor, b: Tensor, products: Tensor) -> None:
         return
     with no_tf32():
         reference.accumulate_pair_(a, b, products)
+
+
+def accumulate_ring_(
+    x: Tensor,
+    at: Tensor | None,
+    signs: Tensor,
+    pivot: Tensor,
+    rows: Tensor,
+    first: int,
+    sum_: Tensor,
+    sumsq: Tensor,
+    activation: str | None,
+) -> None:
+    """As the reference, in one pass over x: a launch for each time round the ring."""
+    (m, width), tokens, start = rows.shape, len(signs), 0
+    pieces = []  # (tokens, row of the first one)
+    while start < tokens:
+        pieces.append((min(tokens - start, m - first), first))
+        start, first = start + pieces[-1][0], 0
+    most = sum(length // _RING_CHUNK + 2 for length, _ in pieces)
+    partial = torch.empty(most, 2, width, dtype=torch.float64, device=x.device)
+    blocks, start, done = -(-width // _COLUMNS), 0, 0
+    for length, row in pieces:
+        offset = start % _RING_CHUNK
+        chunks = -(-(offset + length) // _RING_CHUNK)
+        here = (x, at[start:]) if at is not None else (x[start:], None)
+        launch(
+            _kernels()._correlation_accumulate_ring_kernel,
+            (blocks, chunks),
+            x.device,
+            *(*here, signs[start:], pivot, rows[row:], partial[done:], length, offset, _RING_CHUNK, width, *x.stride()),
+            ACTIVATION=activation or "none",
+            BLOCK_T=8 if x.device.type == "cuda" else 64,  # the interpreter takes a while for each block
+            BLOCK_D=_COLUMNS,
+            num_warps=4,
+        )
+        start, done = start + length, done + chunks
+    counts, count = torch.zeros(done + 1, dtype=torch.int64, device=x.device).split([done, 1])  # counted by the caller
+    _add_sums_(partial, counts, (count, sum_, sumsq), done)
 
 
 def packing(
@@ -259,11 +299,17 @@ def _accumulate_layer_(
         INTERPRETED=env.triton_interpreter(),
         num_warps=4,
     )
+    _add_sums_(partial, counts, (count, total, squares), chunks)
+
+
+def _add_sums_(partial: Tensor, counts: Tensor, sums: tuple[Tensor, Tensor, Tensor], chunks: int) -> None:
+    """Add the chunks' sums, in their order, to count, Σ and Σ²."""
+    width = partial.shape[-1]
     launch(
         _kernels()._correlation_layer_sums_kernel,
-        (blocks,),
-        x.device,
-        *(partial, counts, count, total, squares, chunks, width),
+        (-(-width // _COLUMNS),),
+        partial.device,
+        *(partial, counts, *sums, chunks, width),
         BLOCK_D=_COLUMNS,
         num_warps=4,
     )

@@ -89,6 +89,56 @@ def _correlation_accumulate_layer_kernel(
         tl.store(counts + part, tl.sum(counted, 0).to(tl.int64))
 
 
+@triton.jit(do_not_specialize=["tokens", "offset", "chunk"])
+def _correlation_accumulate_ring_kernel(
+    x,  # [..., width], any strides: the tokens themselves, or what `at` chooses from
+    at,  # [tokens] int64: each token's row of x, or None
+    signs,  # [tokens] float32
+    pivot,  # [width] float32
+    ring,  # [tokens, width] float32: the rows of these tokens
+    sums,  # [chunks, 2, width] float64: Σ and Σ² per chunk of tokens
+    tokens,
+    offset,  # of token 0 in the first chunk
+    chunk,  # tokens per program
+    width,
+    stride_t,
+    stride_d,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Activation, minus pivot, times sign, added to as many rows of a ring, and column sums: one pass over features.
+
+    Every token has a row of its own, so nothing is added twice in a launch.
+    Naive loop: `reference.accumulate_ring_`.
+    """
+    part = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = columns < width
+    shift = tl.load(pivot + columns, mask=inside, other=0.0)
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float64)
+    squares = tl.zeros((BLOCK_T, BLOCK_D), tl.float64)
+    for start in range(part * chunk - offset, tl.minimum(part * chunk - offset + chunk, tokens), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        live = (t >= 0) & (t < tokens)
+        sign = tl.load(signs + t, mask=live, other=0.0)
+        row = t.to(tl.int64)
+        if at is not None:
+            row = tl.load(at + t, mask=live, other=0)
+        counting = live[:, None] & inside[None, :]
+        d = columns.to(tl.int64)[None, :]
+        value = tl.load(x + row[:, None] * stride_t + d * stride_d, mask=counting, other=0.0).to(tl.float32)
+        value = tl.where(counting, activate(value, ACTIVATION) - shift[None, :], 0.0)
+        to = ring + t.to(tl.int64)[:, None] * width + d
+        tl.store(to, tl.load(to, mask=counting, other=0.0) + sign[:, None] * value, mask=counting)
+        exact = value.to(tl.float64)
+        total += exact
+        squares += exact * exact
+    sums += part.to(tl.int64) * 2 * width
+    tl.store(sums + columns, tl.sum(total, 0), mask=inside)
+    tl.store(sums + width + columns, tl.sum(squares, 0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["chunks"])
 def _correlation_layer_sums_kernel(sums, counts, count, total, squares, chunks, width, BLOCK_D: tl.constexpr):
     """Add the chunks' sums in their order to a layer's count, Σ and Σ²: the same bits every time.
