@@ -146,15 +146,15 @@ def test_run_reports_red_and_fails(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pipeline_compares_two_ways_to_the_same_merge(capsys, tmp_path):
+def test_pipeline_compares_three_ways_to_the_same_merge(capsys, tmp_path):
     pytest.importorskip("transformers")
-    arguments = "--layers 4 --width 64 --window 3 --tokens 300 --batch 2 --length 32".split()
+    arguments = "--layers 4 --width 64 --window 3 --tokens 300 --batch 2 --length 32 --sketch 256".split()
     path = tmp_path / "pipeline.csv"
     assert pipeline.main([*arguments, "--output", str(path)]) == 0
     with path.open(newline="", encoding="utf-8") as file:
         rows = {row["stage"]: row for row in csv.DictReader(file)}
     assert list(rows) == [*pipeline.STAGES, "total", "of it forward", "total without forward"]
-    for side in ("ffmerge s", "published s"):
+    for side in ("sketch s", "exact s", "published s"):
         stages, total, forward, rest = (
             [float(rows[name][side]) for name in names]
             for names in (pipeline.STAGES, ["total"], ["of it forward"], ["total without forward"])
@@ -163,16 +163,17 @@ def test_pipeline_compares_two_ways_to_the_same_merge(capsys, tmp_path):
         assert total[0] - forward[0] == pytest.approx(rest[0], abs=0.03) and forward[0] > 0
     lines = capsys.readouterr().out.splitlines()
     (shares,) = (line for line in lines if line.startswith("# share"))
-    assert float(shares.split()[-1]) > 0.2
+    assert all(float(share.split()[-1]) > 0.2 for share in shares.split(","))
+    assert any(line.startswith("# all windows of 3: 5 pairs; collect") for line in lines)
 
 
 def test_pipeline_sides_leave_the_same_weights():
     pytest.importorskip("transformers")
     args = pipeline.parse("--layers 4 --width 64 --window 3 --tokens 300 --batch 2 --length 32".split())
     weights = []
-    for side in (pipeline.run_ffmerge, pipeline.run_published):
+    for side, options in ((pipeline.run_ffmerge, [None]), (pipeline.run_published, [])):
         model, batches = pipeline.build(args)
-        side(model, batches, [0, 1, 2], args.tokens)
+        side(model, batches, [0, 1, 2], args.tokens, *options)
         weights.append([model.transformer.h[i].mlp.c_fc.weight for i in range(4)])
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

@@ -122,20 +122,19 @@ class CorrelationStats:
         return self._alignments[key]
 
     def expected_loss(self, anchor: int, layer: int, stack: str | None = None) -> float:
-        """Which share of the matched correlation `alignment` loses by matching on a sketch, as far as can be told.
+        """Which share of the matched correlation `alignment` loses by matching on a sketch, without the exact one.
 
-        The match of half of the sketch is scored on that half and on the other one. Its score on its own half is too
-        high by about as much as it truly is too low, and errors halve with twice the rows: a fourth of the gap.
+        Half of the sketch is matched alone, and both matches are scored on it. By how much the whole sketch's match
+        is worse there is, to second order in the errors, what it loses against the exact one: an error e of variance
+        s² in each half moves the optimum to e/2 + e'/2, which costs s²/4 of the truth, and s²/2 - s²/4 on this half.
         """
         stack = stack or self._only_stack()
         if self.sketch is None:
             return 0.0
-        mine, other = self._state(stack).half_correlations(anchor, layer)
-        found = ops.assign(mine)
-        columns = found.permutation.to(other.device)[:, None]
-        gap = found.objective - other.gather(1, columns).double().sum().item()
-        whole = self.alignment(anchor, layer, stack).matched * len(mine)
-        return max(0.0, gap / 4 / whole) if whole > 0 else 1.0
+        whole, half = self.alignment(anchor, layer, stack), self._state(stack).half_correlation(anchor, layer)
+        columns = whole.permutation.to(half.device)[:, None]
+        worse = ops.assign(half).objective - half.gather(1, columns).double().sum().item()
+        return max(0.0, worse / (whole.matched * len(half))) if whole.matched > 0 else 1.0
 
     def align(self, wanted: Iterable[tuple[str, int, int]]) -> None:
         """Compute the alignments of many (stack, anchor, layer), several at a time: one per torch thread.

@@ -155,12 +155,13 @@ def test_saving_on_the_way_changes_nothing(at):
     assert same_bits(second, whole)
 
 
-def test_half_a_sketch_each():
+def test_half_a_sketch():
     x = two_layers(8192)
     state = correlate(x, sketch=512)
-    halves = state.half_correlations(0, 1)
-    torch.testing.assert_close((halves[0] + halves[1]) / 2, state.correlation(0, 1), rtol=0, atol=1e-5)
-    first, second = (half - truth(x[0], x[1]) for half in halves)
+    half, truly = state.half_correlation(0, 1), truth(x[0], x[1])
+    assert torch.equal(state.half_correlation(1, 0), half.T)
+    other = 2 * state.correlation(0, 1) - half  # of the other rows
+    first, second = half - truly, other - truly
     assert 0.7 < first.std() * 16 < 1.4
     assert abs((first * second).mean()) < 0.2 * first.square().mean()
 
@@ -177,7 +178,7 @@ def test_wrong_arguments():
     with pytest.raises(ff.FFMergeError, match="differ in sketch: None and 16"):
         exact.merge_(sketched)
     with pytest.raises(ff.FFMergeError, match="exact"):
-        exact.half_correlations(0, 0)
+        exact.half_correlation(0, 0)
     with pytest.raises(ff.FFMergeError, match="state_dict"):
         sketched.load_state_dict_(exact.state_dict())
     other = ff.CorrelationState({0: 8}, [(0, 0)], sketch=17)

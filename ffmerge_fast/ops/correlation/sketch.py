@@ -119,7 +119,7 @@ class SketchedMoments:
         return product
 
     def correlation(self, pair: Pair, rows: slice = slice(None)) -> Tensor:
-        """The estimated Pearson correlation, a new matrix [d_a, d_b]; of some rows of the rings only, if asked."""
+        """The estimated Pearson correlation, a new matrix [d_a, d_b]; by some rows of the rings only, if asked."""
         first, second = (self.layer(key) for key in pair)
         share = len(range(*rows.indices(self.m))) / self.m
         product = self._product(pair, rows, first.inverse_std() / (first.count * share), second.inverse_std())

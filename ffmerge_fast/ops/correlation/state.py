@@ -172,16 +172,17 @@ class CorrelationState:
         """Standard deviation of an estimated correlation near 0 (about √2 times as much near 1); 0 without a sketch."""
         return 0.0 if self.sketch is None else self.sketch**-0.5
 
-    def half_correlations(self, a: Key, b: Key) -> tuple[Tensor, Tensor]:
-        """Two estimates of `correlation(a, b)`, of half a sketch each: errors of one are not those of the other.
+    def half_correlation(self, a: Key, b: Key) -> Tensor:
+        """An estimate of `correlation(a, b)` by the first half of a sketch's rows alone, not clamped to [-1, 1].
 
         Raises:
             FFMergeError: this is no sketch; as `correlation`.
         """
         if self.sketch is None:
-            raise FFMergeError("half_correlations: want a state with sketch=; this one is exact")
-        pair, half = self._stored(a, b), self.sketch // 2
-        return tuple(self._moments.correlation(pair, rows) for rows in (slice(half), slice(half, 2 * half)))
+            raise FFMergeError("half_correlation: want a state with sketch=; this one is exact")
+        pair = self._stored(a, b)
+        matrix = self._moments.correlation(pair, slice(self.sketch // 2))
+        return matrix if pair == (a, b) else matrix.T
 
     # Merge, save, load
 
