@@ -1,7 +1,7 @@
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: install test lint bench sanitize gpu clean
+.PHONY: install test lint bench sanitize gpu rehearse clean
 
 install:  ## editable, with the test extra; builds the C++ extension in place
 	python3 -m venv $(VENV)
@@ -30,11 +30,13 @@ sanitize:  ## op tests on a build with AddressSanitizer and UndefinedBehaviorSan
 	cd $(SANITIZED) && LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 		$(abspath $(PY)) -m pytest -n 1 tests/ops -m "not gpu" -k "not triton and not interpreter"
 
-gpu:  ## CUDA tests and benchmarks; says why not where there is no GPU
+gpu:  ## CUDA tests and benchmarks/gpu.py, under ten minutes; says why not where there is no GPU
 	@if reason=$$($(PY) -m benchmarks.harness.measure --why-no-gpu); then \
-		$(PY) -m pytest -n 0 -m gpu && $(PY) -m benchmarks.run --device cuda --size full && \
-		$(PY) -m benchmarks.run --device cuda --size large; \
+		$(PY) -m pytest -n 0 -m gpu; tests=$$?; $(PY) -m benchmarks.gpu && exit $$tests; \
 	else echo "make gpu: nothing run: $$reason"; fi
+
+rehearse:  ## the list of `make gpu` at tiny sizes in Triton's interpreter
+	$(PY) -m benchmarks.gpu --rehearse
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

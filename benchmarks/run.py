@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -27,14 +29,23 @@ def main(argv: list[str] | None = None) -> int:
     return time_cases([c for c in registry.cases(args.op, args.size) if args.case in c.name], args)
 
 
-def time_cases(cases: list[Case], args: argparse.Namespace, versions: dict[str, str] | None = None) -> int:
-    """Time the cases with `args.runs`, write each to `args.output` when it is done; 1 where one was wrong or failed."""
+def time_cases(
+    cases: list[Case], args: argparse.Namespace, versions: dict[str, str] | None = None, until: float = math.inf
+) -> int:
+    """Time the cases with `args.runs`, write each to `args.output` when it is done; 1 where one was wrong or failed.
+
+    Args:
+        until: begin none after this moment of `time.monotonic`.
+    """
     device = getattr(args, "device", "cpu")
     header = measure.machine(device)
     print("\n".join(f"# {key}: {value}" for key, value in {**header, **(versions or {})}.items()))
     path = args.output or RESULTS / f"{measure.slug(header['machine'])}.csv"
     rows, red = [], 0
     for case in cases:
+        if time.monotonic() > until:
+            print(f"not run, the time is over: {case.op} {case.name}", file=sys.stderr)
+            continue
         try:
             timed = time_case(case, device, args.runs)
         except Exception as error:  # a GPU is lent for minutes: one case must not cost the others
@@ -79,9 +90,18 @@ def time_case(case: Case, device: str, runs: int) -> list[dict]:
             "runs": t.runs,
             "error": f"{t.error:.1e}",
             "extra_mib": f"{memory[name] / 2**20:.1f}" if name in memory else "",
+            **_bandwidth(job.nbytes, t.median / 1e3, device),
         }
         for name, t in timings.items()
     ]
+
+
+def _bandwidth(nbytes: int, seconds: float, device: str) -> dict[str, str]:
+    """The bytes that cannot be avoided by the time, and beside the machine's copy."""
+    if not nbytes:
+        return {"gb_s": "", "of_copy": ""}
+    rate = nbytes / seconds
+    return {"gb_s": f"{rate / 1e9:.1f}", "of_copy": f"{rate / measure.copy_bandwidth(device):.2f}"}
 
 
 def table(rows: list[dict]) -> str:

@@ -6,6 +6,9 @@ import argparse
 import csv
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,9 @@ from benchmarks.ops.correlation import correlation_case
 from benchmarks.ops.projection import projection_case
 from benchmarks.ops.shared_ffn import FFN_SHAPES, shared_ffn_layers_case
 from benchmarks.studies import pipeline, projection_quality, projection_step, quality, recovery, search_proxy, stream
+from tests.helpers.triton_tools import needs_triton
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_wrong_result_is_never_timed():
@@ -177,6 +183,18 @@ def test_pipeline_sides_leave_the_same_weights():
         weights.append([model.transformer.h[i].mlp.c_fc.weight for i in range(4)])
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_gpu_list_can_be_rehearsed(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--output", str(tmp_path / "rows.csv")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "RED" not in done.stderr, done.stderr[-3000:]
+    with (tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["op"] for row in rows} == {"correlation", "assignment", "shared_ffn", "projection"}
+    assert all(float(row["of_copy"]) >= 0 for row in rows if "sketch" in row["case"])
 
 
 class _Rows(quality.Run):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,6 +101,14 @@ def _cuda_ms(run: Callable[[], Any]) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
+
+
+@cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of a copy too large for the caches; the fastest of seven."""
+    source = torch.empty(2**28 if device == "cuda" else 2**26, dtype=torch.uint8, device=device).zero_()
+    to, clock = torch.empty_like(source), _cuda_ms if device == "cuda" else _cpu_ms
+    return 2 * source.nbytes / min(clock(lambda: to.copy_(source)) for _ in range(7)) * 1e3
 
 
 def machine(device: str = "cpu") -> dict[str, str]:

@@ -21,11 +21,12 @@ class Job:
     error: Callable[[Any], float]
     limit: float
     memory: Callable[[], dict[str, int]] | None = None  # extra bytes of each candidate at its peak
+    nbytes: int = 0  # that no candidate can avoid to read and write; 0 where time is not spent on that
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row group of the table. `size` is "small" (seconds) or "full" (the sizes of real models)."""
+    """One row group of the table. `size`: "small" (seconds), "full" (real models), "large" and "gpu" (GPUs)."""
 
     op: str
     name: str

@@ -65,6 +65,15 @@ def assignment_scipy(scores: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(linear_sum_assignment(scores.cpu().numpy(), maximize=True)[1])
 
 
+def gpu_peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """torch-linear-assignment, where it is installed."""
+    try:
+        from torch_linear_assignment import batch_linear_assignment
+    except ImportError:
+        return {}
+    return {"torch-linear-assignment": lambda scores: batch_linear_assignment(-scores[None])[0].long().cpu()}
+
+
 def assignment_case(
     size: str,
     kind: str,

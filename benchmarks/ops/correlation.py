@@ -9,6 +9,8 @@ import torch
 
 import ffmerge_fast as ff
 from benchmarks.ops import BF16, FP32, Case, Job
+from ffmerge_fast.ops.correlation import registered
+from ffmerge_fast.ops.correlation.ring import signs
 
 
 def features(layers: int, batches: int, tokens: int, width: int, dtype: torch.dtype, device: str) -> list[dict]:
@@ -177,7 +179,61 @@ def correlation_case(
     return Case("correlation", name, size, build)
 
 
+def sketch_case(size: str, tokens: int, width: int, dtype: torch.dtype, rows: int = 1024) -> Case:
+    """One layer's features into its ring. `copy_` writes them elsewhere, no more: what the memory allows."""
+
+    def build(device: str) -> Job:
+        x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        copied, sign = torch.empty_like(x), signs(0, tokens, x.device)
+        order = torch.arange(tokens, device=device) % rows
+
+        def sums():
+            ring = torch.zeros(rows, width, device=device)
+            return ring, *torch.zeros(2, width, dtype=torch.float64, device=device)
+
+        ours, plain = sums(), sums()
+        pivot = torch.zeros(width, device=device)
+
+        def by_ring():
+            for each in ours:
+                each.zero_()
+            ring, total, squares = ours
+            registered.accumulate_ring_(x, None, sign, pivot, ring, 0, total, squares, None)
+            return ours
+
+        def by_index_add():
+            for each in plain:
+                each.zero_()
+            values = x.float()
+            plain[0].index_add_(0, order, values * sign[:, None])
+            plain[1].add_(values.sum(0))
+            plain[2].add_(values.square().sum(0))
+            return plain
+
+        exact = x.double()
+        ring = torch.zeros(rows, width, dtype=torch.float64, device=device)
+        truth = ring.index_add_(0, order, exact * sign[:, None].double()), exact.sum(0), exact.square().sum(0)
+
+        def error(found) -> float:
+            if found is copied:
+                return 0.0
+            return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, truth, strict=True))
+
+        candidates = {"ffmerge": by_ring, "index_add_": by_index_add, "copy_ (bound)": lambda: copied.copy_(x)}
+        nbytes = x.nbytes + 2 * ours[0].nbytes
+        return Job(candidates, error, limit=1e-5, nbytes=nbytes)
+
+    name = f"sketch {rows} T{tokens} d{width} {str(dtype).removeprefix('torch.')}"
+    return Case("correlation", name, size, build)
+
+
 CASES = [
+    sketch_case("small", tokens=512, width=768, dtype=FP32),
+    *(
+        sketch_case("full", tokens=2048, width=width, dtype=dtype)
+        for width in (3072, 5120, 14336)
+        for dtype in (FP32, BF16)
+    ),
     correlation_case("small", layers=3, batches=2, tokens=512, width=512, dtype=FP32),
     correlation_case("small", layers=3, batches=2, tokens=512, width=512, dtype=BF16),
     correlation_case("small", layers=2, batches=1, tokens=2048, width=768, dtype=BF16, activation="gelu"),
