@@ -111,6 +111,39 @@ def at_best_rate(rows: list[Row]) -> Table:
     return [["keep", "steps", "variant", "learning rate", "seeds", "test loss"], *lines]
 
 
+def by_sketch(rows: list[Row]) -> Table:
+    """A line per window and recovery, a column per way of matching: the least and the largest score of its seeds."""
+    ways = sorted(
+        {row["matched by"] for row in rows}, key=lambda way: (way.isdigit(), int(way) if way.isdigit() else 0)
+    )
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        searched = row["layers"] == "search"
+        line = ("search: the best window" if searched else row["layers"], "" if searched else row["recover"])
+        found.setdefault(line, {}).setdefault(row["matched by"], []).append(float(row["score"]))
+
+    def cell(values: list[float]) -> str:
+        low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+        return low if low == high else f"{low} to {high}"
+
+    lines = [[*line, *(cell(scores[way]) if way in scores else "" for way in ways)] for line, scores in found.items()]
+    return [["layers", "recover", *(f"m = {way}" if way.isdigit() else way for way in ways)], *lines]
+
+
+def lost_by_rows(rows: list[Row]) -> Table:
+    """A line per width, a column per m: the mean share of the objective that is lost, and that was expected to be."""
+    sizes = sorted({int(row["rows"]) for row in rows})
+    lines = []
+    for width in sorted({int(row["width"]) for row in rows}):
+        line = [f"{width}"]
+        for m in sizes:
+            chosen = [row for row in rows if (int(row["width"]), int(row["rows"])) == (width, m)]
+            means = [statistics.mean(float(row[name]) for row in chosen) for name in ("lost", "expected") if chosen]
+            line.append(f"{means[0]:.2%} ({means[1]:.2%}), {len(chosen)} seeds" if chosen else "")
+        lines.append(line)
+    return [["d", *(f"m = {m}" for m in sizes)], *lines]
+
+
 def windows_by_size(rows: list[Row]) -> Table:
     """A line per model and window size: how well each score ranks the windows, and what each would choose."""
     sizes: dict[tuple[str, str], list[Row]] = {}
@@ -242,10 +275,30 @@ SECTIONS = (
     Section(
         "Pipeline",
         "python -m benchmarks.studies.pipeline",
-        "Collect, assign and merge beside the published algorithm: 36 layers, d_model 1280, d_ff 5120, window 12, "
-        "10,000 tokens. Peak memory above the model.",
+        "Collect, assign and merge by sketches (1,024 rows) and exactly, beside the published algorithm: 36 layers, "
+        "d_model 1280, d_ff 5120, window 12, 10,000 tokens. Peak memory above the model.",
         ("pipeline_amd-epyc.csv",),
-        columns("stage", "ffmerge s", "published s", "times faster", "ffmerge MiB", "published MiB", "memory ratio"),
+        columns(
+            "stage", "sketch s", "exact s", "published s", "sketch, times faster", "exact, times faster",
+            "sketch MiB", "exact MiB", "published MiB", "sketch, of the memory", "exact, of the memory",
+        ),
+    ),
+    Section(
+        "Sketched correlations",
+        "python -m benchmarks.studies.sketch ../shared",
+        "Test scores after merging by sketches of m rows per layer, by exact correlations and without alignment; from "
+        "the least to the largest of the seeds, each with the calibration examples in another order (five, where the "
+        "study was finished). `search`: of all windows of a size, the exact validation score of the one that is found.",
+        ("sketch_gpt2-pystdlib.csv", "sketch_vit-cifar10.csv", "sketch_marian-en-de.csv"),
+        by_sketch,
+    ),
+    Section(
+        "Sketched correlations: the objective",
+        "python -m benchmarks.studies.sketch --objective 3072 5120 14336",
+        "Share of the assignment's objective that matching on a sketch loses (and expects to lose, without the exact "
+        "correlations) on features of two related random FFNs, 10,000 tokens; means.",
+        ("sketch_objective.csv",),
+        lost_by_rows,
     ),
     Section(
         "Streamed weights",

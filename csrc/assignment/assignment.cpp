@@ -22,25 +22,50 @@ constexpr int64_t kThreadsFrom = 1 << 14;
 
 static_assert(kDenseUpTo >= kSparseSmallest);
 
+// Smallest and largest score of a row. False if there is a NaN.
+template <class T>
+bool range_of_row(const ScoreView<T>& scores, int i, Isa isa, T& low, T& high) {
+  const T* row = scores.row(i);
+  if constexpr (std::is_same_v<T, float>) {
+    return assignment_kernels(isa).range(row, scores.size, &low, &high);
+  } else {
+    bool no_nan = true;
+    low = high = row[0];
+    for (int j = 0; j < scores.size; ++j) {
+      low = std::min(low, row[j]);
+      high = std::max(high, row[j]);
+      no_nan &= row[j] == row[j];
+    }
+    return no_nan;
+  }
+}
+
 template <class T>
 ScoreRange range_of(const ScoreView<T>& scores, Isa isa) {
   ScoreRange all;
   for (int i = 0; i < scores.size; ++i) {
-    T low = scores.row(i)[0], high = low;
-    bool no_nan = true;
-    if constexpr (std::is_same_v<T, float>) {
-      no_nan = assignment_kernels(isa).range(scores.row(i), scores.size, &low, &high);
-    } else {
-      for (int j = 0; j < scores.size; ++j) {
-        const T score = scores.row(i)[j];
-        low = std::min(low, score);
-        high = std::max(high, score);
-        no_nan &= score == score;
-      }
-    }
+    T low, high;
+    const bool no_nan = range_of_row(scores, i, isa, low, high);
     all.include(low, high, no_nan);
   }
   return all;
+}
+
+// Each row takes its best column: optimal if no two want the same, and then the matrix was read once. Stops at the
+// first conflict, which in other problems comes after about sqrt(d) rows.
+template <class T>
+bool solve_without_conflict(const ScoreView<T>& scores, Isa isa, Matching& matching, ScoreRange& range) {
+  for (int i = 0; i < scores.size; ++i) {
+    T low, high;
+    if (!range_of_row(scores, i, isa, low, high) || !std::isfinite(low) || !std::isfinite(high)) return false;
+    const T* row = scores.row(i);
+    const T best = scores.sign > 0 ? high : low;
+    const int column = static_cast<int>(std::find(row, row + scores.size, best) - row);
+    if (matching.row_of[column] >= 0) return false;
+    matching.assign(i, column);
+    range.include(low, high, true);
+  }
+  return true;
 }
 
 // False: not solved, and the scores are not finite.
@@ -63,13 +88,18 @@ void solve_one(const ScoreView<T>& scores, bool transposed, Isa isa, int64_t* pe
   if (d == 0) return;
   Matching matching(d);
   ScoreRange range;
-  if (!solve(scores, isa, matching, range)) {
-    std::iota(permutation, permutation + d, 0);
-    *objective = *gap = NAN;
-    return;
+  const bool easy = solve_without_conflict(scores, isa, matching, range);
+  if (!easy) {
+    matching = Matching(d);
+    range = ScoreRange();
+    if (!solve(scores, isa, matching, range)) {
+      std::iota(permutation, permutation + d, 0);
+      *objective = *gap = NAN;
+      return;
+    }
   }
   double excess = 0;  // dual bound - objective, summed row by row: terms of equal size, most of them 0
-  for (int i = 0; i < d; ++i) {
+  for (int i = 0; i < d && !easy; ++i) {
     const int j = matching.column_of[i];
     const double score = static_cast<double>(scores.sign * scores.row(i)[j]);
     excess += assignment_best_worth(scores, i, matching.price.data(), isa) - (score - matching.price[j]);
