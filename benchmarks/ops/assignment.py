@@ -36,7 +36,8 @@ def score_matrix(kind: str, width: int) -> torch.Tensor:
 
     "noise", "random": no structure, normal and uniform; "ties", "binary": whole numbers below 100 and 2; "related":
     correlations of two layers that share directions; "ffn": of two FFNs (see above), the hard kind; "dead": "related"
-    with one neuron in ten without variance on either side (scores 0); "dead ffn": the same of "ffn".
+    with one neuron in ten without variance on either side (scores 0); "dead ffn": the same of "ffn"; "planted": of
+    features and the same ones with noise in another order, where no two neurons want the same partner.
     """
     generator = torch.Generator().manual_seed(0)
     if kind == "noise":
@@ -45,6 +46,12 @@ def score_matrix(kind: str, width: int) -> torch.Tensor:
         return torch.rand(width, width, generator=generator)
     if kind in ("ties", "binary"):
         return torch.randint(100 if kind == "ties" else 2, (width, width), generator=generator).float()
+    if kind == "planted":
+        x = torch.randn(2 * width, width, generator=generator)
+        noisy = x + 0.7 * torch.randn(2 * width, width, generator=generator)
+        order = torch.randperm(width, generator=generator)
+        x, noisy = (side / side.norm(dim=0) for side in (x, noisy[:, order]))
+        return x.T @ noisy
     if "ffn" in kind:
         scores = ffn_correlation(width)
     else:
@@ -108,4 +115,5 @@ def assignment_case(
 CASES = [
     *(assignment_case("small", kind, 512) for kind in ("noise", "related", "dead")),
     *(assignment_case("full", kind, 3072) for kind in ("noise", "related", "dead", "ffn", "dead ffn")),
+    *(assignment_case("full", "planted", width) for width in (512, 3072, 5120)),
 ]

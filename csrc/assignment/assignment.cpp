@@ -51,6 +51,19 @@ ScoreRange range_of(const ScoreView<T>& scores, Isa isa) {
   return all;
 }
 
+// The first column of a row that holds `score`, which it does. Whole blocks are compared at once.
+template <class T>
+int column_with(const T* row, int d, T score) {
+  constexpr int kBlock = 32;
+  int j = 0;
+  for (; j + kBlock <= d; j += kBlock) {
+    int hits = 0;
+    for (int k = 0; k < kBlock; ++k) hits += row[j + k] == score;
+    if (hits > 0) break;
+  }
+  return static_cast<int>(std::find(row + j, row + d, score) - row);
+}
+
 // Each row takes its best column: optimal if no two want the same, and then the matrix was read once. Stops at the
 // first conflict, which in other problems comes after about sqrt(d) rows.
 template <class T>
@@ -58,9 +71,7 @@ bool solve_without_conflict(const ScoreView<T>& scores, Isa isa, Matching& match
   for (int i = 0; i < scores.size; ++i) {
     T low, high;
     if (!range_of_row(scores, i, isa, low, high) || !std::isfinite(low) || !std::isfinite(high)) return false;
-    const T* row = scores.row(i);
-    const T best = scores.sign > 0 ? high : low;
-    const int column = static_cast<int>(std::find(row, row + scores.size, best) - row);
+    const int column = column_with(scores.row(i), scores.size, scores.sign > 0 ? high : low);
     if (matching.row_of[column] >= 0) return false;
     matching.assign(i, column);
     range.include(low, high, true);

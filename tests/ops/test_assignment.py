@@ -233,6 +233,29 @@ def test_recovers_a_planted_permutation_of_correlated_features():
     assert torch.equal(ff.ops.assign(scores).permutation, planted)
 
 
+@pytest.mark.parametrize("d", [1, 70, 200])
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_without_and_with_a_conflict(d, maximize, dtype):
+    """Every row's best column is another one; the last row's conflict and what is not finite are seen as well."""
+    order = torch.randperm(d, generator=torch.Generator().manual_seed(d))
+    easy = noise(d, d).to(dtype)
+    easy[torch.arange(d), order] += 2 if maximize else -2
+    for scores, expected in ((easy, order), (easy.T, order.argsort())):
+        found = ff.ops.assign(scores, maximize=maximize)
+        assert torch.equal(found.permutation, expected) and found.gap == 0
+        check_optimal(scores, maximize)
+    if d > 1:
+        last = easy.clone()
+        last[-1] = easy[0]
+        check_optimal(last, maximize)
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        broken = easy.clone()
+        broken[-1, 0] = wrong
+        with pytest.raises(ff.FFMergeError):
+            ff.ops.assign(broken, maximize=maximize)
+
+
 def test_batch_is_each_matrix_alone():
     scores = noise(3, 163, 163)
     for batched in (scores, scores.mT, noise(6, 163, 163)[::2], noise(1, 163, 163).expand(3, 163, 163)):
