@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.forward import evaluating, run, to_device
+from ..models.forward import evaluating, run, to_device, without_cache
 from ..models.sublayers import FFNSublayer
 from ..support.distributed import world_size
 from ..support.errors import FFMergeError
@@ -18,7 +18,9 @@ from .padding import token_masks
 
 
 class Passes:
-    """Forward passes of a model in evaluation mode, with hooks on some of its modules; a context manager.
+    """Forward passes of a model in evaluation mode and without a key-value cache, with hooks on some of its modules.
+
+    A context manager.
 
     Args:
         model: its modes, hooks and gradients are as before when the context ends.
@@ -31,7 +33,7 @@ class Passes:
         self._context = contextlib.ExitStack()
 
     def __enter__(self):
-        for context in (evaluating(self.model), _without_fast_path(), torch.no_grad()):
+        for context in (evaluating(self.model), without_cache(self.model), _without_fast_path(), torch.no_grad()):
             self._context.enter_context(context)
         return self
 

@@ -106,8 +106,8 @@ def collect_options(parser) -> None:
         "--sketch",
         type=number(int, at_least=SMALLEST_SKETCH),
         metavar="ROWS",
-        help="rows per layer from which any pair's correlation is estimated (default: 1024, or exact where that is "
-        "cheaper or few tokens come)",
+        help="rows per layer from which any pair's correlation is estimated (default: 1024 or more, or exact where "
+        "that is cheaper or few tokens come)",
     )
     sketch.add_argument("--exact", action="store_true", help="exact correlations, as in the paper")
     fresh_option(group, "begin anew, whatever --cache-dir (and search's --resume) holds")

@@ -68,7 +68,8 @@ def collect(
         fresh: begin anew, whatever `cache_dir` holds.
         sketch: instead of the products of each pair (paper A, exact: None) keep so many rows per layer, from which any
             pair of its layers is estimated (`CorrelationStats.sketch_error`): little memory, and additions instead of
-            products while collecting. "auto": 1024 rows, or exact where that costs less or few tokens come.
+            products while collecting. "auto": 1024 rows (more for d_ff above 3584), or exact where that costs less or
+            few tokens come.
 
     Raises:
         FFMergeError: none or several of window, pairs, layers; unsupported or merged model; no data, fewer than two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from .settings import SMALLEST_SKETCH
 
-ROWS = 1024  # "auto": fewer lose more than 1 % of the objective (benchmarks/studies/sketch.py), more cost more
+FEWEST_ROWS, WIDTHS_PER_ROW = 1024, 3.5  # "auto": measured to lose about 1 % at most (benchmarks/studies/sketch.py)
 WANTED_LOSS = 0.01  # of the assignment's objective
 
 
@@ -34,6 +35,12 @@ def sketch_cost(pairs: Mapping[str, Sequence[tuple[int, int]]], ffns: FFNs, toke
     return Cost(4 * rows * widths, tokens * widths + exact_cost(pairs, ffns, rows).multiplications)
 
 
+def usual_rows(pairs: Mapping[str, Iterable[tuple[int, int]]], ffns: FFNs) -> int:
+    """What "auto" takes: a power of two, the larger the wider the FFNs."""
+    widest = max(ffns.at(stack, i).d_ff for stack, each in pairs.items() for pair in each for i in pair)
+    return max(FEWEST_ROWS, 2 ** math.ceil(math.log2(widest / WIDTHS_PER_ROW)))
+
+
 def chosen_rows(
     sketch: int | str | None,
     pairs: Mapping[str, Sequence[tuple[int, int]]],
@@ -45,7 +52,8 @@ def chosen_rows(
 
     Args:
         sketch: a number of rows; None; or "auto": exact where that takes less memory and fewer multiplications, where
-            fewer than two tokens come to a row, or where the sketch exceeds `max_memory`; else 1024 rows.
+            fewer than two tokens come to a row, or where the sketch exceeds `max_memory`; else 1024 rows, and more
+            for d_ff above 3584.
 
     Raises:
         FFMergeError: `sketch` is something else, or more than the tokens.
@@ -53,13 +61,14 @@ def chosen_rows(
     if sketch is None:
         return None
     if sketch == "auto":
-        exact, sketched = exact_cost(pairs, ffns, tokens), sketch_cost(pairs, ffns, tokens, ROWS)
+        rows = usual_rows(pairs, ffns)
+        exact, sketched = exact_cost(pairs, ffns, tokens), sketch_cost(pairs, ffns, tokens, rows)
         cheaper = exact.nbytes <= sketched.nbytes and exact.multiplications <= sketched.multiplications
         too_large = max_memory is not None and sketched.nbytes > max_memory
-        return None if cheaper or too_large or tokens < 2 * ROWS else ROWS
+        return None if cheaper or too_large or tokens < 2 * rows else rows
     if type(sketch) is not int or sketch < SMALLEST_SKETCH:
         raise FFMergeError(
-            f"sketch: got {sketch!r}, wanted a number of rows, {SMALLEST_SKETCH} or more ({ROWS} is usual), 'auto' or "
+            f"sketch: got {sketch!r}, wanted a number of rows, {SMALLEST_SKETCH} or more ({FEWEST_ROWS} is usual), 'auto' or "
             "None (exact)"
         )
     if sketch > tokens:
@@ -74,7 +83,8 @@ def described(rows: int | None, pairs: Mapping[str, Sequence[tuple[int, int]]], 
     """What is kept, and what the other way would take."""
     exact = format_bytes(exact_cost(pairs, ffns, tokens).nbytes)
     if rows is None:
-        other = format_bytes(sketch_cost(pairs, ffns, tokens, ROWS).nbytes)
-        return f"exact products of pairs, {exact} (a sketch of {ROWS:,} rows per layer: {other})"
+        usual = usual_rows(pairs, ffns)
+        other = format_bytes(sketch_cost(pairs, ffns, tokens, usual).nbytes)
+        return f"exact products of pairs, {exact} (a sketch of {usual:,} rows per layer: {other})"
     mine = format_bytes(sketch_cost(pairs, ffns, tokens, rows).nbytes)
     return f"sketch of {rows:,} rows per layer, {mine} (exact products of pairs: {exact})"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
-from ffmerge_fast.merging.sketching import ROWS, chosen_rows, exact_cost, sketch_cost
+from ffmerge_fast.merging.sketching import FEWEST_ROWS, chosen_rows, exact_cost, sketch_cost
 from tests.helpers.tiny_models import D_FF, tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*correlations are noisy")
@@ -44,11 +44,14 @@ def test_what_auto_chooses(model):
     pairs = {"decoder": [(i, j) for i in range(5) for j in range(i + 1, 5)]}
     wide = type(ffns)(wide)
     assert chosen_rows(None, pairs, wide, 10_000) is None
-    assert chosen_rows("auto", pairs, wide, 10_000) == ROWS
-    assert chosen_rows("auto", pairs, wide, 2 * ROWS - 1) is None  # few tokens
+    assert chosen_rows("auto", pairs, wide, 10_000) == FEWEST_ROWS
+    assert chosen_rows("auto", pairs, wide, 2 * FEWEST_ROWS - 1) is None  # few tokens
     assert chosen_rows("auto", pairs, wide, 10_000, max_memory=10**6) is None
+    for width, rows in ((3584, 1024), (5120, 2048), (14336, 4096)):
+        widened = type(ffns)([dataclasses.replace(ffn, d_ff=width) for ffn in ffns])
+        assert chosen_rows("auto", pairs, widened, 10_000) == rows
     narrow = type(ffns)([dataclasses.replace(ffn, d_ff=4) for ffn in ffns])
-    assert chosen_rows("auto", {"decoder": [(0, 1)]}, narrow, 2 * ROWS) is None  # exact is cheaper in both
+    assert chosen_rows("auto", {"decoder": [(0, 1)]}, narrow, 2 * FEWEST_ROWS) is None  # exact is cheaper in both
     assert chosen_rows(100, pairs, narrow, 100) == 100
 
 
