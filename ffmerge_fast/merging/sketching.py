@@ -68,8 +68,8 @@ def chosen_rows(
         return None if cheaper or too_large or tokens < 2 * rows else rows
     if type(sketch) is not int or sketch < SMALLEST_SKETCH:
         raise FFMergeError(
-            f"sketch: got {sketch!r}, wanted a number of rows, {SMALLEST_SKETCH} or more ({FEWEST_ROWS} is usual), 'auto' or "
-            "None (exact)"
+            f"sketch: got {sketch!r}, wanted a number of rows, {SMALLEST_SKETCH} or more ({FEWEST_ROWS} is usual), "
+            "'auto' or None (exact)"
         )
     if sketch > tokens:
         raise FFMergeError(
