@@ -442,6 +442,24 @@ def test_too_little_memory_names_bytes_and_the_option(capsys, folder, text, tmp_
     assert needed >= 7 * 4 * d_ff**2 and re.search(r"--max-memory \d+MiB", line)
 
 
+def test_sketches_and_exact_correlations(capsys, folder, text, statistics, tmp_path):
+    common = ("collect", folder, tmp_path / "s", "--window", 3, *_data(text))
+    assert run(capsys, *common)["sketch"] == 1024  # 6,400 tokens
+    assert run(capsys, *common, "--tokens", 2000)["sketch"] is None  # fewer than two for each row
+    assert run(capsys, *common, "--exact")["sketch_error"] == 0
+    found = run(capsys, *common, "--sketch", 256)
+    assert found["sketch"] == 256 and found["sketch_error"] == 1 / 16
+    plan = run(capsys, "plan", tmp_path / "s", "--layers", "0-4", "--out", tmp_path / "p")  # no window of 3
+    assert plan["sketched"]["rows"] == 256 and plan["sketched"]["expected_loss"] < 1
+    run(capsys, "merge", folder, tmp_path / "merged", "--plan", tmp_path / "p")
+    assert "no correlation" in refuse(capsys, "plan", statistics, "--layers", "0-4")
+    assert "fewer rows than tokens" in refuse(capsys, *common, "--tokens", 100, "--sketch", 200)
+    for options in (("--sketch", "8"), ("--sketch", "64", "--exact")):
+        assert "--sketch" in misuse(capsys, *map(str, common), *options)
+    line = refuse(capsys, "merge", folder, tmp_path / "m", "--statistics", statistics, "--layers", "0-1", "--exact")
+    assert "--exact: does nothing here" in line
+
+
 def test_statistics_of_another_model(capsys, statistics, tmp_path):
     tiny_model("gpt2", layers=5, seed=1).save_pretrained(tmp_path / "other")
     line = refuse(capsys, "merge", tmp_path / "other", tmp_path / "m", "--statistics", statistics, "--layers", "0-1")
