@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ffmerge_fast as ff
+from ffmerge_fast.ops.correlation import registered
 from ffmerge_fast.ops.correlation.ring import signs
 from tests.helpers.correlation import correlate, features, state_of, truth
 
@@ -204,3 +205,12 @@ def test_layers_of_other_token_counts_are_no_pair():
     assert state.correlation(0, 1).shape == (4, 4)
     with pytest.raises(ff.FFMergeError, match="saw 50 and 60 tokens"):
         state.correlation(0, 2)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_opcheck(chosen):
+    x, at = features(60, 6, 1), torch.arange(60)[::2].contiguous() if chosen else None
+    sign = signs(0, 30 if chosen else 60, CPU)
+    sums = torch.zeros(2, 6, dtype=torch.float64)
+    arguments = (x, at, sign, x[0].clone(), torch.zeros(16, 6), 3, sums[0], sums[1].clone(), "gelu")
+    torch.library.opcheck(registered.accumulate_ring_, arguments)
