@@ -289,7 +289,7 @@ SECTIONS = (
         "Test scores after merging by sketches of m rows per layer, by exact correlations and without alignment; from "
         "the least to the largest of the seeds, each with the calibration examples in another order (five, where the "
         "study was finished). `search`: of all windows of a size, the exact validation score of the one that is found.",
-        ("sketch_gpt2-pystdlib.csv",),
+        ("sketch_gpt2-pystdlib.csv", "sketch_vit-cifar10.csv", "sketch_marian-en-de.csv"),
         by_sketch,
     ),
     Section(
