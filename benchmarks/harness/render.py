@@ -113,9 +113,8 @@ def at_best_rate(rows: list[Row]) -> Table:
 
 def by_sketch(rows: list[Row]) -> Table:
     """A line per window and recovery, a column per way of matching: the least and the largest score of its seeds."""
-    ways = sorted(
-        {row["matched by"] for row in rows}, key=lambda way: (way.isdigit(), int(way) if way.isdigit() else 0)
-    )
+    named = {row["matched by"] for row in rows}
+    ways = ["exact", "average", *sorted((way for way in named if way.isdigit()), key=int)]
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         searched = row["layers"] == "search"
