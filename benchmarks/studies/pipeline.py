@@ -103,9 +103,11 @@ def main(argv: list[str] | None = None) -> int:
     model, batches = build(args)
     sides["sketch"], plan = run_ffmerge(model, batches, layers, args.tokens, args.sketch)
     print(f"# {plan.sketched}")
-    model, batches = rebuilt(args, model)
+    del model
+    model, batches = rebuilt(args)
     sides["exact"], exact = run_ffmerge(model, batches, layers, args.tokens, None)
-    model, batches = rebuilt(args, model)
+    del model
+    model, batches = rebuilt(args)
     sides["published"], correlations, columns = run_published(model, batches, layers, args.tokens)
     del model
     scores["published"] = matched(correlations, columns)
@@ -181,9 +183,8 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, list[dict]]:
     ]
 
 
-def rebuilt(args: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, list[dict]]:
-    """The same model again, with the memory of the first given back before."""
-    del model
+def rebuilt(args: argparse.Namespace) -> tuple[nn.Module, list[dict]]:
+    """The same model again, once what the last side left is given back."""
     release_memory()
     return build(args)
 

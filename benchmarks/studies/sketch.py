@@ -16,6 +16,7 @@ import argparse
 import csv
 import random
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -70,9 +71,8 @@ class Study:
             for method in ("exact", "average"):
                 if (layers, method, 0) not in known:
                     plan = ff.plan(self.exact, layers, method="permute" if method == "exact" else method)
-                    yield from self.merged(plan, common | {"matched by": method}, refit=True)
+                    yield from list(self.merged(plan, common | {"matched by": method}, refit=True))
         if ("search", "exact", 0) not in known:
-            self.by_layers = dict(self.searched(self.exact).search)
             yield common | self.found("exact", 0, self.exact)
         for seed in range(self.seeds):
             for m in self.rows:
@@ -86,7 +86,7 @@ class Study:
                         continue
                     plan = ff.plan(stats, layers)
                     row = common | {"matched by": f"{m}", "seed": seed, "expected_loss": plan.sketched.expected_loss}
-                    yield from self.merged(plan, row, refit=m == REFITTED)
+                    yield from list(self.merged(plan, row, refit=m == REFITTED))  # both rows, or neither if killed
 
     def merged(self, plan: ff.MergePlan, row: dict, refit: bool) -> Iterator[dict]:
         merged = ff.merge(self.model, plan)
@@ -96,10 +96,13 @@ class Study:
             ff.refit_(merged, self.model, self.batches, max_tokens=2 * TOKENS)
             yield row | {"recover": "refit"} | self.score(merged)
 
+    @cached_property
+    def by_layers(self) -> dict[str, float]:
+        """Every window's score, matched exactly."""
+        return dict(self.searched(self.exact).search)
+
     def found(self, name: str, seed: int, stats: ff.CorrelationStats) -> dict:
         """The window that a search finds, scored as the exact search does."""
-        if not hasattr(self, "by_layers"):
-            self.by_layers = dict(self.searched(self.exact).search)
         layers = self.searched(stats).layers
         row = {"layers": "search", "matched by": name, "seed": seed, "recover": layers}
         return row | {"metric": f"validation {self.task.metric}", "score": self.by_layers[layers]}

@@ -52,8 +52,8 @@ def chosen_rows(
 
     Args:
         sketch: a number of rows; None; or "auto": exact where that takes less memory and fewer multiplications, where
-            fewer than two tokens come to a row, or where the sketch exceeds `max_memory`; else 1024 rows, and more
-            for d_ff above 3584.
+            fewer than two tokens come to a row, or where a stack's sketch exceeds `max_memory`; else 1024 rows, and
+            more for d_ff above 3584.
 
     Raises:
         FFMergeError: `sketch` is something else, or more than the tokens.
@@ -64,7 +64,8 @@ def chosen_rows(
         rows = usual_rows(pairs, ffns)
         exact, sketched = exact_cost(pairs, ffns, tokens), sketch_cost(pairs, ffns, tokens, rows)
         cheaper = exact.nbytes <= sketched.nbytes and exact.multiplications <= sketched.multiplications
-        too_large = max_memory is not None and sketched.nbytes > max_memory
+        largest = max(sketch_cost({stack: each}, ffns, tokens, rows).nbytes for stack, each in pairs.items())
+        too_large = max_memory is not None and largest > max_memory  # which is for each stack
         return None if cheaper or too_large or tokens < 2 * rows else rows
     if type(sketch) is not int or sketch < SMALLEST_SKETCH:
         raise FFMergeError(

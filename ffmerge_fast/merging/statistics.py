@@ -127,6 +127,12 @@ class CorrelationStats:
         Half of the sketch is matched alone, and both matches are scored on it. By how much the whole sketch's match
         is worse there is, to second order in the errors, what it loses against the exact one: an error e of variance
         s² in each half moves the optimum to e/2 + e'/2, which costs s²/4 of the truth, and s²/2 - s²/4 on this half.
+
+        Returns:
+            The share, 0 or more; 0 for exact statistics, 1 where nothing matched.
+
+        Raises:
+            FFMergeError: as `correlation`.
         """
         stack = stack or self._only_stack()
         if self.sketch is None:
@@ -151,7 +157,13 @@ class CorrelationStats:
             bar.close()
 
     def merge(self, other: CorrelationStats) -> CorrelationStats:
-        """Add the tokens of `other` (same model, pairs and features) in place; exact however they were split."""
+        """Add the tokens of `other` (same model, pairs and features) in place.
+
+        Exact however they were split; sketches add up to one of all tokens, with the error of one.
+
+        Raises:
+            FFMergeError: they are of other models, pairs, features or sketches.
+        """
         if other.model.fingerprint != self.model.fingerprint:
             raise FFMergeError("merge: the statistics are of different models; collect both from the same one")
         for name in ("pairs", "features", "sketch"):
@@ -214,7 +226,9 @@ class CorrelationStats:
         if header is None:
             raise FFMergeError(f"statistics: {path} is a safetensors file, but not one of statistics")
         if header["format"] not in FORMATS:
-            raise FFMergeError(f"statistics: {path} has format {header['format']}, this version reads 1 and 2")
+            raise FFMergeError(
+                f"statistics: {path} has format {header['format']}, this version reads {EXACT} and {SKETCHED}"
+            )
         settings = header["settings"]
         pairs = {stack: [tuple(p) for p in wanted] for stack, wanted in settings.pop("pairs").items()}
         devices = dict.fromkeys(pairs, device)
