@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
     cli
     driver
-    checkpoint baselines runtime analysis
+    checkpoint
+    baselines runtime analysis
     merging projecting
     calibration integrations
     models nn

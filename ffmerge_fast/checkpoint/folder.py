@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..models.elsewhere import elsewhere, in_memory
 from ..models.sublayers import FFNSublayer, find_ffns, set_module
 from ..models.ties import is_merged
 from ..models.wrapped import refuse_adapters
@@ -25,6 +26,7 @@ from ..support.sizes import parse_bytes
 from ..support.tensors import check_weights, not_inference
 from .beside import EXTRAS, MANIFEST, carry_over, check_out, contents, known_in
 from .contents import WEIGHTS, check_model
+from .copying import reading_from, write_weights
 from .manifest import check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
 from .trusted import load_model
 from .written import check_written
@@ -62,7 +64,8 @@ def save_pretrained(
             or Inf in a weight; adapters of peft in the model; what was written is not the model.
     """
     refuse_adapters(model)
-    check_weights(model)
+    if in_memory(model):
+        check_weights(model)
     if hasattr(model, "save_pretrained") and is_merged(model) and not hasattr(model.config, "ffmerge"):
         raise FFMergeError(
             f"{type(model).__name__} is merged in memory only, tied by hand or not a class of transformers itself; "
@@ -71,7 +74,10 @@ def save_pretrained(
     shard = parse_bytes(max_shard_size, "max_shard_size")
     check_out(folder, overwrite, source)
     with new_folder(folder, overwrite, known_in(folder)) as beside:
-        if hasattr(model, "save_pretrained"):
+        hashes: dict[str, str] = {}
+        if elsewhere(model) is not None:
+            hashes = _save_from_files(model, beside, shard)
+        elif hasattr(model, "save_pretrained"):
             _save_transformers(model, beside, shard)
         else:
             _save_plain(model, beside)
@@ -81,13 +87,15 @@ def save_pretrained(
             write_text(beside / EXTRAS / name, text)
         if source is not None and os.path.isdir(source):
             carry_over(Path(source), beside, trust_remote_code)
-        write_sealed_json(beside / MANIFEST, describe(model, beside) | {"contents": contents(beside)})
+        with reading_from(model, beside):
+            manifest = describe(model, beside, hashes)
+        write_sealed_json(beside / MANIFEST, manifest | {"contents": contents(beside)})
         check_written(beside, model)
 
 
-def _save_transformers(model: nn.Module, folder: Path, shard: int) -> None:
+def _save_transformers(model: nn.Module, folder: Path, shard: int, **options: Any) -> None:
     try:
-        model.save_pretrained(folder, max_shard_size=shard)
+        model.save_pretrained(folder, max_shard_size=shard, **options)
     except (RuntimeError, ValueError) as error:
         if "GenerationConfig" in str(error) or "generation config" in str(error).lower():
             raise FFMergeError(
@@ -99,6 +107,12 @@ def _save_transformers(model: nn.Module, folder: Path, shard: int) -> None:
             f"{type(model).__name__} has weights that are one tensor, though its class ties none of them: share layers "
             "by merge_, or give each its own copy"
         ) from error
+
+
+def _save_from_files(model: nn.Module, folder: Path, shard: int) -> dict[str, str]:
+    """Config and code by the class itself, weights from where they are; returns the hashes of the files."""
+    _save_transformers(model, folder, shard, state_dict={})
+    return write_weights(model, elsewhere(model), folder, shard)
 
 
 def _save_plain(model: nn.Module, folder: Path) -> None:

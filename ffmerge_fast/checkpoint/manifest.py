@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.elsewhere import elsewhere, reader_of
 from ..models.forward import evaluating, run, to_device
 from ..models.projections import own_capacity
 from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
+from ..runtime.streaming.stream import least_budget, stream_
 from ..support.errors import FFMergeError
 from ..support.files import one_line
 from ..support.sealed import DamagedError, read_sealed_json
@@ -30,13 +34,15 @@ _OF_A_SAVE = {"transformers_version", "_name_or_path", "name_or_path", "_commit_
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 
-def describe(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """The manifest of a model whose files are in `folder`."""
+def describe(model: nn.Module, folder: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest of a model whose files are in `folder`; `hashes` of those that were hashed while written."""
     manifest = {
         "version": _VERSION,
         "groups": groups_of(model),
         "files": {
-            p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.suffix in _BYTES or p.name in _VOCABULARIES
+            p.name: hashes.get(p.name) or _sha256(p)
+            for p in sorted(folder.iterdir())
+            if p.suffix in _BYTES or p.name in _VOCABULARIES
         },
         "parsed": {p.name: _sha256_of_content(p) for p in sorted(folder.glob("*.json"))},
         "shared": hashes_of_shared(model),
@@ -54,10 +60,10 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 def hashes_of_shared(model: nn.Module) -> dict[str, str]:
     """{parameter name under the lowest layer: sha256} of every shared FFN."""
-    groups = shared_groups(model)
+    groups, read = shared_groups(model), reader_of(model)
     ffns = find_ffns(model) if groups else FFNs()
     return {
-        f"{path}.{name}": digest(parameter)
+        f"{path}.{name}": digest(read(parameter))
         for stack, layers in groups
         for path in ffns.at(stack, layers[0]).shared
         for name, parameter in model.get_submodule(path).named_parameters()
@@ -188,10 +194,15 @@ def _reference(model: nn.Module) -> dict[str, Any]:
 
 def _reference_logits(model: nn.Module, count: int = 64) -> list[float]:
     """The first values the model gives for the last position of its reference input."""
-    with evaluating(model), torch.no_grad():
+    with _on_device(model), evaluating(model), torch.no_grad():
         output = run(model, to_device(reference_inputs(model), model))
     values = output.logits if getattr(output, "logits", None) is not None else output[0]
     return values.reshape(-1, values.shape[-1])[-1, :count].float().cpu().tolist()
+
+
+def _on_device(model: nn.Module) -> AbstractContextManager:
+    """Where a forward pass runs; of a model whose weights are in files, a layer at a time is loaded."""
+    return contextlib.nullcontext() if elsewhere(model) is None else stream_(model, "cpu", "disk", least_budget(model))
 
 
 def compare_logits(path: Path, model: nn.Module, manifest: dict[str, Any]) -> float:

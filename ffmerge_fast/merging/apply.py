@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..models.elsewhere import copied, elsewhere, reader_of
 from ..models.projections import describe_own, out_dim, own_capacity, own_parameters_of
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns, set_module
 from ..models.summary import ModelSummary
@@ -83,7 +86,7 @@ def expand_(model: nn.Module) -> nn.Module:
             setattr(model.config, field, width)
         return model
     for path in (path for members in groups for ffn in members[1:] for path in ffn.shared):
-        set_module(model, path, copy.deepcopy(model.get_submodule(path)))
+        set_module(model, path, copied(model, model.get_submodule(path)))
     return model
 
 
@@ -160,23 +163,48 @@ def _named(model: nn.Module, path: str):
 
 @torch.no_grad()
 def _merged_modules(model: nn.Module, members: Sequence[FFNSublayer], group: MergeGroup) -> list[nn.Module]:
-    """New modules for `members[0].shared`, holding the average of all members' permuted parameters."""
-    averages: dict[int, Tensor] = {}  # by identity of the first member's parameters
-    for count, ffn in enumerate(members, start=1):
+    """New modules for `members[0].shared`, holding the average of all members' permuted parameters.
+
+    Of a model whose weights are elsewhere the new ones are, too: averaged when they are read.
+    """
+    parts: dict[int, list[_Part]] = {}  # by identity of the first member's parameters
+    for ffn in members:
         for parameter, mine in _paired(model, members[0], ffn):
-            permuted = _permute(parameter, _neuron_dim(model, ffn, parameter), group.permutations[ffn.index], ffn.fused)
-            permuted = permuted.to(torch.promote_types(mine.dtype, torch.float32))
-            # a running mean, so that equal layers average to exactly themselves
-            averages[id(mine)] = averages[id(mine)].lerp_(permuted, 1 / count) if count > 1 else permuted.clone()
-    modules = []
+            dim = _neuron_dim(model, ffn, parameter)
+            parts.setdefault(id(mine), []).append(_Part(parameter, dim, group.permutations[ffn.index], ffn.fused))
+    read, places, modules = reader_of(model), elsewhere(model), []
     for path in members[0].shared:
         original = model.get_submodule(path)
         module = copy.deepcopy(original)
         for new, old in zip(module.parameters(), original.parameters(), strict=True):
-            new.copy_(averages[id(old)])
+            if new.is_meta and places is not None:
+                places.put(new, partial(_average, parts[id(old)], read))
+            else:
+                new.data = _average(parts[id(old)], read)
             new.grad = None  # deepcopy brings the first layer's along
         modules.append(module)
     return modules
+
+
+class _Part(NamedTuple):
+    """One member's share of an average."""
+
+    parameter: Tensor
+    dim: int | None  # that runs over the neurons
+    permutation: Tensor
+    fused: bool
+
+
+@torch.no_grad()
+def _average(parts: Sequence[_Part], read: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean of the permuted parameters, in float32 at least and rounded once."""
+    mean, dtype = None, parts[0].parameter.dtype
+    for count, part in enumerate(parts, start=1):
+        permuted = _permute(read(part.parameter), part.dim, part.permutation, part.fused)
+        permuted = permuted.to(torch.promote_types(dtype, torch.float32))
+        # a running mean, so that equal layers average to exactly themselves
+        mean = permuted.clone() if mean is None else mean.lerp_(permuted, 1 / count)
+    return mean.to(dtype)
 
 
 def _paired(model: nn.Module, first: FFNSublayer, ffn: FFNSublayer) -> Iterator[tuple[Tensor, Tensor]]:

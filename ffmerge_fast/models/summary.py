@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..support.errors import FFMergeError
-from ..support.tensors import check_weights
-from .streamed import refuse_streamed
+from ..support.tensors import DAMAGED, check_finite, check_weights
+from .elsewhere import in_memory, reader_of
 from .sublayers import FFNs, FFNSublayer, base_model_type, find_ffns
 
 
@@ -27,25 +27,22 @@ class ModelSummary:
     ffns: FFNs
 
     @classmethod
-    def of(
-        cls, model: nn.Module, ffns: FFNs | None = None, read: Callable[[Tensor], Tensor] = Tensor.detach
-    ) -> ModelSummary:
-        """Read a model once, to be handed down from there.
+    def of(cls, model: nn.Module, ffns: FFNs | None = None) -> ModelSummary:
+        """Read a model once, to be handed down from there; weights that are not in memory one by one.
 
         Args:
             ffns: the model's, where they are known already.
-            read: gives a weight's values; for weights on "meta", from where they are.
 
         Raises:
-            FFMergeError: as `find_ffns`; the model is streamed; NaN or Inf in a weight that is in memory.
+            FFMergeError: as `find_ffns`; NaN or Inf in a weight; weights on "meta" that are nowhere else.
         """
         ffns = find_ffns(model) if ffns is None else ffns
-        refuse_streamed(model, "statistics, plans and scores of a model")
-        check_weights(model)
+        if in_memory(model):
+            check_weights(model)
         weights = list(model.parameters())
         return cls(
             model_type=base_model_type(model),
-            fingerprint=fingerprint(model, ffns, read),
+            fingerprint=fingerprint(model, ffns),
             parameters=sum(w.numel() for w in weights),
             nbytes=sum(w.numel() * w.element_size() for w in weights),
             ffns=ffns,
@@ -73,7 +70,7 @@ class ModelSummary:
         return cls(**{**values, "ffns": ffns})
 
 
-def fingerprint(model: nn.Module, ffns: FFNs, read: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
+def fingerprint(model: nn.Module, ffns: FFNs) -> str:
     """Short hash of the FFN layout and of every weight of the layers around the FFNs, equal for fp32 and bf16 copies.
 
     Embeddings and heads do not count: they are cut off and resized. A weight is read once and costs a few integer sums
@@ -82,12 +79,14 @@ def fingerprint(model: nn.Module, ffns: FFNs, read: Callable[[Tensor], Tensor] =
     Raises:
         FFMergeError: the model's weights are not in memory.
     """
-    digest = hashlib.sha256()
+    digest, read, away = hashlib.sha256(), reader_of(model), not in_memory(model)
     for ffn in ffns:
         digest.update(repr((ffn.key, ffn.signature)).encode())
         for name, weight in model.get_submodule(ffn.path).named_parameters():
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             values = read(weight)
+            if away:
+                check_finite("model", [(f"{ffn.path}.{name}", values)], DAMAGED)
             if values.is_meta:
                 raise FFMergeError(
                     f"{ffn.path}.{name} is not in memory (on 'meta', or offloaded by accelerate): load the model "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,15 +71,18 @@ def content_hash(*values: Any) -> str:
     return str(digest)
 
 
-def weights_hash(model: nn.Module) -> str:
+def weights_hash(model: nn.Module, read: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
     """A hash of every bit of a model's parameters and saved buffers, each once, by name; a few integer sums where they
     are. Of weights on "meta" and of quantised ones name, dtype and shape. Every rank must call this for a sharded one.
+
+    Args:
+        read: gives the values of a parameter that is elsewhere.
     """
     digest = Digest()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
             digest.add(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-            tensor = whole(tensor.detach())
+            tensor = whole(read(tensor))
             if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
                 digest.add(_sums(tensor))
     return str(digest)

@@ -43,4 +43,5 @@ def progress(iterable: Iterable | None = None, total: int | None = None, desc: s
         return _Silent(iterable)
     if _quiet:
         return _Silent(iterable)
-    return tqdm(iterable, total=total, desc=desc, unit=unit, delay=2, leave=False, dynamic_ncols=True, disable=None)
+    shape = {"unit": unit, "unit_scale": unit == "B", "dynamic_ncols": True}
+    return tqdm(iterable, total=total, desc=desc, delay=2, leave=False, disable=None, **shape)

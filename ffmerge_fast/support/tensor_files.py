@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -71,6 +72,26 @@ class WeightEntry:
         return tensor
 
 
+def chunks_of(entry: WeightEntry, nbytes: int = 1 << 24) -> Iterator[Tensor]:
+    """The values of an entry, piece by piece, in memory that the next piece takes.
+
+    Raises:
+        FFMergeError: the file is gone or is not what it was.
+    """
+    piece = torch.empty(max(1, nbytes // entry.dtype.itemsize), dtype=entry.dtype)
+    left, offset = math.prod(entry.shape), entry.offset
+    while left:
+        piece = piece[: min(left, len(piece))]
+        read_into([(replace(entry, offset=offset), piece)])
+        yield piece
+        left, offset = left - len(piece), offset + piece.nbytes
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+
+
 def read_into(pairs: Iterable[tuple[WeightEntry, Tensor]]) -> None:
     """Fill contiguous tensors on the CPU from their entries, each file once from front to back.
 
@@ -83,7 +104,7 @@ def read_into(pairs: Iterable[tuple[WeightEntry, Tensor]]) -> None:
             with open(file.path, "rb", buffering=0) as raw:
                 for entry, tensor in of_file:
                     raw.seek(entry.offset)
-                    left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                    left = bytes_of(tensor)
                     while left and (count := raw.readinto(left)):
                         left = left[count:]
                 file.check(os.fstat(raw.fileno()))  # after reading: that is what was read

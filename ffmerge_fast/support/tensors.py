@@ -15,6 +15,7 @@ from .errors import FFMergeError
 from .tensor_files import is_plain
 
 P, R = ParamSpec("P"), TypeVar("R")
+DAMAGED = "load the checkpoint it came from again, or one before its training diverged"  # what to do about NaN weights
 
 
 def check_finite(argument: str, tensors: Iterable[tuple[str, Tensor]], remedy: str) -> None:
@@ -37,8 +38,7 @@ def check_finite(argument: str, tensors: Iterable[tuple[str, Tensor]], remedy: s
 
 def check_weights(model: nn.Module) -> None:
     """Raise FFMergeError that names the first parameter of the model with NaN or Inf."""
-    remedy = "load the checkpoint it came from again, or one before its training diverged"
-    check_finite("model", model.named_parameters(), remedy)
+    check_finite("model", model.named_parameters(), DAMAGED)
 
 
 def is_usable(score: float, what: str) -> bool:

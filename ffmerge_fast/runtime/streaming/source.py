@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...models.elsewhere import Elsewhere, InFile
 from ...support.errors import FFMergeError
 from ...support.tensor_files import Reader, WeightEntry, entries_of, matching, read_into, write
 from .plan import Weight
@@ -28,6 +29,7 @@ class Source:
         place: "host" or "disk", see `stream_`.
         device: where `load` brings them.
         folder: of safetensors files that may hold them, or None.
+        places: where the values of weights on "meta" are, if that is known.
 
     Raises:
         FFMergeError: a weight on "meta" that is not in the folder; the temporary file cannot be written.
@@ -40,17 +42,23 @@ class Source:
         place: str,
         device: torch.device,
         folder: str | os.PathLike | None,
+        places: Elsewhere | None = None,
     ):
         self._place, self._device, self._pin = place, device, device.type == "cuda"
         self._memory = _Pinned() if self._pin else _Recycled()
         self._host: dict[Weight, Tensor] = {}
         self._temporary: tempfile.TemporaryDirectory | None = None
         wanted = [w for w in fixed if w.is_meta] + [w for w in streamed if w.is_meta or place == "disk"]
-        self._entries = self._find(wanted, folder) if wanted else {}
+        self._entries = self._find(wanted, folder, places) if wanted else {}
 
-    def _find(self, wanted: Sequence[Weight], folder: str | os.PathLike | None) -> dict[str, WeightEntry]:
+    def _find(
+        self, wanted: Sequence[Weight], folder: str | os.PathLike | None, places: Elsewhere | None
+    ) -> dict[str, WeightEntry]:
         named = {name: weight.parameters[0] for weight in wanted for name in weight.names}
-        found = matching(named, entries_of(Path(folder), _READER)) if folder else {}
+        found, made = _placed(wanted, places) if places is not None else ({}, {})
+        named |= made
+        left = {name: tensor for name, tensor in named.items() if name not in found}
+        found |= matching(left, entries_of(Path(folder), _READER)) if folder and left else {}
         missing = {name: tensor for name, tensor in named.items() if name not in found}
         if meta := [name for name, tensor in missing.items() if tensor.is_meta]:
             where = f"{folder} does not hold it" if folder else "the model has no folder"
@@ -92,6 +100,18 @@ class Source:
         self._memory = None
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _placed(wanted: Sequence[Weight], places: Elsewhere) -> tuple[dict[str, WeightEntry], dict[str, Tensor]]:
+    """(entries of the weights on "meta" that files hold as they are, values of those that have to be computed)"""
+    found, made = {}, {}
+    for weight in wanted:
+        place = places.place(weight.parameters[0])
+        if isinstance(place, InFile) and place.as_it_is:
+            found |= dict.fromkeys(weight.names, place.entry)
+        elif place is not None:
+            made |= dict.fromkeys(weight.names, place())
+    return found, made
 
 
 class _Pinned:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ...models.elsewhere import elsewhere
 from ...models.streamed import HANDLE, refusal, refuse_streamed
 from ...models.sublayers import find_ffns
 from ...support.errors import FFMergeError
 from ...support.sizes import parse_bytes
 from .loader import Loader
-from .plan import Weight, check_budget, choose_resident, following_steps, nbytes_outside, parcels_of, total
+from .plan import Weight, check_budget, choose_resident, following_steps, nbytes_outside, parcels_of, peak, total
 from .schedule import ParameterSlots, StreamSchedule
 from .source import PLACES, Source
 
@@ -71,6 +72,14 @@ def unstream_(model: nn.Module) -> nn.Module:
     return model
 
 
+def least_budget(model: nn.Module, ahead: bool = True) -> int:
+    """The smallest budget that `stream_` works with; `ahead`: that loads the next layer while one runs."""
+    stacks = [[ffn.path for ffn in ffns] for ffns in find_ffns(model).by_stack().values()]
+    parcels, rest = parcels_of(model, [path for stack in stacks for path in stack])
+    following = following_steps([len(stack) for stack in stacks])
+    return nbytes_outside(rest, model.buffers()) + peak(parcels, following, ahead)
+
+
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
@@ -108,12 +117,13 @@ class WeightStream:
         self._away: set[Weight] = set()  # to be brought back at the end
         self._undo = contextlib.ExitStack()
         folder = folder or getattr(model, "name_or_path", None)
-        self._source = Source(self._fixed, [*self._weights()], place, device, folder)
+        self._source = Source(self._fixed, [*self._weights()], place, device, folder, elsewhere(model))
         self._undo.callback(self._source.close)
         self._loader, self._places = Loader(self._source, device), ParameterSlots(device)
         self._passes = StreamSchedule(self._parcels, following, budget - self.fixed_bytes, self._loader, self._places)
         try:
             self._take_over(place, blocks)
+            self._of_parameter = {p: weight for weight in self._weights() for p in weight.parameters}
         except BaseException:
             self.close()
             raise
@@ -122,6 +132,11 @@ class WeightStream:
     def read_bytes(self) -> int:
         """Read so far."""
         return self._loader.read_bytes
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The values of one of the model's parameters; on the host, where they are streamed."""
+        weight = self._of_parameter.get(parameter)
+        return parameter.detach() if weight is None else self._source.value(weight)
 
     def __enter__(self) -> WeightStream:
         return self
