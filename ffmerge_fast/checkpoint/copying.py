@@ -1,15 +1,15 @@
 """Write a model whose weights are elsewhere as transformers would write it from memory, tensor by tensor.
 
-What no work has changed is copied from its file as bytes, a few megabytes at a time; every file is hashed meanwhile.
+What no work has changed is copied from its file as bytes, a few megabytes at a time; its checksum is made meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ from ..support.tensor_files import DTYPES, bytes_of, chunks_of, entries_of
 from ..support.tensors import DAMAGED, check_finite
 from .contents import INDEX, WEIGHTS
 from .located import OF_MODEL, by_loaded_names, located
+from .manifest import shown
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -35,7 +36,7 @@ def write_weights(model: nn.Module, weights: Elsewhere, folder: Path, shard: int
         shard: bytes of the largest file.
 
     Returns:
-        {file name: sha256}.
+        {file name: checksum}.
 
     Raises:
         FFMergeError: NaN or Inf in a weight; a file that is read is gone or changes.
@@ -105,15 +106,23 @@ def _keeps_old_names(model: nn.Module) -> bool:
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor], weights: Elsewhere, bar: Any) -> str:
-    """One safetensors file; returns its sha256."""
-    digest = hashlib.sha256()
+    """One safetensors file; returns its checksum. Parts are checked while they are written."""
     header, order = _header(tensors)
-    with open(path, "wb", buffering=0) as file:
-        for part in chain([memoryview(header)], _all_parts(order, tensors, weights)):
-            digest.update(part)
-            _write(file, part)
-            bar.update(len(part))
-    return digest.hexdigest()
+    crc = zlib.crc32(header)
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        _write(file, memoryview(header))
+        for name, part in _all_parts(order, tensors, weights):
+            checked = beside.submit(_checked, name, part, crc)
+            _write(file, bytes_of(part))
+            crc = checked.result()
+            bar.update(part.nbytes)
+    return shown(crc)
+
+
+def _checked(name: str, part: Tensor, crc: int) -> int:
+    """The checksum that goes on with a part, which must be finite."""
+    check_finite("model", [(name, part)], DAMAGED)
+    return zlib.crc32(bytes_of(part), crc)
 
 
 def _write(file: BinaryIO, part: memoryview) -> None:
@@ -121,7 +130,7 @@ def _write(file: BinaryIO, part: memoryview) -> None:
         part = part[file.write(part) :]
 
 
-def _all_parts(order: list[str], tensors: Mapping[str, Tensor], weights: Elsewhere) -> Iterator[memoryview]:
+def _all_parts(order: list[str], tensors: Mapping[str, Tensor], weights: Elsewhere) -> Iterator[tuple[str, Tensor]]:
     for name in order:
         tensor = tensors[name]
         place = weights.place(tensor) if tensor.is_meta else None
@@ -130,8 +139,7 @@ def _all_parts(order: list[str], tensors: Mapping[str, Tensor], weights: Elsewhe
         else:
             parts = iter([weights.read(tensor).cpu().contiguous()])
         for part in parts:
-            check_finite("model", [(name, part)], DAMAGED)
-            yield bytes_of(part)
+            yield name, part
 
 
 def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:

@@ -27,7 +27,7 @@ from ..support.tensors import check_weights, not_inference
 from .beside import EXTRAS, MANIFEST, carry_over, check_out, contents, known_in
 from .contents import WEIGHTS, check_model
 from .copying import reading_from, write_weights
-from .manifest import check_hashes, compare_logits, describe, groups_of, hashes_of_shared, read_manifest
+from .manifest import check_hashes, describe, read_manifest
 from .trusted import load_model
 from .written import check_written
 
@@ -219,40 +219,3 @@ def _share_plain_(model: nn.Module, ffns: Sequence[FFNSublayer], group: Mapping[
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
-
-
-# --------------------------------------------------------------------------------------------------------- verifying
-
-
-def verify(folder: str | os.PathLike, model: nn.Module | None = None) -> dict[str, Any]:
-    """Check that a folder holds the merged model that was saved: hashes, ties and reference logits.
-
-    Args:
-        folder: written by `save_pretrained`.
-        model: for a folder of a plain `nn.Module`: a freshly built, unmerged one (it is filled).
-
-    Returns:
-        {"groups", "parameters", "bytes", "logit_difference" (None for a plain module)}.
-
-    Raises:
-        FFMergeError: one line that says what is wrong with the folder.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise FFMergeError(f"{folder} is not a folder")
-    if not (path / MANIFEST).exists():
-        raise FFMergeError(f"{path} has no {MANIFEST}: it was not written by ffmerge_fast.save_pretrained")
-    model = from_pretrained(path, model)
-    manifest = read_manifest(path / MANIFEST)
-    found = groups_of(model)
-    if found != manifest["groups"]:
-        raise FFMergeError(f"{path}: layers {found} share FFNs, but {manifest['groups']} were saved as shared")
-    hashes = hashes_of_shared(model)
-    if differ := sorted(n for n in manifest["shared"] if hashes.get(n) != manifest["shared"][n]):
-        raise FFMergeError(f"{path}: {differ[0]} is not what was saved ({len(differ)} shared tensors differ)")
-    return {
-        "groups": found,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(p.stat().st_size for p in path.glob("*.safetensors")),
-        "logit_difference": compare_logits(path, model, manifest) if "logits" in manifest else None,
-    }

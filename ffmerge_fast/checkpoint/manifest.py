@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,7 +28,8 @@ from ..support.sealed import DamagedError, read_sealed_json
 from .beside import MANIFEST
 from .contents import is_file_name, parse
 
-_VERSION = 1  # of the manifest
+_VERSION = 2  # of the manifest
+_CRC = "crc32:"
 _BYTES, _VOCABULARIES = {".safetensors", ".py", ".jinja", ".model", ".spm", ".tiktoken"}, {"merges.txt", "vocab.txt"}
 _OF_A_SAVE = {"transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "is_local", "local_files_only"}
 # Of the largest reference logit: machines and versions round differently; `.to(bf16)` rounds more than loading does.
@@ -40,7 +42,7 @@ def describe(model: nn.Module, folder: Path, hashes: Mapping[str, str]) -> dict[
         "version": _VERSION,
         "groups": groups_of(model),
         "files": {
-            p.name: hashes.get(p.name) or _sha256(p)
+            p.name: hashes.get(p.name) or checksum_of(p)
             for p in sorted(folder.iterdir())
             if p.suffix in _BYTES or p.name in _VOCABULARIES
         },
@@ -76,15 +78,26 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+def checksum_of(path: Path) -> str:
+    """Of a file's bytes: CRC-32, which finds what is damaged and costs no more than reading it; who means harm can
+    write the manifest, too."""
+    crc = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return shown(crc)
 
 
-def _digest(file) -> str:  # Python 3.10
+def shown(crc: int) -> str:
+    """A CRC-32 as the manifest has it."""
+    return f"{_CRC}{crc:08x}"
+
+
+def _sha256(path: Path) -> str:  # of manifests of version 1
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -118,7 +131,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def check_hashes(path: Path, manifest: dict[str, Any]) -> None:
     """Raise FFMergeError unless the folder's files are those that were saved."""
     _check(path, manifest["parsed"], _sha256_of_content)
-    _check(path, manifest["files"], _sha256)
+    _check(path, {n: d for n, d in manifest["files"].items() if d.startswith(_CRC)}, checksum_of)
+    _check(path, {n: d for n, d in manifest["files"].items() if not d.startswith(_CRC)}, _sha256)
 
 
 def check_parsed(path: Path) -> None:
@@ -135,7 +149,7 @@ def _check(path: Path, saved: dict[str, str], digest: Callable[[Path], str]) -> 
             raise FFMergeError(f"{path / name} is missing; copy the folder again")
         if digest(path / name) != wanted:
             raise FFMergeError(
-                f"{path / name} is not what was saved (its sha256 differs); copy the folder again, or delete "
+                f"{path / name} is not what was saved (its checksum differs); copy the folder again, or delete "
                 f"{MANIFEST} if you or another tool saved over it"
             )
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..support.errors import FFMergeError
 from ..support.timing import timed
 from .needs import check_kind
+from .results import Result
 
 
 class Inputs:
@@ -28,10 +29,67 @@ class Inputs:
 
     @cached_property
     def model(self) -> Any:
-        """The model, on --device, or where its weights will be streamed from."""
-        model = self.load_model("cpu" if getattr(self._args, "stream", None) else None)
+        """The model, held as `placement` says."""
+        model = self._placed() if self.placement else self.load_model("cpu" if self._streams else None)
         _ = self.processor  # a damaged one is refused before the work
         return model
+
+    @cached_property
+    def placement(self) -> Any:
+        """How the model is held for passes over data; None where a command has no choice, or the files leave none."""
+        if getattr(self._args, "place", None) is None or self._streams or (model := self.on_disk()) is None:
+            return None
+        from .sizes import placement
+
+        found = placement(self._args, model)
+        if not (self._args.quiet or self._args.json or self._args.dry_run):
+            print(f"model: {found}", file=sys.stderr)
+        return found
+
+    def on_disk(self) -> Any:
+        """The model with its weights in the files, another one each time; None where those do not hold them as such."""
+        from ..checkpoint.on_disk import open_on_disk
+
+        return open_on_disk(self._args.model, **self._loading())
+
+    @cached_property
+    def to_change(self) -> Any:
+        """A model to change and write: with its weights in the files, of which most are copied, where that will do."""
+        from ..checkpoint.copying import can_write
+        from ..models.projections import own_capacity
+
+        if getattr(self._args, "place", "auto") in ("auto", "stream") and (model := self.on_disk()) is not None:
+            if can_write(model) and not own_capacity(model):
+                return model
+        return self.model
+
+    def to_merge(self, recoveries: tuple[str, ...] | list[str]) -> tuple[Any, Any]:
+        """(a model to merge, the teacher of its recoveries; None: made of the model itself)"""
+        streamed = recoveries and self.placement is not None and self.placement.way == "stream"
+        if not streamed:
+            return (self.model if recoveries else self.to_change), None
+        return self.to_change, self.model
+
+    @property
+    def batch_size(self) -> int:
+        """Examples at once: --batch-size, or what there is room for."""
+        return self.placement.batch_size if self.placement else self._args.batch_size
+
+    def dry_run(self) -> Result:
+        """What the command would take."""
+        found = self.placement
+        if found is None:
+            return Result({"way": "whole"}, "whole in memory: its files do not hold its weights as the model has them")
+        return Result(found.values(), str(found))
+
+    @property
+    def _streams(self) -> bool:
+        return bool(getattr(self._args, "stream", None))
+
+    def _placed(self) -> Any:
+        from ..driver.placement import load
+
+        return load(self._args.model, self.placement, self.on_disk, self._loading())
 
     def load_model(self, device: str | None = None) -> Any:
         """The model as it is in its folder, another one each time."""
@@ -95,7 +153,7 @@ class Inputs:
 
         args = self._args
         return self.task.batches(
-            "train", args.batch_size, shuffle=True, seed=args.seed, rank=rank(), world=world_size()
+            "train", self.batch_size, shuffle=True, seed=args.seed, rank=rank(), world=world_size()
         )
 
     @cached_property
@@ -114,11 +172,16 @@ class Inputs:
         args, path = self._args, getattr(self._args, "plan", None)
         if path:
             return MergePlan.from_dict(_read_json(path, "plan"))
-        model = self.model if args.model else None
         needed = args.statistics or args.window or args.method == "permute"
         statistics = self.statistics if needed else None
+        model = self._model_to_plan if args.model else None
         with timed(self.seconds, "align"):
             return plan(statistics, args.layers, args.window, args.anchor, args.method, model, args.seed)
+
+    @property
+    def _model_to_plan(self) -> Any:
+        """The model for a plan, whose weights are read one by one where that will do."""
+        return self.model if "model" in vars(self) or self._args.method == "weights" else self.to_change
 
     def _collect(self) -> Any:
         from ..merging.collect import collect

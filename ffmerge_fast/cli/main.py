@@ -42,7 +42,8 @@ def _run(argv: list[str] | None) -> None:
     try:
         set_up(args)
         check_outputs(args)
-        result = args.run(args, Inputs(args))
+        inputs = Inputs(args)
+        result = inputs.dry_run() if getattr(args, "dry_run", False) else args.run(args, inputs)
         from ..support.distributed import rank  # with torch, which the set-up has imported
 
         if rank() == 0:

@@ -58,6 +58,8 @@ NEEDS = (
     Need("plan", "csv", lambda a: a.sweep, "--sweep"),
     Need("plan", "layers window method model out", lambda a: not a.sweep, "no --sweep"),
     Need("eval", "stream_budget", lambda a: a.stream, "--stream disk or --stream host"),
+    Need("eval", "place budget host_memory dry_run", lambda a: not a.stream, "no --stream, which says how"),
+    Need("collect search merge eval", "device", lambda a: a.place != "cpu", "no --place cpu, which says so"),
     Need("finetune", "alpha", lambda a: a.teacher, "--teacher"),
     Need("project", "alpha", lambda a: a.teacher or a.distill, "--teacher or --distill"),
     Need("project", "teacher", lambda a: not a.distill, "no --distill, which takes the base model as the teacher"),

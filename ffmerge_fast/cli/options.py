@@ -14,6 +14,7 @@ from .outputs import file_to_write, folder_to_write, work_folder
 from .values import file, number, path, size
 
 WINDOW = Range(at_least=2)  # layers
+PLACES = ("auto", "cpu", "cuda", "stream")
 
 
 def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], None]:
@@ -82,6 +83,18 @@ def stream_options(parser) -> None:
     group.add_argument("--stream", choices=("disk", "host"), help=help_stream)
     help_budget = "most bytes of weights on the device at once (default 20GiB)"
     group.add_argument("--stream-budget", type=size, metavar="20GiB", help=help_budget)
+
+
+def place_options(parser) -> None:
+    group = parser.add_argument_group("a model that is large")
+    help_place = "auto: whole on --device if it fits, else over all GPUs, else block by block from its files (stream)"
+    group.add_argument("--place", default="auto", choices=PLACES, help=help_place)
+    help_budget = "most bytes on the device, for weights and what is computed (default: what is free)"
+    group.add_argument("--budget", type=size, metavar="20GiB", help=help_budget)
+    group.add_argument(
+        "--host-memory", type=size, metavar="64GiB", help="most bytes on the host (default: what is free)"
+    )
+    group.add_argument("--dry-run", action="store_true", help="say what it takes, and stop")
 
 
 def statistics_option(parser) -> None:

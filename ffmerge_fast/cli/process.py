@@ -34,6 +34,8 @@ def set_up(args: argparse.Namespace) -> None:
     import torch
 
     torch.manual_seed(args.seed)
+    if getattr(args, "place", None) == "cuda" and "device" not in args.given:
+        args.device = "cuda"
     job = not torch.distributed.is_initialized() and _in_job(args.device)
     if job and args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"

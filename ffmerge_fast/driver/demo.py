@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..baselines import hard_prune
-from ..checkpoint.folder import save_pretrained, verify
+from ..checkpoint.folder import save_pretrained
+from ..checkpoint.verify import verify
 from ..merging.apply import merge
 from ..merging.collect import collect
 from ..merging.plan import MergePlan, plan

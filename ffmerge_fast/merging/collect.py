@@ -79,7 +79,7 @@ def collect(
     with on_all_ranks("collect"):
         _check_arguments(features, max_tokens)
         ffns = _unmerged_ffns(model)
-        wanted = _wanted_pairs(ffns, window, pairs, layers, anchor)
+        wanted = wanted_pairs(ffns, window, pairs, layers, anchor)
         devices = {s: device or model.get_submodule(ffns.by_stack()[s][0].down_path).weight.device for s in wanted}
         settings = {"features": features, "max_tokens": max_tokens}
         limit = None if max_memory is None else parse_bytes(max_memory, "max_memory")
@@ -190,7 +190,14 @@ def _signature(stats: CorrelationStats) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- pairs and tokens
 
 
-def _wanted_pairs(ffns, window, pairs, layers, anchor) -> dict[str, list[Pair]]:
+def wanted_pairs(
+    ffns: FFNs,
+    window: int | None = None,
+    pairs: Sequence[tuple] | None = None,
+    layers: str | Sequence | None = None,
+    anchor: str = "first",
+) -> dict[str, list[Pair]]:
+    """{stack: pairs of layers} that `collect` correlates, of the same arguments."""
     if sum(x is not None for x in (window, pairs, layers)) != 1:
         raise FFMergeError("collect: give exactly one of window=, pairs= or layers=")
     if window is not None:

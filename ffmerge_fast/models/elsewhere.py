@@ -38,10 +38,12 @@ class Elsewhere:
 
     Attributes:
         folder: that the model is in.
+        checksums: {parameter: what `summary.fingerprint` made of it}, so that it is read once.
     """
 
     def __init__(self, folder: str, values: dict[Tensor, Callable[[], Tensor]]):
         self.folder, self._values = folder, values
+        self.checksums: dict[Tensor, bytes] = {}
 
     def attach_(self, model: nn.Module) -> None:
         """Make this the place where a model's values are."""

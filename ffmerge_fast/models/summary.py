@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..support.errors import FFMergeError
-from ..support.tensors import DAMAGED, check_finite, check_weights
-from .elsewhere import in_memory, reader_of
+from ..support.tensors import check_weights
+from .elsewhere import elsewhere, in_memory, reader_of
 from .sublayers import FFNs, FFNSublayer, base_model_type, find_ffns
 
 
@@ -34,7 +34,7 @@ class ModelSummary:
             ffns: the model's, where they are known already.
 
         Raises:
-            FFMergeError: as `find_ffns`; NaN or Inf in a weight; weights on "meta" that are nowhere else.
+            FFMergeError: as `find_ffns`; NaN or Inf in a weight in memory; weights on "meta" that are nowhere else.
         """
         ffns = find_ffns(model) if ffns is None else ffns
         if in_memory(model):
@@ -79,21 +79,24 @@ def fingerprint(model: nn.Module, ffns: FFNs) -> str:
     Raises:
         FFMergeError: the model's weights are not in memory.
     """
-    digest, read, away = hashlib.sha256(), reader_of(model), not in_memory(model)
+    digest, read, places = hashlib.sha256(), reader_of(model), elsewhere(model)
+    known = {} if places is None else places.checksums
     for ffn in ffns:
         digest.update(repr((ffn.key, ffn.signature)).encode())
         for name, weight in model.get_submodule(ffn.path).named_parameters():
             digest.update(f"{name} {tuple(weight.shape)}".encode())
-            values = read(weight)
-            if away:
-                check_finite("model", [(f"{ffn.path}.{name}", values)], DAMAGED)
-            if values.is_meta:
-                raise FFMergeError(
-                    f"{ffn.path}.{name} is not in memory (on 'meta', or offloaded by accelerate): load the model "
-                    "without device_map"
-                )
-            digest.update(_checksums(values).numpy().tobytes())
+            if weight not in known:
+                known[weight] = _checksums_of(read(weight), f"{ffn.path}.{name}")
+            digest.update(known[weight])
     return digest.hexdigest()[:16]
+
+
+def _checksums_of(values: Tensor, name: str) -> bytes:
+    if values.is_meta:
+        raise FFMergeError(
+            f"{name} is not in memory (on 'meta', or offloaded by accelerate): load the model without device_map"
+        )
+    return _checksums(values).numpy().tobytes()
 
 
 def _checksums(weight: Tensor) -> Tensor:
@@ -102,7 +105,8 @@ def _checksums(weight: Tensor) -> Tensor:
     Integers wrap, so the sums are exact on every device. One changed value changes two of them, and a permutation
     their order.
     """
-    values = weight.new_zeros(-(-weight.numel() // 1024) * 1024, dtype=torch.bfloat16)
-    values[: weight.numel()] = weight.reshape(-1)
+    values = weight.reshape(-1).to(torch.bfloat16)
+    if padding := -len(values) % 1024:
+        values = nn.functional.pad(values, (0, padding))
     words = values.view(torch.int64).view(-1, 256)
     return torch.cat([words.sum(0), words.sum(1)]).cpu()

@@ -20,20 +20,19 @@ DAMAGED = "load the checkpoint it came from again, or one before its training di
 
 def check_finite(argument: str, tensors: Iterable[tuple[str, Tensor]], remedy: str) -> None:
     """Raise FFMergeError that names the first tensor with NaN or Inf; those that are not in memory are passed over."""
-    totals = [
-        (name, t, t.detach().sum(dtype=torch.promote_types(t.dtype, torch.float32)))
+    extremes = [
+        (name, t, torch.stack(t.detach().aminmax()))  # of a tensor with NaN both are NaN
         for name, t in tensors
-        if is_plain(t) and not t.is_meta
+        if is_plain(t) and not t.is_meta and t.numel()
     ]
-    for name, tensor, total in totals:
-        if math.isfinite(total):
+    for name, tensor, both in extremes:
+        if both.isfinite().all():
             continue
         wrong = tensor.numel() - int(tensor.detach().isfinite().sum())
-        if wrong:  # a sum of large values may overflow
-            raise FFMergeError(
-                f"{argument}: got NaN or Inf in {name} ({wrong:,} of {tensor.numel():,} values), wanted finite values; "
-                f"{remedy}"
-            )
+        raise FFMergeError(
+            f"{argument}: got NaN or Inf in {name} ({wrong:,} of {tensor.numel():,} values), wanted finite values; "
+            f"{remedy}"
+        )
 
 
 def check_weights(model: nn.Module) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffmerge_fast as ff
-from ffmerge_fast.checkpoint.on_disk import summarize
+from ffmerge_fast.checkpoint.copying import write_weights
+from ffmerge_fast.checkpoint.on_disk import open_on_disk, summarize
+from ffmerge_fast.models.elsewhere import elsewhere
 from ffmerge_fast.models.summary import ModelSummary
-from tests.helpers.tiny_models import tiny_model
+from ffmerge_fast.support.sealed import read_sealed_json, write_sealed_json
+from ffmerge_fast.support.tensor_files import WeightEntry
+from tests.helpers.tiny_models import FAMILIES, tiny_model
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -126,3 +132,118 @@ def peak_of_inspect(folder) -> int:
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     return usage.ru_maxrss * 1024
+
+
+# ------------------------------------------------------------------------------------------------- folder to folder
+
+
+def saved(tmp_path, name, dtype=torch.float32):
+    """A tiny model's folder, and a plan for it."""
+    model = tiny_model(name).to(dtype)
+    ff.save_pretrained(model, tmp_path / "base")
+    layers = "1-2" if len(FAMILIES[name].stacks) == 1 else LAYERS["marian"]
+    return tmp_path / "base", ff.plan(None, layers, method="random", model=model, seed=1)
+
+
+def opened(folder, **options):
+    model = open_on_disk(folder, **options)
+    assert all(weight.is_meta for weight in model.parameters())
+    return model
+
+
+def equal_folders(a, b):
+    """Names and bytes of all files."""
+    files = [{p.relative_to(x): p.read_bytes() for p in x.rglob("*") if p.is_file()} for x in (a, b)]
+    assert files[0].keys() == files[1].keys()
+    assert [name for name in files[0] if files[0][name] != files[1][name]] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_merge_writes_what_it_writes_from_memory(tmp_path, name, dtype):
+    folder, plan = saved(tmp_path, name, dtype)
+    for model, out in ((ff.from_pretrained(folder), "memory"), (opened(folder), "disk")):
+        ff.merge_(model, plan)
+        ff.save_pretrained(model, tmp_path / out, max_shard_size="20kB", source=folder)
+    equal_folders(tmp_path / "memory", tmp_path / "disk")
+    assert ff.verify(tmp_path / "disk")["logit_difference"] == 0
+    for model, out in ((ff.from_pretrained(tmp_path / "disk"), "memory2"), (opened(tmp_path / "disk"), "disk2")):
+        ff.expand_(model)
+        ff.save_pretrained(model, tmp_path / out)
+    equal_folders(tmp_path / "memory2", tmp_path / "disk2")
+
+
+def test_several_groups_and_a_copy(tmp_path):
+    folder, _ = saved(tmp_path, "gpt2")
+    plan = ff.plan(None, "0-1,2-3", method="average", model=ff.from_pretrained(folder))
+    model = opened(folder)
+    merged = ff.merge(model, plan)
+    assert ff.shared_groups(merged) and not ff.shared_groups(model)
+    ff.save_pretrained(merged, tmp_path / "disk")
+    ff.save_pretrained(ff.merge(ff.from_pretrained(folder), plan), tmp_path / "memory")
+    equal_folders(tmp_path / "memory", tmp_path / "disk")
+
+
+def test_another_dtype_is_written_as_it_was_asked_for(tmp_path):
+    folder, plan = saved(tmp_path, "llama", torch.bfloat16)
+    for load, out in ((ff.from_pretrained, "memory"), (opened, "disk")):
+        ff.save_pretrained(ff.merge_(load(folder, dtype=torch.float32), plan), tmp_path / out)
+    equal_folders(tmp_path / "memory", tmp_path / "disk")
+
+
+def test_memory_is_that_of_one_matrix(tmp_path):
+    """Every matrix that is read is let go of: the largest tensor alive is one average and one member."""
+    folder, plan = saved(tmp_path, "llama")
+    model, sizes = opened(folder), []
+    read = WeightEntry.read
+    alive = weakref.WeakSet()
+
+    def counted(entry, pin=False):
+        alive.add(tensor := read(entry, pin))
+        sizes.append(sum(t.nbytes for t in alive))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightEntry, "read", counted)
+        ff.merge_(model, plan)
+        sizes.clear()
+        hashes = write_weights(model, elsewhere(model), tmp_path, 1 << 30)
+    largest = max(weight.nbytes for weight in model.parameters())
+    assert hashes and sizes and max(sizes) <= 2 * largest
+
+
+def test_nan_is_found_wherever_it_is(tmp_path):
+    for name in ("lm_head.weight", "transformer.h.0.attn.c_proj.weight"):
+        folder = tmp_path / name
+        ff.save_pretrained(tiny_model("gpt2"), folder)
+        (folder / "ffmerge.json").unlink()
+        tensors = load_file(folder / "model.safetensors")
+        name = name if name in tensors else "transformer.wte.weight"
+        tensors[name][0, 0] = torch.nan
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        model = opened(folder)
+        with pytest.raises(ff.FFMergeError, match=f"got NaN or Inf in {name}"):
+            ff.save_pretrained(ff.expand_(model), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_goes_away_leaves_nothing(tmp_path):
+    folder, plan = saved(tmp_path, "llama")
+    model = ff.merge_(opened(folder), plan)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ff.FFMergeError, match=r"model: .*model.safetensors, which holds its weights, cannot be read"):
+        ff.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out*")) == []
+
+
+def test_a_manifest_of_version_1_is_read(tmp_path):
+    folder, _ = saved(tmp_path, "gpt2")
+    manifest = read_sealed_json(folder / "ffmerge.json")
+    assert manifest["files"]["model.safetensors"].startswith("crc32:")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    older = manifest | {"version": 1, "files": {"model.safetensors": digest}}
+    write_sealed_json(folder / "ffmerge.json", older)
+    ff.verify(folder)
+    write_sealed_json(folder / "ffmerge.json", older | {"files": {"model.safetensors": digest[::-1]}})
+    with pytest.raises(ff.FFMergeError, match="its checksum differs"):
+        ff.from_pretrained(folder)

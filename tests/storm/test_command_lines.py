@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffmerge_fast.checkpoint.folder import verify
+from ffmerge_fast.checkpoint.verify import verify
 from ffmerge_fast.cli.main import main
 from ffmerge_fast.cli.parser import command_names, parser
 from tests.cli.test_cli import _tokenizer

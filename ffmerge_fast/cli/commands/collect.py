@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from ..options import argument, choice_options, collect_options, data_options, model_options, validation_option
+from ..options import (
+    argument,
+    choice_options,
+    collect_options,
+    data_options,
+    model_options,
+    place_options,
+    validation_option,
+)
 from ..outputs import file_to_write
 from ..results import Result
 
 HELP = "correlate the FFN features of a model on data"
 OPTIONS = (
     model_options,
+    place_options,
     argument("out", type=file_to_write, help="statistics file to write"),
     choice_options,
     data_options,

@@ -19,7 +19,7 @@ OPTIONS = (
 def run(args, inputs) -> Result:
     from ...merging.apply import expand_
 
-    model = inputs.model
+    model = inputs.to_change
     if args.expand:
         expand_(model)
     save_model(args, inputs, model)

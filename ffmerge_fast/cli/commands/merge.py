@@ -10,6 +10,7 @@ from ..options import (
     method_option,
     model_options,
     out_options,
+    place_options,
     recover_options,
     statistics_option,
     validation_option,
@@ -20,6 +21,7 @@ from ..values import file
 HELP = "merge FFNs and write the smaller model"
 OPTIONS = (
     model_options,
+    place_options,
     out_options,
     choice_options,
     method_option,
@@ -38,10 +40,11 @@ def run(args, inputs) -> Result:
     from ...support.files import check_space
 
     recoveries = () if args.recover == "none" else args.recover.split("+")
-    model, plan = inputs.model, inputs.plan
+    plan = inputs.plan
     check_space(args.out, plan.nbytes_after)
+    model, teacher = inputs.to_merge(recoveries)
     merged = merge_and_recover_(
-        model, plan, recoveries, batches=inputs.calibration_batches, options=_recovery_options(args)
+        model, plan, recoveries, batches=inputs.calibration_batches, options=_recovery_options(args), teacher=teacher
     )
     save_model(args, inputs, model, merged.files())
     values = plan_values(plan) | {"folder": str(args.out), "seconds": inputs.seconds | merged.seconds}

@@ -12,6 +12,7 @@ from ..options import (
     data_options,
     method_option,
     model_options,
+    place_options,
     search_options,
     statistics_option,
     validation_option,
@@ -23,6 +24,7 @@ from ..values import number
 HELP = "try every window on validation data and plan the best"
 OPTIONS = (
     model_options,
+    place_options,
     argument("--window", type=number(int, WINDOW), required=True, help="number of adjacent layers"),
     anchor_option,
     method_option,

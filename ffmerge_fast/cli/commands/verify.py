@@ -12,7 +12,7 @@ OPTIONS = (argument("folder", type=path, help="folder written by ffmerge"),)
 
 
 def run(args, inputs) -> Result:
-    from ...checkpoint.folder import verify
+    from ...checkpoint.verify import verify
 
     values = verify(args.folder)
     difference = values["logit_difference"]

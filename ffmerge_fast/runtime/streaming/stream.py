@@ -96,6 +96,7 @@ class WeightStream:
     """A streamed model's handle, see `stream_`; a context manager.
 
     Attributes:
+        device: where the model runs.
         fixed_bytes: of weights that always lie on the device.
         streamed_bytes: of weights that are read in every pass.
     """
@@ -113,7 +114,7 @@ class WeightStream:
         self._parcels = [parcel for parcel in parcels if parcel not in resident]
         self._fixed = [*rest, *(weight for parcel in resident for weight in parcel.weights)]
         self.fixed_bytes, self.streamed_bytes = fixed + total(resident), total(self._parcels)
-        self._model, self._device = model, device
+        self._model, self.device = model, device
         self._away: set[Weight] = set()  # to be brought back at the end
         self._undo = contextlib.ExitStack()
         folder = folder or getattr(model, "name_or_path", None)
@@ -169,9 +170,9 @@ class WeightStream:
         for parameter in self._model.parameters():
             self._undo.callback(parameter.requires_grad_, parameter.requires_grad)
         for buffer in self._model.buffers():
-            self._move(buffer, buffer.data.to(self._device))
+            self._move(buffer, buffer.data.to(self.device))
         for weight in self._fixed:
-            value = self._source.value(weight).to(self._device)
+            value = self._source.value(weight).to(self.device)
             self._leave_meta(weight, value)
             for parameter in weight.parameters:
                 self._move(parameter, value)

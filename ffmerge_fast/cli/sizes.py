@@ -1,0 +1,61 @@
+"""What a command keeps in memory beside the model's weights, from its arguments."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import nn
+
+_USUAL = 128  # tokens of an example, where the model does not say
+
+
+def placement(args: argparse.Namespace, model: nn.Module) -> Any:
+    """How a command holds the model (which may be on "meta"); FFMergeError if it cannot."""
+    from ..driver.placement import Machine, ModelSize, place
+
+    return place(
+        ModelSize.of(model), work_of(args, model), Machine.here(args.device), args.place, args.budget, args.host_memory
+    )
+
+
+def work_of(args: argparse.Namespace, model: nn.Module) -> Any:
+    """What a command keeps beside the weights."""
+    from ..driver.placement import Work
+
+    sums, token = _sums(args, model)
+    logits = 0 if args.command == "collect" else 2 * 4 * getattr(model.config.get_text_config(), "vocab_size", 0)
+    tokens, examples = getattr(args, "tokens", 0), args.batch_size if args.data else 0
+    return Work(sums, tokens, _length(args, model), examples, token + logits)
+
+
+def _sums(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:
+    """(bytes of the statistics, bytes of a token's features that wait for those of other layers)"""
+    from ..merging.collect import wanted_pairs
+    from ..merging.sketching import chosen_rows, exact_cost, sketch_cost
+    from ..models.sublayers import find_ffns
+
+    layers, window = getattr(args, "layers", None), getattr(args, "window", None)
+    if getattr(args, "statistics", None) or getattr(args, "plan", None) or not (layers or window):
+        return 0, 0
+    ffns = find_ffns(model)
+    pairs = wanted_pairs(ffns, None if layers else window, None, layers, args.anchor)
+    rows = chosen_rows(None if args.exact else args.sketch or "auto", pairs, ffns, args.tokens, args.max_memory)
+    if rows is not None:
+        return sketch_cost(pairs, ffns, args.tokens, rows).nbytes, 0
+    exact = exact_cost(pairs, ffns, args.tokens).nbytes
+    widest = max(ffn.d_ff for ffn in ffns)
+    waiting = 4 * widest * (1 if layers else window - 1)
+    return exact if args.max_memory is None else min(exact, args.max_memory), waiting
+
+
+def _length(args: argparse.Namespace, model: nn.Module) -> int:
+    """Tokens of an example."""
+    from ..driver.evaluate import context_length
+
+    if args.max_length:
+        return args.max_length
+    config = model.config
+    if hasattr(config, "patch_size") and hasattr(config, "image_size"):
+        return (config.image_size // config.patch_size) ** 2 + 1
+    return _USUAL if config.is_encoder_decoder else min(context_length(model) or _USUAL, 1024)

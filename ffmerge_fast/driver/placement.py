@@ -1,0 +1,259 @@
+"""Where a model's weights are while passes run over calibration data: planned within a budget before any are loaded."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.sublayers import find_ffns
+from ..runtime.streaming.plan import following_steps, nbytes_outside, parcels_of, peak, total
+from ..support.errors import FFMergeError
+from ..support.machine import free_memory
+from ..support.sizes import format_bytes
+
+_SHARE = 0.95  # of free memory that may be planned with
+_SECONDS = 0.1  # that a rate is measured for
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model's weights take, known without their values.
+
+    Attributes:
+        least, smooth: bytes on the device that streaming needs for one block at a time, and to load the next meanwhile.
+        token: bytes of one token's features in a block: its stream, its FFN, its attention.
+    """
+
+    parameters: int
+    nbytes: int
+    least: int
+    smooth: int
+    token: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelSize:
+        """Of a model that may be on "meta"."""
+        ffns = find_ffns(model)
+        stacks = [[ffn.path for ffn in members] for members in ffns.by_stack().values()]
+        parcels, rest = parcels_of(model, [path for stack in stacks for path in stack])
+        following, fixed = following_steps([len(stack) for stack in stacks]), nbytes_outside(rest, model.buffers())
+        widest = max(ffns, key=lambda ffn: ffn.d_ff)
+        itemsize = next(model.parameters()).element_size()
+        return cls(
+            parameters=sum(weight.numel() for weight in model.parameters()),
+            nbytes=fixed + total(parcels),
+            least=fixed + peak(parcels, following, ahead=False),
+            smooth=fixed + peak(parcels, following),
+            token=(10 * widest.d_model + 3 * widest.d_ff) * itemsize + 8 * widest.d_ff,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command keeps beside the weights.
+
+    Attributes:
+        sums: bytes that do not depend on the batch, on the device.
+        tokens: that all passes together count; at most.
+        length: tokens of one example.
+        batch_size: examples at once, at most; 0: nothing runs.
+        token: bytes of each token of a batch, beside those of a block: logits, features that wait.
+    """
+
+    sums: int = 0
+    tokens: int = 0
+    length: int = 1
+    batch_size: int = 1
+    token: int = 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A way to hold a model, and what it takes. Prints as a line.
+
+    Attributes:
+        way: "whole" on one device, "spread" over several, or "stream": block by block.
+        weights: where streamed weights lie, "host" or "disk".
+        budget: bytes of weights on the device.
+        batch_size: examples at once.
+        on_device, on_host, on_disk: bytes, at their most.
+        seconds: expected, of the passes; None where that is not known.
+    """
+
+    way: str
+    device: str
+    weights: str
+    budget: int
+    batch_size: int
+    on_device: int
+    on_host: int
+    on_disk: int
+    size: ModelSize
+    seconds: float | None = None
+
+    def values(self) -> dict[str, Any]:
+        """In figures, for machines."""
+        return {
+            "way": self.way, "device": self.device, "parameters": self.size.parameters, "bytes": self.size.nbytes,
+            "budget": self.budget, "batch_size": self.batch_size, "device_bytes": self.on_device,
+            "host_bytes": self.on_host, "disk_bytes": self.on_disk, "seconds": self.seconds,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        way = {
+            "whole": f"whole on {self.device}",
+            "spread": "spread over the GPUs",
+            "stream": f"block by block on {self.device}, weights from {self.weights}",
+        }[self.way]
+        takes = f"{format_bytes(self.on_device)} on the device, {format_bytes(self.on_host)} on the host"
+        disk = f", {format_bytes(self.on_disk)} on disk" if self.on_disk else ""
+        examples = f", {self.batch_size} examples at once" if self.batch_size else ""
+        minutes = "" if self.seconds is None else f"; about {max(1, round(self.seconds / 60))} min"
+        return (
+            f"{self.size.parameters:,} parameters ({format_bytes(self.size.nbytes)}) {way}: {takes}{disk}{examples}"
+            f"{minutes}"
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to plan with, in bytes and per second.
+
+    Attributes:
+        device_memory, host_memory: free; one and the same on the CPU.
+        devices: free memory of all CUDA devices together.
+        flops: of the device, in the model's dtype; reads: bytes from disk; None: not known.
+    """
+
+    device: str
+    device_memory: int
+    host_memory: int
+    devices: int = 0
+    flops: float | None = None
+    reads: float | None = None
+
+    @classmethod
+    def here(cls, device: str) -> Machine:
+        """This machine, its rates measured in a moment."""
+        host = free_memory(torch.device("cpu")) or 1 << 62
+        on = torch.device(device)
+        if on.type != "cuda":
+            return cls(device, host, host, 0, _flops(on))
+        free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+        return cls(device, free_memory(on) or 0, host, sum(free), _flops(on))
+
+
+def place(
+    size: ModelSize,
+    work: Work,
+    machine: Machine,
+    wanted: str = "auto",
+    budget: int | None = None,
+    host_memory: int | None = None,
+) -> Placement:
+    """Choose how to hold a model: whole if it fits, over all GPUs if they hold it, else block by block.
+
+    Args:
+        wanted: "auto", "stream", or "cpu" and "cuda": whole, whatever it takes.
+        budget: bytes on the device for all that the work takes there; default what is free.
+        host_memory: bytes on the host; default what is free.
+
+    Raises:
+        FFMergeError: the budget does not do, with the smallest that does.
+    """
+    room = int(machine.device_memory * _SHARE) if budget is None else budget
+    host = int(machine.host_memory * _SHARE) if host_memory is None else host_memory
+    on_cpu = not machine.device.startswith("cuda")
+    room = min(room, host) if on_cpu else room
+    example = work.length * (size.token + work.token)
+    everything = size.nbytes + work.sums + work.batch_size * example
+
+    def made(way: str, weights: str, budget: int, batch_size: int) -> Placement:
+        device = (size.nbytes if way != "stream" else budget) + work.sums + batch_size * example
+        staging = min(size.nbytes, size.smooth) if way == "stream" else 0
+        held = size.nbytes if weights == "host" and way == "stream" else staging
+        of_host = device if on_cpu else held
+        passes = max(1, -(-work.tokens // max(1, work.length * batch_size)))
+        read = size.nbytes * (passes if way == "stream" and weights == "disk" else 1)
+        seconds = None
+        if machine.flops and batch_size:
+            seconds = 2 * size.parameters * work.tokens / machine.flops + read / (machine.reads or 1e9)
+        return Placement(way, machine.device, weights, budget, batch_size, device, of_host, 0, size, seconds)
+
+    if wanted in ("cpu", "cuda") or (wanted == "auto" and everything <= room):
+        if budget is not None and everything > room:
+            raise _too_small("place", room, size, work, example, f"all weights are to be on {machine.device}")
+        return made("whole", "host", size.nbytes, work.batch_size)
+    if wanted == "auto" and budget is None and not on_cpu and everything <= machine.devices * _SHARE:
+        return made("spread", "host", size.nbytes, work.batch_size)
+    weights = "host" if not on_cpu and size.nbytes <= host else "disk"
+    fewest = min(1, work.batch_size)
+    for batch_size in range(work.batch_size, fewest - 1, -1):
+        left = room - work.sums - batch_size * example
+        if left >= size.smooth or (batch_size == fewest and left >= size.least):
+            return made("stream", weights, min(left, size.nbytes), batch_size)
+    raise _too_small("budget", room, size, work, example, "one block at a time")
+
+
+def _too_small(argument: str, room: int, size: ModelSize, work: Work, example: int, what: str) -> FFMergeError:
+    need = size.least + work.sums + example
+    return FFMergeError(
+        f"{argument}: {format_bytes(room)} may be used and {what}; block by block it takes at least {need} bytes: "
+        f"{format_bytes(size.least)} for the largest block and what is outside of the blocks, "
+        f"{format_bytes(work.sums)} of sums and {format_bytes(example)} for one example of {work.length} tokens; give "
+        f"--place stream --budget {-(-need // 2**20)}MiB, or a smaller --max-length"
+    )
+
+
+def load(
+    folder: str, placement: Placement, on_disk: Callable[[], nn.Module | None], options: Mapping[str, Any]
+) -> nn.Module:
+    """The model in a folder, held as was planned.
+
+    Args:
+        on_disk: gives it with its weights in the files.
+        options: of `from_pretrained`.
+
+    Raises:
+        FFMergeError: it cannot be streamed (its files do not hold its weights as such); as `from_pretrained`.
+    """
+    from ..checkpoint.folder import from_pretrained
+    from ..runtime.streaming.stream import stream_
+
+    if placement.way == "stream":
+        model = on_disk()
+        stream_(model, placement.device, placement.weights, placement.budget)
+        return model
+    if placement.way == "spread":
+        return from_pretrained(folder, device_map="auto", **options)
+    return from_pretrained(folder, **options).to(placement.device)
+
+
+def check_disk(nbytes: int) -> None:
+    """Raise FFMergeError unless the folder for temporary files has room for so many bytes."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if nbytes > free:
+        raise FFMergeError(
+            f"TMPDIR: {format_bytes(nbytes)} will be kept in {tempfile.gettempdir()}, {format_bytes(free)} are free "
+            "there; set it to a folder on a larger disk"
+        )
+
+
+def _flops(device: torch.device) -> float:
+    """Of a square product, in float32 on the CPU and bfloat16 on a GPU."""
+    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < _SECONDS:
+        a @ a
+        count += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return 2 * n**3 * count / (time.perf_counter() - started)
