@@ -38,12 +38,9 @@ def open_on_disk(folder: str | os.PathLike, **options: Any) -> nn.Module | None:
     """
     if not importlib.util.find_spec("accelerate"):  # without it transformers loads to the CPU only
         return None
-    files = weight_files(folder)
-    if not files:
-        return None
     model = from_pretrained(folder, device_map="meta", **options).eval()
     model.__dict__.pop("hf_device_map", None)  # of the loading, not of the model
-    entries = by_loaded_names(model, entries_in(files, OF_MODEL))
+    entries = by_loaded_names(model, entries_in(weight_files(folder), OF_MODEL))
     found = _computed(model) | located(model, entries)
     if any(weight not in found for weight in model.parameters()) or not _fill_buffers_(model, entries):
         return None

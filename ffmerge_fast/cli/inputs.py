@@ -14,6 +14,9 @@ from ..support.errors import FFMergeError
 from ..support.timing import timed
 from .needs import check_kind
 from .results import Result
+from .sizes import calibration_batch
+
+_LARGE = 1e9  # bytes of a model of which is said what it takes
 
 
 class Inputs:
@@ -41,8 +44,10 @@ class Inputs:
             return None
         from .sizes import placement
 
-        found = placement(self._args, model)
-        if not (self._args.quiet or self._args.json or self._args.dry_run):
+        if (found := placement(self._args, model)) is None:
+            return None
+        asked = {"place", "budget", "host_memory"} & self._args.given
+        if (asked or found.way != "whole" or found.size.nbytes >= _LARGE) and not (self._args.quiet or self._args.json):
             print(f"model: {found}", file=sys.stderr)
         return found
 
@@ -69,11 +74,6 @@ class Inputs:
         if not streamed:
             return (self.model if recoveries else self.to_change), None
         return self.to_change, self.model
-
-    @property
-    def batch_size(self) -> int:
-        """Examples at once: --batch-size, or what there is room for."""
-        return self.placement.batch_size if self.placement else self._args.batch_size
 
     def dry_run(self) -> Result:
         """What the command would take."""
@@ -153,7 +153,7 @@ class Inputs:
 
         args = self._args
         return self.task.batches(
-            "train", self.batch_size, shuffle=True, seed=args.seed, rank=rank(), world=world_size()
+            "train", calibration_batch(args, self.model), shuffle=True, seed=args.seed, rank=rank(), world=world_size()
         )
 
     @cached_property

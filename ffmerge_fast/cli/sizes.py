@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from ..support.errors import FFMergeError
 
+if TYPE_CHECKING:
+    from torch import nn
+
+_TOKENS = 1024  # of a batch, by default
 _USUAL = 128  # tokens of an example, where the model does not say
 
 
 def placement(args: argparse.Namespace, model: nn.Module) -> Any:
-    """How a command holds the model (which may be on "meta"); FFMergeError if it cannot."""
+    """How a command holds the model, which may be on "meta"; None: whole. FFMergeError if it cannot."""
     from ..driver.placement import Machine, ModelSize, place
 
-    return place(
-        ModelSize.of(model), work_of(args, model), Machine.here(args.device), args.place, args.budget, args.host_memory
-    )
+    try:
+        size = ModelSize.of(model)
+    except FFMergeError:
+        if args.command != "eval" or args.place == "stream":
+            raise
+        return None  # a family that is not known can be evaluated whole
+    machine = Machine.here(args.device)
+    return place(size, work_of(args, model), machine, args.place, args.budget, args.host_memory)
 
 
 def work_of(args: argparse.Namespace, model: nn.Module) -> Any:
@@ -25,8 +34,15 @@ def work_of(args: argparse.Namespace, model: nn.Module) -> Any:
 
     sums, token = _sums(args, model)
     logits = 0 if args.command == "collect" else 2 * 4 * getattr(model.config.get_text_config(), "vocab_size", 0)
-    tokens, examples = getattr(args, "tokens", 0), args.batch_size if args.data else 0
-    return Work(sums, tokens, _length(args, model), examples, token + logits)
+    examples = args.batch_size if args.command in ("eval", "search") else calibration_batch(args, model)
+    return Work(sums, getattr(args, "tokens", 0), _length(args, model), examples if args.data else 0, token + logits)
+
+
+def calibration_batch(args: argparse.Namespace, model: nn.Module) -> int:
+    """Examples at once that calibrate: as many as were asked for, by default at most 16 and about a thousand tokens."""
+    if "batch_size" in args.given:
+        return args.batch_size
+    return max(1, min(args.batch_size, _TOKENS // _length(args, model)))
 
 
 def _sums(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:

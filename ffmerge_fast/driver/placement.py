@@ -51,7 +51,7 @@ class ModelSize:
             nbytes=fixed + total(parcels),
             least=fixed + peak(parcels, following, ahead=False),
             smooth=fixed + peak(parcels, following),
-            token=(10 * widest.d_model + 3 * widest.d_ff) * itemsize + 8 * widest.d_ff,
+            token=(6 * widest.d_model + 4 * widest.d_ff) * itemsize + 4 * widest.d_ff,
         )
 
 
@@ -175,40 +175,40 @@ def place(
     example = work.length * (size.token + work.token)
     everything = size.nbytes + work.sums + work.batch_size * example
 
-    def made(way: str, weights: str, budget: int, batch_size: int) -> Placement:
-        device = (size.nbytes if way != "stream" else budget) + work.sums + batch_size * example
+    def made(way: str, weights: str, budget: int) -> Placement:
+        device = (size.nbytes if way != "stream" else budget) + work.sums + work.batch_size * example
         staging = min(size.nbytes, size.smooth) if way == "stream" else 0
         held = size.nbytes if weights == "host" and way == "stream" else staging
         of_host = device if on_cpu else held
-        passes = max(1, -(-work.tokens // max(1, work.length * batch_size)))
+        passes = max(1, -(-work.tokens // max(1, work.length * work.batch_size)))
         read = size.nbytes * (passes if way == "stream" and weights == "disk" else 1)
         seconds = None
-        if machine.flops and batch_size:
+        if machine.flops and work.batch_size:
             seconds = 2 * size.parameters * work.tokens / machine.flops + read / (machine.reads or 1e9)
-        return Placement(way, machine.device, weights, budget, batch_size, device, of_host, 0, size, seconds)
+        return Placement(way, machine.device, weights, budget, work.batch_size, device, of_host, 0, size, seconds)
 
     if wanted in ("cpu", "cuda") or (wanted == "auto" and everything <= room):
         if budget is not None and everything > room:
-            raise _too_small("place", room, size, work, example, f"all weights are to be on {machine.device}")
-        return made("whole", "host", size.nbytes, work.batch_size)
+            raise _too_small("budget", room, size, work, f"all weights are to be on {machine.device}")
+        return made("whole", "host", size.nbytes)
     if wanted == "auto" and budget is None and not on_cpu and everything <= machine.devices * _SHARE:
-        return made("spread", "host", size.nbytes, work.batch_size)
+        return made("spread", "host", size.nbytes)
     weights = "host" if not on_cpu and size.nbytes <= host else "disk"
-    fewest = min(1, work.batch_size)
-    for batch_size in range(work.batch_size, fewest - 1, -1):
-        left = room - work.sums - batch_size * example
-        if left >= size.smooth or (batch_size == fewest and left >= size.least):
-            return made("stream", weights, min(left, size.nbytes), batch_size)
-    raise _too_small("budget", room, size, work, example, "one block at a time")
+    left = room - work.sums - work.batch_size * example
+    if left >= size.least:
+        return made("stream", weights, min(left, size.nbytes))
+    raise _too_small("budget", room, size, work, "one block at a time")
 
 
-def _too_small(argument: str, room: int, size: ModelSize, work: Work, example: int, what: str) -> FFMergeError:
-    need = size.least + work.sums + example
+def _too_small(argument: str, room: int, size: ModelSize, work: Work, what: str) -> FFMergeError:
+    batch = work.batch_size * work.length * (size.token + work.token)
+    need = size.least + work.sums + batch
+    smaller = ", or a smaller --batch-size or --max-length" if batch else ""
     return FFMergeError(
         f"{argument}: {format_bytes(room)} may be used and {what}; block by block it takes at least {need} bytes: "
         f"{format_bytes(size.least)} for the largest block and what is outside of the blocks, "
-        f"{format_bytes(work.sums)} of sums and {format_bytes(example)} for one example of {work.length} tokens; give "
-        f"--place stream --budget {-(-need // 2**20)}MiB, or a smaller --max-length"
+        f"{format_bytes(work.sums)} of sums and {format_bytes(batch)} for {work.batch_size} examples of {work.length} "
+        f"tokens; give --place stream --budget {-(-need // 2**20)}MiB{smaller}"
     )
 
 

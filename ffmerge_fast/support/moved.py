@@ -32,7 +32,6 @@ MOVED = {
     "checkpoint.from_pretrained": "checkpoint.folder.from_pretrained",
     "checkpoint.load_processor": "checkpoint.trusted.load_processor",
     "checkpoint.save_pretrained": "checkpoint.folder.save_pretrained",
-    "checkpoint.verify": "checkpoint.folder.verify",
     "driver.data": "driver.tasks",
     "driver.distributed": "support.distributed",
     "driver.finetune": "driver.training.finetune",

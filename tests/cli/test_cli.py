@@ -308,7 +308,7 @@ def test_merge_then_project(capsys, folder, text, tmp_path):
     damaged = {name: t.clone() for name, t in stored.items()}
     damaged["transformer.h.1.mlp.c_fc.weight"][0, 0] += 1
     save_file(damaged, tmp_path / "both" / "model.safetensors", metadata={"format": "pt"})
-    assert "its sha256 differs" in refuse(capsys, "verify", tmp_path / "both")
+    assert "its checksum differs" in refuse(capsys, "verify", tmp_path / "both")
 
 
 def test_project_goes_on_and_folds(capsys, folder, text, tmp_path):

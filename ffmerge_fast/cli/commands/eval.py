@@ -18,7 +18,7 @@ def run(args, inputs) -> Result:
     model = inputs.model
     check_weights(model)
     with _streaming(args, model):
-        values = inputs.test_task.evaluate(model, "test", inputs.batch_size, limit=args.eval_limit)
+        values = inputs.test_task.evaluate(model, "test", args.batch_size, limit=args.eval_limit)
     if overflown := [name for name, value in values.items() if value != value]:
         raise FFMergeError(
             f"eval: {overflown[0]} is nan although all weights are finite: values overflow in {model.dtype}; give "
