@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _TOKENS = 1024  # of a batch, by default
+_REFIT = 40  # bytes, times d_ff squared, that a refit of one group takes: sums, and two solutions in float64
 _USUAL = 128  # tokens of an example, where the model does not say
 
 
@@ -46,23 +47,28 @@ def calibration_batch(args: argparse.Namespace, model: nn.Module) -> int:
 
 
 def _sums(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:
-    """(bytes of the statistics, bytes of a token's features that wait for those of other layers)"""
+    """(bytes of the statistics and of what is solved with them, bytes of a token's features that wait for those of
+    other layers); a budget that they exceed makes the sketch smaller."""
     from ..merging.collect import wanted_pairs
-    from ..merging.sketching import chosen_rows, exact_cost, sketch_cost
+    from ..merging.sketching import chosen_rows, exact_cost, fitting_rows, sketch_cost, usual_rows
     from ..models.sublayers import find_ffns
 
+    ffns = find_ffns(model)
+    widest = max(ffn.d_ff for ffn in ffns)
+    refit = _REFIT * widest**2 if "refit" in getattr(args, "recover", "") else 0
     layers, window = getattr(args, "layers", None), getattr(args, "window", None)
     if getattr(args, "statistics", None) or getattr(args, "plan", None) or not (layers or window):
-        return 0, 0
-    ffns = find_ffns(model)
+        return refit, 0
     pairs = wanted_pairs(ffns, None if layers else window, None, layers, args.anchor)
     rows = chosen_rows(None if args.exact else args.sketch or "auto", pairs, ffns, args.tokens, args.max_memory)
-    if rows is not None:
-        return sketch_cost(pairs, ffns, args.tokens, rows).nbytes, 0
     exact = exact_cost(pairs, ffns, args.tokens).nbytes
-    widest = max(ffn.d_ff for ffn in ffns)
-    waiting = 4 * widest * (1 if layers else window - 1)
-    return exact if args.max_memory is None else min(exact, args.max_memory), waiting
+    if args.budget and not (args.exact or args.max_memory or "sketch" in args.given):
+        if rows is not None or exact > args.budget // 3:
+            rows = args.sketch = fitting_rows(rows or usual_rows(pairs, ffns), args.budget // 3, pairs, ffns)
+    if rows is not None:
+        return max(refit, sketch_cost(pairs, ffns, args.tokens, rows).nbytes), 0
+    sums = exact if args.max_memory is None else min(exact, args.max_memory)
+    return max(refit, sums), 4 * widest * (1 if layers else window - 1)
 
 
 def _length(args: argparse.Namespace, model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 from ..models.sublayers import find_ffns
 from ..runtime.streaming.plan import following_steps, nbytes_outside, parcels_of, peak, total
 from ..support.errors import FFMergeError
-from ..support.machine import free_memory
+from ..support.machine import free_memory, give_back_freed_memory
 from ..support.sizes import format_bytes
 
 _SHARE = 0.95  # of free memory that may be planned with
@@ -204,11 +204,12 @@ def _too_small(argument: str, room: int, size: ModelSize, work: Work, what: str)
     batch = work.batch_size * work.length * (size.token + work.token)
     need = size.least + work.sums + batch
     smaller = ", or a smaller --batch-size or --max-length" if batch else ""
+    sums = ", or --max-memory for sums on disk" if work.sums > size.least else ""
     return FFMergeError(
         f"{argument}: {format_bytes(room)} may be used and {what}; block by block it takes at least {need} bytes: "
         f"{format_bytes(size.least)} for the largest block and what is outside of the blocks, "
         f"{format_bytes(work.sums)} of sums and {format_bytes(batch)} for {work.batch_size} examples of {work.length} "
-        f"tokens; give --place stream --budget {-(-need // 2**20)}MiB{smaller}"
+        f"tokens; give --place stream --budget {-(-need // 2**20)}MiB{smaller}{sums}"
     )
 
 
@@ -228,6 +229,7 @@ def load(
     from ..runtime.streaming.stream import stream_
 
     if placement.way == "stream":
+        give_back_freed_memory()
         model = on_disk()
         stream_(model, placement.device, placement.weights, placement.budget)
         return model

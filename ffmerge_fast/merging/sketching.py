@@ -80,6 +80,13 @@ def chosen_rows(
     return sketch
 
 
+def fitting_rows(rows: int, nbytes: int, pairs: Mapping[str, Sequence[tuple[int, int]]], ffns: FFNs) -> int:
+    """These rows or half as many, and so on, that fit into so many bytes; 128 at least. Plans say what that loses."""
+    while rows > 128 and sketch_cost(pairs, ffns, 0, rows).nbytes > nbytes:
+        rows //= 2
+    return rows
+
+
 def described(rows: int | None, pairs: Mapping[str, Sequence[tuple[int, int]]], ffns: FFNs, tokens: int) -> str:
     """What is kept, and what the other way would take."""
     exact = format_bytes(exact_cost(pairs, ffns, tokens).nbytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import os
 import platform
@@ -127,6 +129,15 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free = [_meminfo("MemAvailable"), _left_in_cgroup()]
     return min((f for f in free if f is not None), default=None)
+
+
+def give_back_freed_memory() -> None:
+    """Have this process return freed memory to the system at once, where the C library is GNU's, which else keeps tensors
+    of up to 32 MB for later: more than a small budget leaves."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(parameter, 1 << 20)
 
 
 def _meminfo(name: str) -> int | None:
