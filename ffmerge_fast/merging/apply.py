@@ -175,12 +175,12 @@ def _merged_modules(model: nn.Module, members: Sequence[FFNSublayer], group: Mer
     read, places, modules = reader_of(model), elsewhere(model), []
     for path in members[0].shared:
         original = model.get_submodule(path)
-        module = copy.deepcopy(original)
+        module = copied(model, original)
         for new, old in zip(module.parameters(), original.parameters(), strict=True):
             if new.is_meta and places is not None:
                 places.put(new, partial(_average, parts[id(old)], read))
             else:
-                new.data = _average(parts[id(old)], read)
+                new.data = _average(parts[id(old)], read).to(new.device)
             new.grad = None  # deepcopy brings the first layer's along
         modules.append(module)
     return modules

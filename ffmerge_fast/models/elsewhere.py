@@ -90,7 +90,8 @@ def reader_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def copied(model: nn.Module, module: nn.Module) -> nn.Module:
     """A module of a model again, with weights of its own; those that are elsewhere have the same places."""
-    new, places = copy.deepcopy(module), elsewhere(model)
+    stream, places = getattr(model, HANDLE, None), elsewhere(model)
+    new = copy.deepcopy(module, {id(stream): stream})  # which hooks of the module belong to
     for mine, theirs in zip(new.parameters(), module.parameters(), strict=True) if places else ():
         if (place := places.place(theirs)) is not None:
             places.put(mine, place)

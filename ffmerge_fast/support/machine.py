@@ -132,7 +132,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def give_back_freed_memory() -> None:
-    """Have this process return freed memory to the system at once, where the C library is GNU's, which else keeps tensors
+    """Have this process return freed memory to the system at once, where the C library is GNU's, which keeps tensors
     of up to 32 MB for later: more than a small budget leaves."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
