@@ -1,12 +1,13 @@
 """What commands take on models that fill memory: whole processes, by the largest resident size and time.
 
-    python -m benchmarks.memory [--layers 6 12 24] [--place auto cpu] [--commands merge verify ...]
-    python -m benchmarks.memory --computed     # Llama-3 8B, 70B, 405B on one 80 GB GPU with 128 GB of host memory
+    python -m benchmarks.memory [--sizes 0.6 1.2 2.4] [--place auto cpu stream] [--commands merge verify ...]
+    python -m benchmarks.memory --computed     # Llama-3 on one GPU, by the plan that the commands print
 
-Random Llama models of 2048 x 5632 in bfloat16 are written below TMPDIR. Every command is a process of its own, as a
+Random Llama models in bfloat16, of so many GB, are written below TMPDIR. Every command is a process of its own, as a
 user starts it; "above torch" is its peak less that of a process which only imports torch, transformers and this
-package. `--place cpu` is the way with the whole model in memory, "copy" the time that copying the folder takes.
-Resident pages of files that are mapped count, as the system counts them.
+package. `--place cpu` is the way with the whole model in memory; `--place stream` gets a budget of one fifth of the
+model; "copy" is the time that copying the folder takes. Resident pages of mapped files count, as the system counts
+them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,13 +25,19 @@ import time
 from pathlib import Path
 
 from benchmarks.harness.measure import machine
+from ffmerge_fast.support.errors import FFMergeError
 
 RESULTS = Path(__file__).parent / "results"
-LAYERS = (6, 12, 24)  # 0.6, 1.2, 2.3 GB
+SIZES = {
+    "0.6": (1024, 2816, 25),
+    "1.2": (1536, 4096, 23),
+    "2.4": (2048, 5632, 26),
+    "8": (4096, 11264, 21),
+}  # d, d_ff, n
 COLUMNS = ("command", "model_gb", "place", "budget", "seconds", "peak_mib", "above_torch_mib", "copy_seconds", "status")
 _IMPORTS = "import torch, accelerate; from transformers import LlamaForCausalLM; import ffmerge_fast as ff; ff.merge_"
-_DATA = ["--data", "{here}/text.txt", "--max-length", "256", "--batch-size", "8"]
-_FEW = ["--tokens", "2048"]
+_DATA = ["--data", "{here}/text.txt", "--max-length", "128", "--batch-size", "2"]
+_FEW = ["--tokens", "512"]
 # name: arguments; {m} model, {o} output, {here} folder. In this order: later ones read what earlier ones wrote.
 COMMANDS = {
     "inspect": "inspect {m}",
@@ -42,7 +50,7 @@ COMMANDS = {
     "merge and refit": (
         "merge {m} {o}.refit --overwrite --layers 1-2 --statistics {o}.stats --recover refit {data} {few}"
     ),
-    "eval": "eval {m} {data} --eval-limit 8",
+    "eval": "eval {m} {data} --eval-limit 4",
     "project, 1 step": "project {m} {o}.small --overwrite --keep 0.5 --steps 1 --calibration 2 {data}",
     "project, 1 step, paper's start": (
         "project {m} {o}.pruned --overwrite --keep 0.5 --no-reconstruct --steps 1 --calibration 2 {data}"
@@ -51,8 +59,9 @@ COMMANDS = {
 PLACED = {"collect one group", "collect windows of 5", "merge", "merge by statistics", "merge and refit", "eval"}
 
 
-def make_model(folder: Path, layers: int) -> None:
+def make_model(folder: Path, size: str) -> None:
     """A random model and its tokenizer."""
+    d_model, d_ff, layers = SIZES[size]
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -61,7 +70,7 @@ def make_model(folder: Path, layers: int) -> None:
     bpe.train_from_iterator(_text().splitlines(), vocab_size=512, special_tokens=["<|end|>"], show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>").save_pretrained(folder)
     config = LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16,
+        hidden_size=d_model, intermediate_size=d_ff, num_hidden_layers=layers, num_attention_heads=16,
         num_key_value_heads=4, vocab_size=8192, max_position_embeddings=1024, dtype="bfloat16",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -85,11 +94,11 @@ def measured(command: list[str]) -> tuple[float, int, str]:
     return time.perf_counter() - started, usage.ru_maxrss // 1024, "" if not code else f"{code} {''.join(last)}"
 
 
-def run(layers: int, places: list[str], names: list[str], here: Path) -> list[dict]:
+def run(size: str, places: list[str], names: list[str], here: Path) -> list[dict]:
     """The rows of one size."""
-    folder = here / f"llama{layers}"
+    folder = here / f"llama-{size}"
     if not folder.exists():
-        subprocess.run([sys.executable, "-m", "benchmarks.memory", "--make", str(layers), str(folder)], check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.memory", "--make", size, str(folder)], check=True)
     (here / "text.txt").write_text(_text())
     gb = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
     base = measured([sys.executable, "-c", _IMPORTS])[1]
@@ -124,6 +133,71 @@ def run(layers: int, places: list[str], names: list[str], here: Path) -> list[di
     return rows
 
 
+# ------------------------------------------------------------------------------------------------------------ computed
+
+LLAMAS = {"Llama-3-8B": (4096, 14336, 32, 32, 128256), "Llama-3-70B": (8192, 28672, 80, 64, 128256),
+          "Llama-3.1-405B": (16384, 53248, 126, 128, 128256)}  # fmt: skip
+COMPUTED = {
+    "collect, one group of 8": "collect m o --layers 8-15 --data d --tokens 10000",
+    "collect, windows of 5": "collect m o --window 5 --data d --tokens 10000",
+    "merge --recover refit": "merge m o --layers 8-15 --statistics s --recover refit --data d --tokens 10000",
+    "eval, 100,000 tokens": "eval m --data d",
+}
+_GPU = {"device_memory": 80 * 10**9, "host_memory": 128 * 10**9, "flops": 4e14, "reads": 3e9}
+
+
+def computed() -> list[dict]:
+    """What the commands would plan on one GPU; nothing runs."""
+    from dataclasses import replace
+
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ffmerge_fast.cli.parser import parse
+    from ffmerge_fast.cli.sizes import work_of
+    from ffmerge_fast.driver.placement import Machine, ModelSize, place
+
+    rows = []
+    for name, (d, f, layers, heads, vocabulary) in LLAMAS.items():
+        config = LlamaConfig(
+            hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=8, vocab_size=vocabulary, max_position_embeddings=8192,
+        )  # fmt: skip
+        with init_empty_weights(include_buffers=False):
+            model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        size = ModelSize.of(model)
+        for command, line in COMPUTED.items():
+            work = work_of(parse([*line.split(), "--device", "cuda"]), model, _GPU["device_memory"])
+            work = work if work.tokens else replace(work, tokens=100_000)
+            try:
+                found = place(size, work, Machine("cuda", **_GPU))
+                way = found.way if found.way == "whole" else f"stream from {found.weights}"
+                memory = (f"{found.on_device / 1e9:.0f}", f"{found.on_host / 1e9:.0f}", f"{found.on_disk / 1e9:.0f}")
+                row = (name, command, way, *memory, f"{found.seconds / 60:.1f}")
+            except FFMergeError as error:
+                row = (name, command, f"does not fit: {_least(error)} GB on the device", "", "", "", "")
+            rows.append(dict(zip(_COMPUTED, row, strict=True)))
+        largest = max(weight.numel() for path, weight in model.named_parameters() if ".mlp." in path)
+        for command, written in (("merge, from a plan", 1.0), ("export --expand, verify", 1.0)):
+            seconds = written * size.nbytes * 2 / _GPU["reads"]
+            memory = ("0", f"{10 * largest / 1e9:.1f}", f"{size.nbytes / 1e9:.0f}")
+            row = (name, command, "folder to folder", *memory, f"{seconds / 60:.1f}")
+            rows.append(dict(zip(_COMPUTED, row, strict=True)))
+    return rows
+
+
+def _least(error: FFMergeError) -> str:
+    return f"{int(re.search('at least ([0-9]+) bytes', str(error))[1]) / 1e9:.0f}"
+
+
+_COMPUTED = ("model", "command", "weights", "device_gb", "host_gb", "disk_gb", "minutes")
+
+
+def _key(row: dict) -> tuple:
+    return float(row["model_gb"]), list(COMMANDS).index(row["command"]), row["place"]
+
+
 def _copy(folder: Path) -> float:
     started = time.perf_counter()
     shutil.copytree(folder, folder.with_suffix(".copy"))
@@ -134,24 +208,39 @@ def _copy(folder: Path) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--layers", nargs="+", type=int, default=LAYERS)
+    parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=("0.6", "1.2", "2.4"), help="in GB")
     parser.add_argument("--place", nargs="+", default=["auto", "cpu", "stream"], help="ways to hold the model")
     parser.add_argument("--commands", nargs="+", choices=tuple(COMMANDS), default=tuple(COMMANDS))
     parser.add_argument("--here", type=Path, help="folder for the models, kept (default: a temporary one)")
-    parser.add_argument("--make", nargs=2, metavar=("LAYERS", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--computed", action="store_true", help="large Llamas on one GPU, by the plan alone")
+    parser.add_argument("--make", nargs=2, metavar=("SIZE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.make:
-        make_model(Path(args.make[1]), int(args.make[0]))
+        make_model(Path(args.make[1]), args.make[0])
+        return 0
+    if args.computed:
+        _write(RESULTS / "memory_computed.csv", _COMPUTED, computed())
         return 0
     header = machine()
     path = RESULTS / f"memory_{header['machine'].split('(')[0].strip().lower().replace(' ', '-')}.csv"
     with tempfile.TemporaryDirectory() as temporary:
-        rows = [row for n in args.layers for row in run(n, args.place, args.commands, args.here or Path(temporary))]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *header], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | header for row in rows)
+        rows = [
+            row for size in args.sizes for row in run(size, args.place, args.commands, args.here or Path(temporary))
+        ]
+    rows = [row | header for row in rows]
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            made = {_key(row) for row in rows}
+            rows = [row for row in csv.DictReader(file) if _key(row) not in made] + rows
+    _write(path, (*COLUMNS, *header), sorted(rows, key=_key))
     return 0
+
+
+def _write(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

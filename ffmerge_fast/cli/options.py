@@ -128,7 +128,7 @@ def collect_options(parser) -> None:
 
 
 def memory_option(parser) -> None:
-    help_memory = "for the sums of each stack; beyond it they are kept on disk (TMPDIR); CPU only"
+    help_memory = "for the sums of each stack; beyond it features are kept on disk (TMPDIR), of a GPU on the host"
     parser.add_argument("--max-memory", type=size, metavar="8GiB", help=help_memory)
 
 

@@ -26,29 +26,33 @@ def placement(args: argparse.Namespace, model: nn.Module) -> Any:
             raise
         return None  # a family that is not known can be evaluated whole
     machine = Machine.here(args.device)
-    return place(size, work_of(args, model), machine, args.place, args.budget, args.host_memory)
+    work = work_of(args, model, args.budget or machine.device_memory)
+    return place(size, work, machine, args.place, args.budget, args.host_memory)
 
 
-def work_of(args: argparse.Namespace, model: nn.Module) -> Any:
-    """What a command keeps beside the weights."""
+def work_of(args: argparse.Namespace, model: nn.Module, room: int) -> Any:
+    """What a command keeps beside the weights, with so many bytes on the device."""
     from ..driver.placement import Work
 
-    sums, token = _sums(args, model)
+    sums, kept, token = _sums(args, model, room)
     logits = 0 if args.command == "collect" else 2 * 4 * getattr(model.config.get_text_config(), "vocab_size", 0)
-    examples = args.batch_size if args.command in ("eval", "search") else calibration_batch(args, model)
-    return Work(sums, getattr(args, "tokens", 0), _length(args, model), examples if args.data else 0, token + logits)
+    tokens, examples = getattr(args, "tokens", 0), 0
+    if args.data:
+        examples = args.batch_size if args.command in ("eval", "search") else calibration_batch(args, model)
+    return Work(sums, kept, tokens, _length(args, model), examples, token + logits)
 
 
 def calibration_batch(args: argparse.Namespace, model: nn.Module) -> int:
-    """Examples at once that calibrate: as many as were asked for, by default at most 16 and about a thousand tokens."""
-    if "batch_size" in args.given:
+    """Examples at once that calibrate: as many as were asked for, on a CPU by default at most 16 and about a
+    thousand tokens."""
+    if "batch_size" in args.given or args.device.startswith("cuda"):
         return args.batch_size
     return max(1, min(args.batch_size, _TOKENS // _length(args, model)))
 
 
-def _sums(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:
-    """(bytes of the statistics and of what is solved with them, bytes of a token's features that wait for those of
-    other layers); a budget that they exceed makes the sketch smaller."""
+def _sums(args: argparse.Namespace, model: nn.Module, room: int) -> tuple[int, int, int]:
+    """(bytes of the statistics and of what is solved with them, of features that are kept instead of products, of a
+    token's features that wait for those of other layers); sets `args.sketch` or `args.max_memory` to what fits."""
     from ..merging.collect import wanted_pairs
     from ..merging.sketching import chosen_rows, exact_cost, fitting_rows, sketch_cost, usual_rows
     from ..models.sublayers import find_ffns
@@ -58,17 +62,25 @@ def _sums(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:
     refit = _REFIT * widest**2 if "refit" in getattr(args, "recover", "") else 0
     layers, window = getattr(args, "layers", None), getattr(args, "window", None)
     if getattr(args, "statistics", None) or getattr(args, "plan", None) or not (layers or window):
-        return refit, 0
+        return refit, 0, 0
     pairs = wanted_pairs(ffns, None if layers else window, None, layers, args.anchor)
     rows = chosen_rows(None if args.exact else args.sketch or "auto", pairs, ffns, args.tokens, args.max_memory)
     exact = exact_cost(pairs, ffns, args.tokens).nbytes
-    if args.budget and not (args.exact or args.max_memory or "sketch" in args.given):
-        if rows is not None or exact > args.budget // 3:
-            rows = args.sketch = fitting_rows(rows or usual_rows(pairs, ffns), args.budget // 3, pairs, ffns)
+    free = not (args.exact or args.max_memory or "sketch" in args.given)
+    on_cpu = not args.device.startswith("cuda")
+    if args.budget and free and on_cpu and (rows is not None or exact > room // 3):
+        rows = args.sketch = fitting_rows(rows or usual_rows(pairs, ffns), room // 3, pairs, ffns)
     if rows is not None:
-        return max(refit, sketch_cost(pairs, ffns, args.tokens, rows).nbytes), 0
-    sums = exact if args.max_memory is None else min(exact, args.max_memory)
-    return max(refit, sums), 4 * widest * (1 if layers else window - 1)
+        return max(refit, sketch_cost(pairs, ffns, args.tokens, rows).nbytes), 0, 0
+    waiting = 4 * widest * (1 if layers else window - 1)
+    if args.max_memory is None and not on_cpu and exact > room // 2:
+        args.max_memory = 4 * widest**2  # of one pair: features are kept, and multiplied when a pair is read
+    if args.max_memory is None or exact <= args.max_memory:
+        return max(refit, exact), 0, waiting
+    of_pair = 8 * widest**2  # its products, and a copy in the solver's order
+    seen = {(stack, i) for stack, each in pairs.items() for pair in each for i in pair}
+    kept = args.tokens * sum(ffns.at(*layer).d_ff for layer in seen) * next(model.parameters()).element_size()
+    return max(refit, of_pair), kept, waiting
 
 
 def _length(args: argparse.Namespace, model: nn.Module) -> int:

@@ -61,6 +61,7 @@ class Work:
 
     Attributes:
         sums: bytes that do not depend on the batch, on the device.
+        kept: bytes outside of the device: on the host if it has room, else on disk.
         tokens: that all passes together count; at most.
         length: tokens of one example.
         batch_size: examples at once, at most; 0: nothing runs.
@@ -68,6 +69,7 @@ class Work:
     """
 
     sums: int = 0
+    kept: int = 0
     tokens: int = 0
     length: int = 1
     batch_size: int = 1
@@ -129,7 +131,8 @@ class Machine:
     Attributes:
         device_memory, host_memory: free; one and the same on the CPU.
         devices: free memory of all CUDA devices together.
-        flops: of the device, in the model's dtype; reads: bytes from disk; None: not known.
+        flops: of the device, in the model's dtype; None: not known.
+        reads, link: bytes from disk, and from the host to a GPU.
     """
 
     device: str
@@ -137,7 +140,8 @@ class Machine:
     host_memory: int
     devices: int = 0
     flops: float | None = None
-    reads: float | None = None
+    reads: float = 1e9
+    link: float = 2e10
 
     @classmethod
     def here(cls, device: str) -> Machine:
@@ -180,12 +184,16 @@ def place(
         staging = min(size.nbytes, size.smooth) if way == "stream" else 0
         held = size.nbytes if weights == "host" and way == "stream" else staging
         of_host = device if on_cpu else held
+        in_files = 0 if of_host + work.kept <= host and not on_cpu else work.kept
+        of_host += work.kept - in_files
         passes = max(1, -(-work.tokens // max(1, work.length * work.batch_size)))
-        read = size.nbytes * (passes if way == "stream" and weights == "disk" else 1)
+        again = passes - 1 if way == "stream" else 0
+        reading = size.nbytes * (1 / machine.reads + again / (machine.link if weights == "host" else machine.reads))
         seconds = None
         if machine.flops and work.batch_size:
-            seconds = 2 * size.parameters * work.tokens / machine.flops + read / (machine.reads or 1e9)
-        return Placement(way, machine.device, weights, budget, work.batch_size, device, of_host, 0, size, seconds)
+            seconds = max(2 * size.parameters * work.tokens / machine.flops, reading)
+        takes = (device, of_host, in_files)
+        return Placement(way, machine.device, weights, budget, work.batch_size, *takes, size, seconds)
 
     if wanted in ("cpu", "cuda") or (wanted == "auto" and everything <= room):
         if budget is not None and everything > room:

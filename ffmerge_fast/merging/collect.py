@@ -63,8 +63,8 @@ def collect(
         device: where the sums are kept; by default where each stack's first FFN is.
         cache_dir: keep the running sums here, at most every `save_seconds`; a killed run goes on from there with the
             same `batches`.
-        max_memory: bytes, or text such as "8GiB", for the sums of each stack; beyond it features go to disk (TMPDIR)
-            and are multiplied pair by pair when a correlation is read. CPU only.
+        max_memory: bytes, or text such as "8GiB", for the sums of each stack; beyond it features go to disk (TMPDIR),
+            those of a GPU to host memory first, and are multiplied pair by pair when a correlation is read.
         fresh: begin anew, whatever `cache_dir` holds.
         sketch: instead of the products of each pair (paper A, exact: None) keep so many rows per layer, from which any
             pair of its layers is estimated (`CorrelationStats.sketch_error`): little memory, and additions instead of

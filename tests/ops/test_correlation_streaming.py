@@ -11,6 +11,7 @@ import torch
 
 import ffmerge_fast as ff
 from ffmerge_fast.ops.correlation import products
+from ffmerge_fast.ops.correlation.spool import Spool
 from ffmerge_fast.support import machine
 from ffmerge_fast.support.sizes import parse_bytes
 from tests.helpers.correlation import correlate, features, state_of, tolerance, truth
@@ -94,19 +95,20 @@ def test_an_incomplete_batch_leaves_a_working_stream():
     assert state.correlation(0, 1).isfinite().all()
 
 
-def test_equal_bits_for_equal_features_and_one_or_two_threads(correlation_backend):
-    """Ours for any number of threads; MKL, which multiplies rows, may split small products otherwise for three."""
+def test_equal_bits_for_equal_features_and_threads(correlation_backend):
+    """Our own products for any number of threads; MKL, which multiplies rows, may split small ones otherwise."""
     x = {0: features(1300, 290, 1).bfloat16(), 1: features(1300, 530, 2).bfloat16()}
-    results = []
+    results = {}
     try:
-        for threads in (1, 2, 1, 3 if "amx" in correlation_backend else 2):
+        for threads in (1, 2, 1, 3, 2):
             torch.set_num_threads(threads)
             state = correlate(x, splits=(400,), pairs=[(0, 1), (0, 0)], activation="gelu")
-            results.append({name: tensor.clone() for name, tensor in state.state_dict().items()})
+            alike = "any" if "amx" in correlation_backend else threads
+            found = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+            wanted = results.setdefault(alike, found)
+            assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
     finally:
         torch.set_num_threads(1)
-    for result in results[1:]:
-        assert all(torch.equal(tensor, results[0][name]) for name, tensor in result.items())
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 10, 100])
@@ -135,8 +137,15 @@ def spooled(x, **options):
     return made
 
 
-def test_spooled_features_give_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("to_host", [False, True])
+def test_spooled_features_give_the_same_bits(tmp_path, monkeypatch, to_host):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if to_host:  # as those of a GPU
+        made = Spool.__init__
+        monkeypatch.setattr(
+            Spool, "__init__", lambda self, device: made(self, device) or setattr(self, "_to_host", True)
+        )
+        monkeypatch.setattr(Spool, "load", lambda self, stored: stored.clone())
     x = {0: features(2700, 70, 1), 1: features(2700, 80, 2), 2: features(2700, 60, 3)}
     pairs = [(0, 1), (1, 2), (2, 2)]
     states = state_of(x, pairs), spooled(x, pairs=pairs)

@@ -104,6 +104,9 @@ class Accumulators(Protocol):
     def product(self, pair: Pair) -> Tensor:
         """The products of a pair, [d_a, d_b]; to be read only."""
 
+    def kept(self, pair: Pair) -> Tensor:
+        """The same where they are kept, which may be on the host."""
+
     def replace_(self, pair: Pair, matrix: Tensor) -> None:
         """Set the products of a pair (after `settle`); `matrix` may be what `product` returned, changed in place."""
 
@@ -207,7 +210,7 @@ class Moments:
         """All sums by name."""
         self.accumulators.settle()
         return layer_tensors(self.layers) | {
-            name: self.accumulators.product(pair) for name, pair in self._pair_names().items()
+            name: self.accumulators.kept(pair) for name, pair in self._pair_names().items()
         }
 
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,7 @@ def make_accumulators(packing: RowPacking, max_memory: int | None) -> Accumulato
     message = (
         f"the products of {len(sizes)} pairs need {format_bytes(needed)} ({needed} bytes) on {packing.device}, "
         f"{format_bytes(free or 0)} are free: give max_memory='{budget}MiB' (--max-memory {budget}MiB) to spool "
-        "features to disk (CPU only), or fewer pairs (a smaller window)"
+        "features (to the host, to disk), or fewer pairs (a smaller window)"
     )
     if free is not None and needed > free:
         raise FFMergeError(message)
@@ -102,6 +102,9 @@ class StreamingAccumulators(_Accumulators):
         self.settle()
         return self.packing.matrix(pair, self._accumulators[pair])
 
+    def kept(self, pair: Pair) -> Tensor:
+        return self.product(pair)
+
     def replace_(self, pair: Pair, matrix: Tensor) -> None:
         self.packing.load_(pair, self._accumulators[pair], matrix)
 
@@ -111,7 +114,7 @@ class StreamingAccumulators(_Accumulators):
 
 
 class SpooledAccumulators(_Accumulators):
-    """Packed features on disk, products one pair at a time when they are read: bit for bit those of the other class.
+    """Packed features away from the device, products one pair at a time when they are read: bit for bit the other's.
 
     Less memory always, less disk than all products when tokens < features · pairs / layers. Products that are written
     (a merge, other pivots) become matrices on disk, and the features they were made of are dropped.
@@ -119,7 +122,7 @@ class SpooledAccumulators(_Accumulators):
 
     def __init__(self, packing: RowPacking):
         super().__init__(packing)
-        self._spool = Spool()
+        self._spool = Spool(packing.device)
         self._sealed: dict[Key, list[Packed]] = {key: [] for key in packing.widths}
         self._written: dict[Pair, Tensor] = {}
 
@@ -150,15 +153,22 @@ class SpooledAccumulators(_Accumulators):
     def product(self, pair: Pair) -> Tensor:
         packing, (a, b) = self.packing, pair
         if pair in self._written and not self._sealed[a] and a not in self._waiting:
-            return self._written[pair]
+            return self._spool.load(self._written[pair])
         accumulator = packing.zeros(pair)
         if pair in self._written:
-            packing.load_(pair, accumulator, self._written[pair])
-        for side_a, side_b in zip(self._sealed[a], self._sealed[b], strict=True):
-            packing.multiply_([Product(pair, accumulator, side_a, side_b)])
+            packing.load_(pair, accumulator, self._spool.load(self._written[pair]))
+        for sides in zip(self._sealed[a], self._sealed[b], strict=True):
+            packing.multiply_([Product(pair, accumulator, *map(self._loaded, sides))])
         if a in self._waiting:
             packing.multiply_([Product(pair, accumulator, self._waiting[a], self._waiting[b])])
         return packing.matrix(pair, accumulator)
+
+    def kept(self, pair: Pair) -> Tensor:
+        self.settle()
+        return self._written[pair] if pair in self._written else self._spool.store(self.product(pair))
+
+    def _loaded(self, packed: Packed) -> Packed:
+        return Packed(packed.tokens, [self._spool.load(block) for block in packed.blocks])
 
     def replace_(self, pair: Pair, matrix: Tensor) -> None:
         if pair not in self._written:

@@ -1,4 +1,4 @@
-"""Tensors on disk."""
+"""Tensors away from the device: in files, and those of a GPU in host memory while there is some."""
 
 from __future__ import annotations
 
@@ -9,16 +9,36 @@ import torch
 from torch import Tensor
 
 from ...support.errors import FFMergeError
+from ...support.machine import free_memory
 from ...support.sizes import format_bytes
+
+_SHARE = 0.5  # of free host memory that one more tensor may take
 
 
 class Spool:
-    """Files in the folder for temporary files (TMPDIR), without a name, so that nothing is left whatever happens."""
+    """Files in the folder for temporary files (TMPDIR), without a name, so that nothing is left whatever happens.
+
+    Args:
+        device: where the tensors come from; those of a GPU are kept in host memory first.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._to_host = device, device.type != "cpu"
 
     def store(self, tensor: Tensor) -> Tensor:
-        """A copy of a CPU tensor in a file of its own, mapped into memory: the system reads and drops its pages."""
+        """A copy of a tensor on the CPU."""
+        if self._to_host and tensor.nbytes < _SHARE * (free_memory(torch.device("cpu")) or 0):
+            return tensor.to("cpu", copy=True)
+        return self._in_file(tensor)
+
+    def load(self, stored: Tensor) -> Tensor:
+        """What was stored, on the device."""
+        return stored.to(self._device)
+
+    def _in_file(self, tensor: Tensor) -> Tensor:
+        """A copy in a file of its own, mapped into memory: the system reads and drops its pages."""
         if not tensor.numel():
-            return tensor.clone()
+            return tensor.to("cpu", copy=True)
         descriptor, path = tempfile.mkstemp(prefix="ffmerge-")
         try:
             self._reserve(descriptor, tensor.nbytes)

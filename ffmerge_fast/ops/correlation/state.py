@@ -35,7 +35,8 @@ class CorrelationState:
             float32-grade accuracy on bfloat16 hardware; "auto" lets the backend choose, never worse than "bf16x3".
         activation: applied to the features first (relu, gelu, gelu_tanh, silu, relu2, quick_gelu), or None.
         max_memory: bytes, or text such as "8GiB", that the products of all pairs may take. Beyond it, features are
-            spooled to disk (TMPDIR) and each pair is multiplied when it is read; results are the same. CPU only.
+            spooled to disk (TMPDIR), those of a GPU to host memory first, and each pair is multiplied when it is read;
+            results are the same.
         sketch: instead of products, keep so many rows per layer (16 or more, float32 [sketch, d]) from which the
             covariance of any two layers of equal tokens is estimated, without bias (`sketch_error`). Means and
             variances are exact. Collecting costs T·d additions per layer, reading a pair sketch·d_a·d_b products.
@@ -268,8 +269,6 @@ class CorrelationState:
                 raise FFMergeError(f"widths: layer {key!r} has width {width}, want at least 1")
         if len({str(key) for key in self.widths}) < len(self.widths):
             raise FFMergeError(f"widths: keys {list(self.widths)} are not different as strings; rename them")
-        if self.max_memory is not None and self.sketch is None and self.device.type != "cpu":
-            raise FFMergeError(f"max_memory: the state is on {self.device}, wanted device='cpu' to spool features")
 
     def _distinct(self, pairs: Iterable[Pair]) -> list[Pair]:
         """The pairs in their order, each of two layers once."""
