@@ -181,7 +181,7 @@ class Inputs:
     @property
     def _model_to_plan(self) -> Any:
         """The model for a plan, whose weights are read one by one where that will do."""
-        return self.model if "model" in vars(self) or self._args.method == "weights" else self.to_change
+        return self.model if "model" in vars(self) else self.to_change
 
     def _collect(self) -> Any:
         from ..merging.collect import collect

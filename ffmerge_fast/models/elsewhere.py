@@ -88,6 +88,16 @@ def reader_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return Tensor.detach if source is None else source.read
 
 
+def values_elsewhere(model: nn.Module, modules: Iterable[nn.Module | None]) -> dict[int, Tensor]:
+    """{id(parameter): its values, where the model runs} of those parameters of some modules that are elsewhere."""
+    read, found = reader_of(model), {}
+    for parameter in (p for module in modules if module is not None for p in module.parameters()):
+        values = read(parameter)
+        if parameter.is_meta or values.data_ptr() != parameter.data_ptr():
+            found[id(parameter)] = values if parameter.is_meta else values.to(parameter.device)
+    return found
+
+
 def copied(model: nn.Module, module: nn.Module) -> nn.Module:
     """A module of a model again, with weights of its own; those that are elsewhere have the same places."""
     stream, places = getattr(model, HANDLE, None), elsewhere(model)

@@ -9,18 +9,22 @@ from torch import Tensor, nn
 from ..ops.common.activations import FORWARD
 from ..ops.shared_ffn.weights import FFNWeights
 from ..support.errors import FFMergeError
+from .elsewhere import in_memory, values_elsewhere
 from .projections import is_conv1d, private_parameters
 from .sublayers import FFNSublayer
 
 
 def ffn_weights(model: nn.Module, ffn: FFNSublayer, replaced: Mapping[int, Tensor] | None = None) -> FFNWeights:
-    """An FFN's weights: the parameters themselves, or views of them, through which gradients flow back.
+    """An FFN's weights: the parameters themselves, or views of them, through which gradients flow back; of a model
+    whose weights are elsewhere, their values.
 
     Args:
         replaced: {id(parameter): the tensor in its place}.
     """
     gate = model.get_submodule(ffn.gate_path) if ffn.gate_path else None
     up, down = (model.get_submodule(path) for path in (ffn.up_path, ffn.down_path))
+    if not in_memory(model):
+        replaced = {**values_elsewhere(model, [up, gate, down]), **(replaced or {})}
     return weights_of(up, gate, down, ffn.fused, replaced)
 
 

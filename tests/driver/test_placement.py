@@ -76,32 +76,40 @@ def test_the_size_of_a_model_on_disk_is_that_in_memory(folder):
     assert size.nbytes >= sum(weight.nbytes for weight in model.parameters())
 
 
+def run(way: str, words: list[str], capsys) -> None:
+    """A command with its model whole, or with the least budget that it says it can do with: one block at a time."""
+    place = ["--place", way]
+    if way == "stream":
+        assert main([*words, *place, "--budget", "1kB"]) == 1
+        place += ["--budget", re.search("at least ([0-9]+) bytes", capsys.readouterr().err)[1]]
+    assert main([*words, *place]) == 0
+
+
 def data(folder):
     return ["--data", str(folder / "text.txt"), "--max-length", "16", "--batch-size", "2", "--tokens", "400", "-q"]
 
 
 @pytest.mark.parametrize("kind", [["--layers", "1-3", "--exact"], ["--window", "3", "--sketch", "32"]])
-def test_statistics_are_those_of_the_whole_model(folder, tmp_path, kind):
+def test_statistics_are_those_of_the_whole_model(folder, tmp_path, kind, capsys):
     for way in ("cpu", "stream"):
-        collect = ["collect", str(folder / "model"), str(tmp_path / way), *kind, *data(folder), "--place", way]
-        assert main(collect) == 0
+        run(way, ["collect", str(folder / "model"), str(tmp_path / way), *kind, *data(folder)], capsys)
     assert (tmp_path / "cpu").read_bytes() == (tmp_path / "stream").read_bytes()
 
 
 @pytest.mark.parametrize("evaluate", ["metric", "proxy"])
-def test_a_search_is_that_of_the_whole_model(folder, tmp_path, evaluate):
+def test_a_search_is_that_of_the_whole_model(folder, tmp_path, evaluate, capsys):
     for way in ("cpu", "stream"):
         out = ["--out", str(tmp_path / way), "--window", "2", "--exact", "--evaluate", evaluate]
         limit = ["--eval-limit", "4"] if evaluate == "metric" else ["--proxy-tokens", "100"]
-        assert main(["search", str(folder / "model"), *out, *limit, *data(folder), "--place", way]) == 0
+        run(way, ["search", str(folder / "model"), *out, *limit, *data(folder)], capsys)
     assert (tmp_path / "cpu").read_bytes() == (tmp_path / "stream").read_bytes()
 
 
 @pytest.mark.parametrize("recover", [[], ["--recover", "refit"], ["--recover", "refit", "--private", "3"]])
-def test_a_merge_is_that_of_the_whole_model(folder, tmp_path, recover):
+def test_a_merge_is_that_of_the_whole_model(folder, tmp_path, recover, capsys):
     for way in ("cpu", "stream", "auto"):
         merge = ["merge", str(folder / "model"), str(tmp_path / way), "--layers", "1-3", "--exact", *recover]
-        assert main([*merge, *data(folder), "--place", way]) == 0
+        run(way, [*merge, *data(folder)], capsys)
     for other in ("stream", "auto"):
         files = {p.name: p.read_bytes() for p in (tmp_path / other).iterdir() if p.is_file()}
         assert files == {p.name: p.read_bytes() for p in (tmp_path / "cpu").iterdir() if p.is_file()}
@@ -111,7 +119,7 @@ def test_a_merge_is_that_of_the_whole_model(folder, tmp_path, recover):
 def test_evaluation(folder, capsys):
     said = []
     for way in ("cpu", "stream"):
-        assert main(["eval", str(folder / "model"), *data(folder)[:4], "--place", way, "--json"]) == 0
+        run(way, ["eval", str(folder / "model"), *data(folder)[:6], "--json"], capsys)
         said.append(json.loads(capsys.readouterr().out))
     assert said[0] == said[1]
 

@@ -13,10 +13,12 @@ OPTIONS = (model_options, place_options, data_options, stream_options)
 
 
 def run(args, inputs) -> Result:
+    from ...models.elsewhere import in_memory
     from ...support.tensors import check_weights
 
     model = inputs.model
-    check_weights(model)
+    if in_memory(model):
+        check_weights(model)
     with _streaming(args, model):
         values = inputs.test_task.evaluate(model, "test", args.batch_size, limit=args.eval_limit)
     if overflown := [name for name, value in values.items() if value != value]:
