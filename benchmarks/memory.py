@@ -224,16 +224,19 @@ def main(argv: list[str] | None = None) -> int:
     header = machine()
     path = RESULTS / f"memory_{header['machine'].split('(')[0].strip().lower().replace(' ', '-')}.csv"
     with tempfile.TemporaryDirectory() as temporary:
-        rows = [
-            row for size in args.sizes for row in run(size, args.place, args.commands, args.here or Path(temporary))
-        ]
-    rows = [row | header for row in rows]
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            made = {_key(row) for row in rows}
-            rows = [row for row in csv.DictReader(file) if _key(row) not in made] + rows
-    _write(path, (*COLUMNS, *header), sorted(rows, key=_key))
+        for size in args.sizes:
+            rows = [row | header for row in run(size, args.place, args.commands, args.here or Path(temporary))]
+            _write(path, (*COLUMNS, *header), sorted(_others(path, rows) + rows, key=_key))
     return 0
+
+
+def _others(path: Path, rows: list[dict]) -> list[dict]:
+    """The rows of a file that were not made again."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        made = {_key(row) for row in rows}
+        return [row for row in csv.DictReader(file) if _key(row) not in made]
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:

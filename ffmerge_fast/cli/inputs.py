@@ -176,7 +176,9 @@ class Inputs:
         statistics = self.statistics if needed else None
         model = self._model_to_plan if args.model else None
         with timed(self.seconds, "align"):
-            return plan(statistics, args.layers, args.window, args.anchor, args.method, model, args.seed)
+            return plan(
+                statistics, args.layers, args.window, args.anchor, args.method, model, args.seed, over_ranks=True
+            )
 
     @property
     def _model_to_plan(self) -> Any:

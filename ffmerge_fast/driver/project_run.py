@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..baselines import hard_prune
+from ..models.elsewhere import reader_of
 from ..projecting.importance import Importance, importance
 from ..projecting.projector import Projector, project, resolve
 from ..projecting.settings import Reconstructing, Widths
@@ -167,7 +168,7 @@ def _clear(work: Path) -> None:
 
 def _signature(model, task, scores, method, calibration, settings: TrainingSettings) -> Signature:
     """What decides the importances."""
-    made = {"base": weights_hash(model)}
+    made = {"base": weights_hash(model, reader_of(model))}
     if scores is not None:
         return Signature(made | {"importance": content_hash(scores.method, scores.scores)})
     made |= {"importance": None, "method": method, "calibration": calibration, "seed": settings.seed}

@@ -17,6 +17,7 @@ from ..models.projections import describe_own, out_dim, own_capacity, own_parame
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns, set_module
 from ..models.summary import ModelSummary
 from ..models.ties import config_section, groups_among
+from ..support.distributed import is_sharded
 from ..support.errors import FFMergeError
 from ..support.sizes import format_bytes
 from ..support.tensors import not_inference
@@ -147,6 +148,12 @@ def _merge_checked_(model: nn.Module, plan: MergePlan, ffns: FFNs) -> nn.Module:
 
 
 def _check_parameters(model: nn.Module, members: Sequence[FFNSublayer]) -> None:
+    if any(is_sharded(parameter) for path in members[0].shared for _, parameter in _named(model, path)):
+        raise FFMergeError(
+            "merge: FSDP2 has sharded this model, whose blocks hold their own parts of each FFN; merge before "
+            "fully_shard, or write the plan and merge its folder (ffmerge merge --plan)"
+        )
+
     def layout(ffn: FFNSublayer) -> list:
         return [(name, p.shape, p.dtype, p.device) for path in ffn.shared for name, p in _named(model, path)]
 

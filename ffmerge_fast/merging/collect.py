@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.passes import FFNPasses, check_batches
+from ..models.elsewhere import reader_of
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns
 from ..models.summary import ModelSummary
 from ..models.ties import groups_among
@@ -85,7 +86,7 @@ def collect(
         limit = None if max_memory is None else parse_bytes(max_memory, "max_memory")
         rows = chosen_rows(sketch, wanted, ffns, max_tokens, limit)
         stats = CorrelationStats.empty(ModelSummary.of(model, ffns), wanted, devices, max_memory, rows, **settings)
-        signature = _signature(stats) | ({"weights": weights_hash(model)} if cache_dir else {})
+        signature = _signature(stats) | ({"weights": weights_hash(model, reader_of(model))} if cache_dir else {})
         with RunningSums(cache_dir, "statistics", save_seconds, signature, fresh) as cache:
             _collect_here(model, stats, batches, cache, max_memory)
     if world_size() > 1:

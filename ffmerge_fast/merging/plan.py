@@ -221,6 +221,7 @@ def plan(
     method: str = "permute",
     model: nn.Module | None = None,
     seed: int = 0,
+    over_ranks: bool = False,
 ) -> MergePlan:
     """Decide which layers become one FFN, and align their neurons (paper A, sections 3.2 and 3.3).
 
@@ -233,6 +234,8 @@ def plan(
             "weights" aligns by the weights themselves.
         model: the model, for "weights", or instead of `stats` for "average" and "random".
         seed: of "random".
+        over_ranks: share out the assignments over the ranks of a `torch.distributed` job, all of which call this with
+            equal statistics and get the same plan.
 
     Raises:
         FFMergeError: layers that cannot be merged, a pair without statistics, unknown anchor or method.
@@ -242,11 +245,11 @@ def plan(
     if (layers is None) == (window is None):
         raise FFMergeError("plan: give exactly one of layers= and window=")
     if layers is not None:
-        made = plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed)
+        made = plan_groups(stats, summary, parse_layers(layers, summary.ffns), anchor, method, model, seed, over_ranks)
         return note_sketch(made, stats)
     if stats is None:
         raise FFMergeError("plan: choosing a window needs statistics; give stats= or layers=")
-    ranked = rank_windows(stats, window, anchor)
+    ranked = rank_windows(stats, window, anchor, over_ranks)
     best = max(ranked, key=lambda entry: entry[1])[0]
     chosen = plan_groups(stats, summary, best, anchor, method, model, seed)
     chosen.search = [(format_layers(groups, summary.stacks), score) for groups, score in ranked]
@@ -265,10 +268,12 @@ def note_sketch(made: MergePlan, stats: CorrelationStats | None) -> MergePlan:
     return made
 
 
-def rank_windows(stats: CorrelationStats, window: int, anchor: str) -> list[tuple[list[Group], float]]:
+def rank_windows(
+    stats: CorrelationStats, window: int, anchor: str, over_ranks: bool = False
+) -> list[tuple[list[Group], float]]:
     """Every window of the given size with its mean matched correlation, in layer order."""
     candidates = windows(stats.model.ffns, window)
-    _align(stats, [group for groups in candidates for group in groups], anchor)
+    _align(stats, [group for groups in candidates for group in groups], anchor, over_ranks)
     ranked = []
     for groups in candidates:
         made = plan_groups(stats, stats.model, groups, anchor, "permute", None, 0)
@@ -298,13 +303,13 @@ def _summary(stats: CorrelationStats | None, model: nn.Module | None) -> ModelSu
     return stats.model
 
 
-def plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed) -> MergePlan:
+def plan_groups(stats, summary, groups: Sequence[Group], anchor, method, model, seed, over_ranks=False) -> MergePlan:
     """`plan` for groups and arguments that are checked; `summary` is of the model."""
     ffns = summary.ffns
     sources = Sources(stats, model, torch.Generator().manual_seed(seed))
     made = []
     if method == "permute":
-        _align(stats, groups, anchor)
+        _align(stats, groups, anchor, over_ranks)
     for stack, indices in groups:
         first = anchor_of(indices, anchor)
         permutations = {first: torch.arange(ffns.at(stack, first).d_ff)}
@@ -337,7 +342,7 @@ def _permutation(values: Sequence[int]) -> Tensor:
     return found
 
 
-def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> None:
+def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str, over_ranks: bool = False) -> None:
     """Make sure that the statistics hold every alignment the groups need; several are computed at a time."""
     wanted = []
     for stack, indices in groups:
@@ -349,7 +354,7 @@ def _align(stats: CorrelationStats, groups: Sequence[Group], anchor: str) -> Non
                     "larger window= or with these layers="
                 )
             wanted.append((stack, first, i))
-    stats.align(wanted)
+    stats.align(wanted, over_ranks)
 
 
 def _short(value: float | str) -> str:

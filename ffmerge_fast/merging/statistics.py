@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..models.summary import ModelSummary
 from ..support.digests import content_hash
+from ..support.distributed import gather, is_distributed, on_all_ranks, rank, world_size
 from ..support.errors import FFMergeError
 from ..support.progress import progress
 from ..support.sealed import DamagedError, read_sealed_tensors, write_sealed_tensors
@@ -142,12 +143,22 @@ class CorrelationStats:
         worse = ops.assign(half).objective - half.gather(1, columns).double().sum().item()
         return max(0.0, worse / (whole.matched * len(half))) if whole.matched > 0 else 1.0
 
-    def align(self, wanted: Iterable[tuple[str, int, int]]) -> None:
+    def align(self, wanted: Iterable[tuple[str, int, int]], over_ranks: bool = False) -> None:
         """Compute the alignments of many (stack, anchor, layer), several at a time: one per torch thread.
 
         On a GPU at least two, so that one pair's correlations are copied while another pair is solved.
+
+        Args:
+            over_ranks: every process of a torch.distributed job computes its share, and all get all; all must call.
         """
         missing = [key for key in dict.fromkeys(wanted) if key not in self._alignments]
+        if over_ranks and is_distributed():
+            share = missing[rank() :: world_size()]
+            with on_all_ranks("align"):
+                self.align(share)
+            for found in gather({key: self._alignments[key] for key in share}):
+                self._alignments |= found
+            return
         on_cpu = all(state.device.type == "cpu" for state in self.states.values())
         workers = max(torch.get_num_threads(), 1 if on_cpu else 2)
         with ThreadPoolExecutor(workers) as pool:

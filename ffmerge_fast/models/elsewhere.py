@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..support.distributed import whole
 from ..support.errors import FFMergeError
 from ..support.tensor_files import WeightEntry
 from .streamed import HANDLE
@@ -83,9 +84,14 @@ def in_memory(model: nn.Module) -> bool:
 
 
 def reader_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function that gives a parameter's values, wherever they are: in it, in files, in a stream's host memory."""
+    """A function that gives a parameter's values, wherever they are: in it, in files, in a stream's host memory, on all
+    ranks of a job that FSDP2 has sharded it over, which must all call it then."""
     source: Any = getattr(model, HANDLE, None) or elsewhere(model)
-    return Tensor.detach if source is None else source.read
+    return _whole if source is None else source.read
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return whole(weight.detach())
 
 
 def values_elsewhere(model: nn.Module, modules: Iterable[nn.Module | None]) -> dict[int, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.passes import check_batches
+from ..models.elsewhere import reader_of
 from ..models.summary import ModelSummary
 from ..support.digests import weights_hash
 from ..support.distributed import is_distributed, sum_over_ranks
@@ -128,7 +129,7 @@ def importance(
     layout = ModelAxes.of(model)
     base = ModelSummary.of(model, layout.ffns)
     made = Importance(method, features, seed, base.model_type, base.fingerprint, _zeros(layout))
-    signature = _signature(made) | ({"weights": weights_hash(model)} if cache_dir else {})
+    signature = _signature(made) | ({"weights": weights_hash(model, reader_of(model))} if cache_dir else {})
     with RunningSums(cache_dir, "importance", save_seconds, signature, fresh) as cache:
         METHODS[method](made, model, layout, batches, cache)
     return made

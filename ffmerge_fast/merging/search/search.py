@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ...models.elsewhere import reader_of
 from ...models.forward import evaluating
 from ...models.summary import ModelSummary
 from ...support.digests import weights_hash
@@ -90,7 +91,8 @@ def search(
         wanted = {format_layers(g, stats.model.stacks): g for g in windows(stats.model.ffns, window)}
         decide = {"model": stats.model.fingerprint, "window": window, "anchor": anchor, "method": method, "seed": seed}
         if resume is not None:
-            decide |= {"weights": weights_hash(model), "statistics": stats.signature(), **(signature or {})}
+            decide |= {"weights": weights_hash(model, reader_of(model)), "statistics": stats.signature()}
+            decide |= signature or {}
 
     def planned(groups: Sequence[Group]) -> MergePlan:
         return plan_groups(stats, stats.model, groups, anchor, method, model, seed)
