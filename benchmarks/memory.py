@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness.measure import machine
+from benchmarks.harness.measure import machine, slug
 from ffmerge_fast.support.errors import FFMergeError
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,7 +42,7 @@ _FEW = ["--tokens", "512"]
 COMMANDS = {
     "inspect": "inspect {m}",
     "collect one group": "collect {m} {o}.stats --layers 1-2 --exact {data} {few}",
-    "collect windows of 5": "collect {m} {o}.windows --window 5 --sketch 256 {data} {few}",
+    "collect windows of 5": "collect {m} {o}.windows --window 5 --sketch 128 {data} {few}",
     "merge": "merge {m} {o}.merged --overwrite --layers 1-4 --method average",
     "merge by statistics": "merge {m} {o}.aligned --overwrite --layers 1-2 --statistics {o}.stats",
     "verify": "verify {o}.merged",
@@ -154,8 +154,8 @@ def computed() -> list[dict]:
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from ffmerge_fast.cli.footprint import work_of
     from ffmerge_fast.cli.parser import parse
-    from ffmerge_fast.cli.sizes import work_of
     from ffmerge_fast.driver.placement import Machine, ModelSize, place
 
     rows = []
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         _write(RESULTS / "memory_computed.csv", _COMPUTED, computed())
         return 0
     header = machine()
-    path = RESULTS / f"memory_{header['machine'].split('(')[0].strip().lower().replace(' ', '-')}.csv"
+    path = RESULTS / f"memory_{slug(header['machine'])}.csv"
     with tempfile.TemporaryDirectory() as temporary:
         for size in args.sizes:
             rows = [row | header for row in run(size, args.place, args.commands, args.here or Path(temporary))]

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..support.errors import FFMergeError
 from ..support.timing import timed
+from .footprint import calibration_batch
 from .needs import check_kind
 from .results import Result
-from .sizes import calibration_batch
 
 _LARGE = 1e9  # bytes of a model of which is said what it takes
 
@@ -42,7 +42,7 @@ class Inputs:
         """How the model is held for passes over data; None where a command has no choice, or the files leave none."""
         if getattr(self._args, "place", None) is None or self._streams or (model := self.on_disk()) is None:
             return None
-        from .sizes import placement
+        from .footprint import placement
 
         if (found := placement(self._args, model)) is None:
             return None
