@@ -314,8 +314,8 @@ SECTIONS = (
     Section(
         "Memory of commands",
         "python -m benchmarks.memory",
-        "Whole processes on random Llama models in bfloat16, by the largest resident size; `above torch`: less that of a "
-        "process that only imports. `cpu`: the whole model in memory; `stream`: block by block, with a budget of one "
+        "Whole processes on random Llama models in bfloat16, by the largest resident size; `above torch`: less that of "
+        "a process that only imports. `cpu`: the whole model in memory; `stream`: block by block, with a budget of one "
         "fifth of the model; `auto` writes from folder to folder. `copy seconds`: the time of copying the folder.",
         ("memory_intel-r-xeon-r-processor-2-50ghz.csv",),
         columns("command", "model_gb", "place", "budget", "seconds", "copy_seconds", "peak_mib", "above_torch_mib",
@@ -324,9 +324,9 @@ SECTIONS = (
     Section(
         "Memory of commands on large models (computed)",
         "python -m benchmarks.memory --computed",
-        "Nothing of this was run: it is the plan that the commands print (`--dry-run`), for one GPU of 80 GB, 128 GB of "
-        "host memory, 400 TFLOP/s and a disk of 3 GB/s; without the time of the assignments. Folder to folder, `disk` is "
-        "what is written.",
+        "Nothing of this was run: it is the plan that the commands print (`--dry-run`), for one GPU of 80 GB and 400 "
+        "TFLOP/s, 128 GB of host memory and a disk of 3 GB/s; without the time of the assignments. Folder to folder, "
+        "`disk` is what is written.",
         ("memory_computed.csv",),
         columns("model", "command", "weights", "device_gb", "host_gb", "disk_gb", "minutes"),
         machine="no machine",

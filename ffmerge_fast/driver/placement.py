@@ -236,6 +236,8 @@ def load(
     from ..checkpoint.folder import from_pretrained
     from ..runtime.streaming.stream import stream_
 
+    if placement.on_disk:
+        _check_disk(placement.on_disk)
     if placement.way == "stream":
         give_back_freed_memory()
         model = on_disk()
@@ -246,7 +248,7 @@ def load(
     return from_pretrained(folder, **options).to(placement.device)
 
 
-def check_disk(nbytes: int) -> None:
+def _check_disk(nbytes: int) -> None:
     """Raise FFMergeError unless the folder for temporary files has room for so many bytes."""
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if nbytes > free:
