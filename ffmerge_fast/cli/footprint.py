@@ -34,12 +34,14 @@ def work_of(args: argparse.Namespace, model: nn.Module, room: int) -> Any:
     """What a command keeps beside the weights, with so many bytes on the device."""
     from ..driver.placement import Work
 
+    if args.command in ("finetune", "project"):
+        return Work(_training(args, model), 0, 0, _length(args, model), args.batch_size, trains=True)
     sums, kept, token = _sums(args, model, room)
     logits = 0 if args.command == "collect" else 2 * 4 * getattr(model.config.get_text_config(), "vocab_size", 0)
     tokens, examples = getattr(args, "tokens", 0), 0
     if args.data:
         examples = args.batch_size if args.command in ("eval", "search") else calibration_batch(args, model)
-    return Work(sums, kept, tokens, _length(args, model), examples, token + logits)
+    return Work(sums, kept, tokens, _length(args, model), examples, token=token + logits)
 
 
 def calibration_batch(args: argparse.Namespace, model: nn.Module) -> int:
@@ -81,6 +83,25 @@ def _sums(args: argparse.Namespace, model: nn.Module, room: int) -> tuple[int, i
     seen = {(stack, i) for stack, each in pairs.items() for pair in each for i in pair}
     kept = args.tokens * sum(ffns.at(*layer).d_ff for layer in seen) * next(model.parameters()).element_size()
     return max(refit, of_pair), kept, waiting
+
+
+def _training(args: argparse.Namespace, model: nn.Module) -> int:
+    """Bytes beside the model: gradients, moments, float32 copies; of `project` the student, P and R with theirs."""
+    itemsize = next(model.parameters()).element_size()
+    if args.command == "finetune":
+        copies = 4 if itemsize < 4 else 0
+        return sum(weight.numel() for weight in model.parameters()) * (itemsize + copies + 8)
+    from ..projecting.projector import resolve
+    from ..projecting.selection import trained_numbers
+    from ..projecting.settings import Widths
+
+    layout, sizes = resolve(model, Widths(args.keep, args.d_model, args.d_ff, args.attention, _untied(args)))
+    student, beside = trained_numbers(model, layout, sizes)
+    return 2 * itemsize * student + beside * (6 if args.state == "8bit" else 12)
+
+
+def _untied(args: argparse.Namespace) -> bool | None:
+    return False if args.tied else None
 
 
 def _length(args: argparse.Namespace, model: nn.Module) -> int:

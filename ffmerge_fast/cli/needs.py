@@ -33,6 +33,7 @@ def _reconstructs(args: argparse.Namespace) -> bool:
 
 
 _FALLING = ("linear", "cosine")
+_PLACED = "collect search merge eval finetune project"
 _COLLECTED = "features cache_dir sketch exact"
 NEEDS = (
     Need("verify env demo", "device dtype", lambda a: False, "a command that runs a model"),
@@ -59,7 +60,7 @@ NEEDS = (
     Need("plan", "layers window method model out", lambda a: not a.sweep, "no --sweep"),
     Need("eval", "stream_budget", lambda a: a.stream, "--stream disk or --stream host"),
     Need("eval", "place budget host_memory dry_run", lambda a: not a.stream, "no --stream, which says how"),
-    Need("collect search merge eval", "device", lambda a: a.place != "cpu", "no --place cpu, which says so"),
+    Need(_PLACED, "device", lambda a: a.place != "cpu", "no --place cpu, which says so"),
     Need("finetune", "alpha", lambda a: a.teacher, "--teacher"),
     Need("project", "alpha", lambda a: a.teacher or a.distill, "--teacher or --distill"),
     Need("project", "teacher", lambda a: not a.distill, "no --distill, which takes the base model as the teacher"),

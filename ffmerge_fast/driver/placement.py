@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,14 @@ class ModelSize:
     """What a model's weights take, known without their values.
 
     Attributes:
+        layers: blocks.
         least, smooth: bytes on the device that streaming needs for one block at a time, and to load the next meanwhile.
         token: bytes of one token's features in a block: its stream, its FFN, its attention.
     """
 
     parameters: int
     nbytes: int
+    layers: int
     least: int
     smooth: int
     token: int
@@ -49,6 +52,7 @@ class ModelSize:
         return cls(
             parameters=sum(weight.numel() for weight in model.parameters()),
             nbytes=fixed + total(parcels),
+            layers=len(ffns),
             least=fixed + peak(parcels, following, ahead=False),
             smooth=fixed + peak(parcels, following),
             token=(6 * widest.d_model + 4 * widest.d_ff) * itemsize + 4 * widest.d_ff,
@@ -65,6 +69,7 @@ class Work:
         tokens: that all passes together count; at most.
         length: tokens of one example.
         batch_size: examples at once, at most; 0: nothing runs.
+        trains: all weights are needed at once, and the features of all blocks.
         token: bytes of each token of a batch, beside those of a block: logits, features that wait.
     """
 
@@ -73,6 +78,7 @@ class Work:
     tokens: int = 0
     length: int = 1
     batch_size: int = 1
+    trains: bool = False
     token: int = 0
 
 
@@ -176,7 +182,7 @@ def place(
     host = int(machine.host_memory * _SHARE) if host_memory is None else host_memory
     on_cpu = not machine.device.startswith("cuda")
     room = min(room, host) if on_cpu else room
-    example = work.length * (size.token + work.token)
+    example = work.length * (size.token * (size.layers if work.trains else 1) + work.token)
     everything = size.nbytes + work.sums + work.batch_size * example
 
     def made(way: str, weights: str, budget: int) -> Placement:
@@ -195,6 +201,8 @@ def place(
         takes = (device, of_host, in_files)
         return Placement(way, machine.device, weights, budget, work.batch_size, *takes, size, seconds)
 
+    if work.trains:
+        return _to_train(made("whole", "host", size.nbytes), wanted, budget, room)
     if wanted in ("cpu", "cuda") or (wanted == "auto" and everything <= room):
         if budget is not None and everything > room:
             raise _too_small("budget", room, size, work, f"all weights are to be on {machine.device}")
@@ -206,6 +214,21 @@ def place(
     if left >= size.least:
         return made("stream", weights, min(left, size.nbytes))
     raise _too_small("budget", room, size, work, "one block at a time")
+
+
+def _to_train(found: Placement, wanted: str, budget: int | None, room: int) -> Placement:
+    """The whole model; a budget that is too small is an error, memory that seems to be a warning."""
+    if wanted == "stream":
+        raise FFMergeError("place: got stream, but training needs all weights at once; give cpu or cuda")
+    if found.on_device > room:
+        takes = (
+            f"training takes about {found.on_device} bytes ({format_bytes(found.on_device)}) and "
+            f"{format_bytes(room)} may be used; give a smaller --batch-size or --max-length (project: --state 8bit)"
+        )
+        if budget is not None:
+            raise FFMergeError(f"budget: {takes}")
+        warnings.warn(takes, stacklevel=3)
+    return found
 
 
 def _too_small(argument: str, room: int, size: ModelSize, work: Work, what: str) -> FFMergeError:

@@ -197,6 +197,18 @@ def tied_names(model: nn.Module) -> set[str]:
     return {name for name, p in named if p is embedding and name != first}
 
 
+def trained_numbers(model: nn.Module, layout: ModelAxes, sizes: Sizes) -> tuple[int, int]:
+    """(parameters of the student, numbers that are trained instead), without projections in common."""
+    student, beside = 0, 0
+    for name, parameter in model.named_parameters():
+        small = layout.shape(name, parameter.shape, sizes.d_model, sizes.d_ff)
+        student += math.prod(small)
+        beside += math.prod(small)  # R
+        if parameter.ndim > 1:
+            beside += sum(new * old for new, old in zip(small, parameter.shape, strict=True) if new != old)
+    return student, beside
+
+
 # ---------------------------------------------------------------------------------------------------------- selection
 
 

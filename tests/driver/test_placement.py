@@ -16,7 +16,7 @@ from ffmerge_fast.runtime.streaming.stream import least_budget
 from tests.helpers.tiny_models import tiny_model
 
 pytest.importorskip("accelerate")
-SIZE = ModelSize(parameters=500, nbytes=1000, least=200, smooth=300, token=1)
+SIZE = ModelSize(parameters=500, nbytes=1000, layers=4, least=200, smooth=300, token=1)
 GB = 10**9
 
 
@@ -154,3 +154,28 @@ def test_a_budget_makes_the_sketch_smaller_where_it_was_not_given(folder, tmp_pa
         assert main([*collect, "--tokens", "4000", *given]) == 0
         found.append(json.loads(capsys.readouterr().out)["sketch"])
     assert found == [1024, 128, 256]
+
+
+def test_training_is_planned_too(folder, tmp_path, capsys):
+    words = [str(folder / "model"), str(tmp_path / "out"), *data(folder)[:6], "--steps", "1"]
+    for verb in (["finetune", *words], ["project", *words, "--keep", "0.5"]):
+        assert main([*verb, "--dry-run", "--json"]) == 0
+        needed = json.loads(capsys.readouterr().out)["device_bytes"]
+        assert main([*verb, "--budget", str(needed - 1)]) == 1
+        assert f"budget: training takes about {needed} bytes" in capsys.readouterr().err
+        assert main([*verb, "--place", "stream"]) == 1
+        assert "place: got stream, but training needs all weights at once" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_trained_is_counted(folder):
+    from ffmerge_fast.projecting.projector import resolve
+    from ffmerge_fast.projecting.selection import trained_numbers
+    from ffmerge_fast.projecting.settings import Widths
+
+    model = ff.from_pretrained(folder / "model")
+    student, beside = trained_numbers(model, *resolve(model, Widths(0.5)))
+    projector = ff.project(model, keep=0.5)
+    assert student == sum(p.numel() for p in projector.student.parameters())
+    counts = projector.parameters()
+    assert beside == counts["projections"] + counts["residuals"] + counts["plain"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..options import data_options, finetune_options, model_options, out_options, validation_option
+from ..options import data_options, finetune_options, model_options, out_options, place_options, validation_option
 from ..outputs import work_folder_of
 from ..results import Result, save_model, trained
 
 HELP = "fine-tune a (merged) model"
-OPTIONS = (model_options, out_options, data_options, validation_option, finetune_options)
+OPTIONS = (model_options, out_options, place_options, data_options, validation_option, finetune_options)
 
 
 def run(args, inputs) -> Result:

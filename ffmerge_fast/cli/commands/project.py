@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..options import data_options, finetune_options, model_options, out_options, project_options, validation_option
+from ..options import (
+    data_options,
+    finetune_options,
+    model_options,
+    out_options,
+    place_options,
+    project_options,
+    validation_option,
+)
 from ..outputs import work_folder_of
 from ..results import Result, save_model, say, trained
 
 HELP = "train a smaller model whose weights are projections of the model's, and write it"
-OPTIONS = (model_options, out_options, project_options, data_options, validation_option, finetune_options)
+OPTIONS = (
+    model_options,
+    out_options,
+    place_options,
+    project_options,
+    data_options,
+    validation_option,
+    finetune_options,
+)
 
 
 def run(args, inputs) -> Result:
