@@ -7,6 +7,7 @@ from .baselines import hard_prune as hard_prune
 from .baselines import tie_without_average as tie_without_average
 from .checkpoint.folder import from_pretrained as from_pretrained
 from .checkpoint.folder import save_pretrained as save_pretrained
+from .checkpoint.on_disk import open_on_disk as open_on_disk
 from .checkpoint.verify import verify as verify
 from .driver.training.finetune import finetune as finetune
 from .merging.apply import expand_ as expand_
