@@ -10,6 +10,7 @@ from torch import nn
 from .merging.apply import check_unmerged, merge_
 from .merging.groups import anchor_of, parse_layers
 from .merging.plan import plan
+from .models.elsewhere import needs_weights
 from .models.sublayers import find_ffns
 from .models.summary import ModelSummary
 from .projecting.importance import Importance
@@ -31,6 +32,7 @@ def tie_without_average(model: nn.Module, layers: str | Sequence | Mapping, anch
     Raises:
         FFMergeError: layers that cannot be merged, unknown anchor, a model that is merged already.
     """
+    needs_weights(model, "tie_without_average")
     ffns = find_ffns(model)
     check_unmerged(model, ffns)
     tied = copy.deepcopy(model)
@@ -59,6 +61,7 @@ def hard_prune(
     Raises:
         FFMergeError: as `project`.
     """
+    needs_weights(model, "hard_prune")
     layout, sizes = resolve(model, Widths(keep, d_model, d_ff, attention, untie_embeddings))
     base = ModelSummary.of(model, layout.ffns)
     return build_student(model, layout, sizes, chosen(model, base, layout, sizes, importance))

@@ -95,7 +95,8 @@ def ridge_factor(gram: Tensor, shift: Tensor | float, what: str, rows: int) -> T
     """
     noise = torch.finfo(torch.float32).eps * gram.diagonal().mean()  # what the float32 sums cannot tell from 0
     gram.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    factor, _ = torch.linalg.cholesky_ex(gram, out=(gram, failed))  # in its own memory: the largest there is here
     if failed or not factor.diagonal().square().min() > noise:
         raise FFMergeError(
             f"{what}: the normal equations are singular ({len(gram)} features, {rows} rows): raise ridge= (1e-2 is "

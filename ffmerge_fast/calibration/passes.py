@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.elsewhere import needs_weights
 from ..models.forward import evaluating, run, to_device, without_cache
+from ..models.streamed import is_streamed
 from ..models.sublayers import FFNSublayer
 from ..support.distributed import world_size
 from ..support.errors import FFMergeError
@@ -33,6 +35,8 @@ class Passes:
         self._context = contextlib.ExitStack()
 
     def __enter__(self):
+        if not is_streamed(self.model):
+            needs_weights(self.model, "calibration")
         for context in (evaluating(self.model), without_cache(self.model), _without_fast_path(), torch.no_grad()):
             self._context.enter_context(context)
         return self

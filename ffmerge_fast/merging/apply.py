@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.elsewhere import copied, elsewhere, reader_of
+from ..models.elsewhere import copied, elsewhere, needs_weights, reader_of
 from ..models.projections import describe_own, out_dim, own_capacity, own_parameters_of
+from ..models.streamed import refuse_streamed
 from ..models.sublayers import FFNs, FFNSublayer, find_ffns, set_module
 from ..models.summary import ModelSummary
 from ..models.ties import config_section, groups_among
@@ -37,12 +38,14 @@ def merge_(model: nn.Module, plan: MergePlan) -> nn.Module:
     Raises:
         FFMergeError: the plan is of another model, or the model is merged already. Nothing is changed then.
     """
+    refuse_streamed(model, "merge_")
     return _merge_checked_(model, plan, _checked(model, plan))
 
 
 @not_inference
 def merge(model: nn.Module, plan: MergePlan) -> nn.Module:
     """`merge_` on a copy; `model` stays as it is."""
+    refuse_streamed(model, "merge")
     ffns = _checked(model, plan)
     return _merge_checked_(copy.deepcopy(model), plan, ffns)
 
@@ -74,7 +77,10 @@ def expand_(model: nn.Module) -> nn.Module:
     weights, rounded once. Neurons that layers have of their own become neurons as the others: all layers of their
     stack get wider by as many, those that were not merged by neurons of zeros, and the config says so.
     """
+    refuse_streamed(model, "expand_")
     ffns = find_ffns(model)
+    if own_capacity(model):
+        needs_weights(model, "expand_")
     groups = [ffns.of(stack, layers) for stack, layers in groups_among(ffns, model)]
     widths = widths_of_plain(model, groups)
     if getattr(getattr(model, "config", None), "ffmerge", None):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..support.distributed import whole
 from ..support.errors import FFMergeError
 from ..support.tensor_files import WeightEntry
-from .streamed import HANDLE
+from .streamed import HANDLE, refuse_streamed
 
 _PLACES = "_weights_elsewhere"  # attribute of such a model
 
@@ -81,6 +81,16 @@ def elsewhere(model: nn.Module) -> Elsewhere | None:
 def in_memory(model: nn.Module) -> bool:
     """Whether the values of all its parameters are in them."""
     return elsewhere(model) is None and getattr(model, HANDLE, None) is None
+
+
+def needs_weights(model: nn.Module, action: str) -> None:
+    """Raise FFMergeError unless all weights of a model are in memory."""
+    refuse_streamed(model, action)
+    if (places := elsewhere(model)) is not None:
+        raise FFMergeError(
+            f"{action}: this model's weights are in the files of {places.folder}; load it (ffmerge_fast."
+            "from_pretrained), or run it with ffmerge_fast.stream_"
+        )
 
 
 def reader_of(model: nn.Module) -> Callable[[Tensor], Tensor]:

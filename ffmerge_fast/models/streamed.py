@@ -9,6 +9,11 @@ from ..support.errors import FFMergeError
 HANDLE = "_weight_stream"  # attribute of a streamed model
 
 
+def is_streamed(model: nn.Module) -> bool:
+    """Whether `stream_` was called on the model."""
+    return getattr(model, HANDLE, None) is not None
+
+
 def refusal(action: str) -> FFMergeError:
     return FFMergeError(
         f"{action}: this model is streamed, its weights are not all in memory; call ffmerge_fast.unstream_(model) first"
@@ -17,5 +22,5 @@ def refusal(action: str) -> FFMergeError:
 
 def refuse_streamed(model: nn.Module, action: str) -> None:
     """Raise FFMergeError if `stream_` was called on the model."""
-    if getattr(model, HANDLE, None) is not None:
+    if is_streamed(model):
         raise refusal(action)

@@ -155,14 +155,15 @@ def _zeros(layout: ModelAxes) -> dict[str, Tensor]:
 def magnitudes(model: nn.Module, layout: ModelAxes) -> dict[str, Tensor]:
     """L2 norms of the weights along each dimension: the mean over matrices for d_model, the sum of an FFN's or an
     attention's projections for theirs."""
-    scores, matrices = _zeros(layout), 0
+    scores, matrices, read = _zeros(layout), 0, reader_of(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
+        values = read(parameter)
         for dim, axis in enumerate(layout.axes[name]):
             if axis is None:
                 continue
-            norms = parameter.detach().transpose(0, dim).flatten(1).double().norm(dim=1).cpu()
+            norms = values.transpose(0, dim).flatten(1).double().norm(dim=1).cpu()
             key = {MODEL: "d_model", FFN: f"d_ff/{axis.key}", ATTENTION: f"attention/{axis.key}"}[axis.role]
             scores[key] += axis.split(norms, layout.head_dim).sum(0)
             matrices += axis.role == MODEL

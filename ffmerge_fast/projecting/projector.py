@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.streamed import refuse_streamed
+from ..models.elsewhere import needs_weights
 from ..models.summary import ModelSummary
 from ..models.ties import CONFIG_VERSION
 from ..support.digests import weights_hash
@@ -148,7 +148,7 @@ class Projector:
         base = made and made.model()
         if base is None or any(p.is_meta for p in base.parameters()):
             raise FFMergeError(f"{action}: the base model was let go of; keep it until {action} has run")
-        refuse_streamed(base, action)
+        needs_weights(base, action)
         return base, made.layout, made.selection, made.basis
 
     def _decides(self, how: Reconstructing) -> dict[str, Any]:
@@ -294,6 +294,7 @@ def project(
         FFMergeError: widths beyond the base's or that the architecture cannot have; an importance of another model; a
             family that is not known; a merged model of another version.
     """
+    needs_weights(model, "project")
     if share not in SHARES:
         raise FFMergeError(f"share: got {share!r}, wanted None, 'qkv' or 'residual_stream'")
     if init not in INITS:

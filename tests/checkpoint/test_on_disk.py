@@ -247,3 +247,33 @@ def test_a_manifest_of_version_1_is_read(tmp_path):
     write_sealed_json(folder / "ffmerge.json", older | {"files": {"model.safetensors": digest[::-1]}})
     with pytest.raises(ff.FFMergeError, match="its checksum differs"):
         ff.from_pretrained(folder)
+
+
+def test_what_needs_the_weights_says_so_and_the_rest_works(tmp_path):
+    folder, plan = saved(tmp_path, "llama")
+    model, ids = opened(folder), torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids}]
+    for action in (
+        lambda: ff.collect(model, batches, window=2),
+        lambda: ff.importance(model, batches),
+        lambda: ff.project(model, keep=0.5),
+        lambda: ff.hard_prune(model, keep=0.5),
+        lambda: ff.accelerate_(model),
+        lambda: ff.finetune(model, batches, steps=1),
+        lambda: ff.tie_without_average(model, "1-2"),
+    ):
+        with pytest.raises(ff.FFMergeError, match="this model's weights are in the files of .*base; load it"):
+            action()
+    whole = ff.from_pretrained(folder)
+    wanted, found = (ff.importance(m, method="magnitude") for m in (whole, model))
+    assert found.fingerprint == wanted.fingerprint and all(
+        map(torch.equal, *(i.scores.values() for i in (found, wanted)))
+    )
+    by_weights = [ff.plan(layers="1-3", method="weights", model=m) for m in (whole, model)]
+    assert by_weights[0].to_dict() == by_weights[1].to_dict()
+    with ff.stream_(model, "cpu", "disk", budget="1MB"):
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+        stats = ff.collect(model, batches, window=2)
+    assert torch.equal(stats.correlation(0, 1), ff.collect(whole, batches, window=2).correlation(0, 1))
+    ff.save_pretrained(ff.merge_(model, plan), tmp_path / "merged")
+    assert ff.verify(tmp_path / "merged")["logit_difference"] == 0

@@ -391,7 +391,7 @@ def test_shares_removed_from_the_papers_models(monkeypatch, model, config, value
 
     with torch.device("meta"):
         model = getattr(transformers, model)(getattr(transformers, config)(**values))
-    monkeypatch.setattr(summary, "fingerprint", lambda model, ffns, read: "no weights")
+    monkeypatch.setattr(summary, "fingerprint", lambda model, ffns: "no weights")
     made = ff.plan(model=model, layers=layers, method="average")
     assert sum(len(g.layers) - 1 for g in made.groups) == removed
     assert round(100 * (1 - made.parameters_after / made.model.parameters), 1) == share

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...models.elsewhere import needs_weights
 from ...models.forward import evaluating, without_cache
 from ...projecting.clone import CloneLoss
 from ...support import distributed
@@ -94,6 +95,7 @@ def finetune(
             overwritten); a checkpoint of another run, that is damaged or cannot be written; output_dir is in use.
     """
     start_time = time.monotonic()
+    needs_weights(model, "finetune")
     if not torch.is_grad_enabled() or any(p.is_inference() for p in model.parameters()):
         raise FFMergeError(
             "finetune: no gradients here (torch.no_grad, or a model made inside of torch.inference_mode): call it, and "

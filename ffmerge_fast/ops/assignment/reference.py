@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 _ROWS = 256  # rows per float64 block of the certificate
@@ -21,6 +20,8 @@ def assign(scores: Tensor, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
 
     That is, none: scipy finds no prices. `gap` does, on demand. The objective is NaN where a matrix holds NaN or Inf.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second, of every process otherwise
+
     matrices = _numpy(scores)
     batch, d = matrices.shape[:2]
     permutations = np.tile(np.arange(d), (batch, 1))

@@ -7,7 +7,7 @@ from functools import cache
 
 from torch import nn
 
-from ...models.streamed import refuse_streamed
+from ...models.elsewhere import needs_weights
 from ...models.sublayers import find_ffns
 from ...ops.shared_ffn.op import check_recompute
 from ...support.errors import FFMergeError
@@ -39,7 +39,7 @@ def accelerate_(model: nn.Module, recompute: str = "activation", *, least: int |
             could be accelerated.
     """
     check_recompute(recompute)
-    refuse_streamed(model, "accelerate_")
+    needs_weights(model, "accelerate_")
     reasons: dict[str, str] = {}
     ready: dict[nn.Module, object] = {}
     for ffn in find_ffns(model, quantised=True):

@@ -90,8 +90,11 @@ def test_dynamic_quantisation(name, calls):  # noqa: F811
     inputs = tiny_inputs(model)
     small = quantised(model)
     calls.clear()
-    assert torch.equal(logits(small, inputs), logits(quantised(plain), inputs))
-    assert len(calls) == (4 if name == "gpt2" else 0)  # Conv1D is not quantised
+    found, wanted = logits(small, inputs), logits(quantised(plain), inputs)
+    if name == "gpt2":  # Conv1D is not quantised: those FFNs are ours, and may move a value over a step of the head's
+        assert len(calls) == 4 and (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+    else:
+        assert not calls and torch.equal(found, wanted)
     logits(model, inputs)
     assert calls
 

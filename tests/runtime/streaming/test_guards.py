@@ -152,20 +152,27 @@ def test_what_needs_all_weights_is_refused():
     """Half of them are NaN: a plan, a score or an average of such would be one too."""
     model = tiny_model("llama")
     batches = [tiny_inputs(model, batch=8)]
-    stats, scores = ff.collect(model, batches, window=2), ff.importance(model, batches)
+    stats = ff.collect(model, batches, window=2)
+    of_whole = {method: ff.importance(model, batches, method) for method in ("activation", "magnitude", "wanda")}
+    scores = of_whole["activation"]
     plan = ff.plan(stats, layers="1-2")
     before = state(model)
     with ff.stream_(model, "cpu", budget=needs(model)[1]):
         for action in (
-            lambda: ff.collect(model, batches, window=2),
             lambda: ff.merge_(model, plan),
-            lambda: ff.importance(model, method="magnitude"),
+            lambda: ff.expand_(model),
             lambda: ff.project(model, keep=0.5, importance=scores),
             lambda: ff.tie_without_average(model, "1-2"),
         ):
             with refused("this model is streamed, its weights are not all in memory; call ffmerge_fast.unstream_"):
                 action()
         assert not ff.is_merged(model)
+        again = ff.collect(model, batches, window=2)
+        assert again.model == stats.model and torch.equal(again.correlation(0, 1), stats.correlation(0, 1))
+        for method in ("activation", "magnitude", "wanda"):
+            found, wanted = ff.importance(model, batches, method), of_whole[method]
+            assert found.fingerprint == wanted.fingerprint
+            assert all(torch.equal(found.scores[name], wanted.scores[name]) for name in wanted.scores)
     assert equal(model.state_dict(), before)
 
 
