@@ -40,7 +40,7 @@ class Inputs:
     @cached_property
     def placement(self) -> Any:
         """How the model is held for passes over data; None where a command has no choice, or the files leave none."""
-        if getattr(self._args, "place", None) is None or self._streams or (model := self.on_disk()) is None:
+        if getattr(self._args, "place", None) is None or self._streams or (model := self.on_disk(check=False)) is None:
             return None
         from .footprint import placement
 
@@ -51,11 +51,15 @@ class Inputs:
             print(f"model: {found}", file=sys.stderr)
         return found
 
-    def on_disk(self) -> Any:
-        """The model with its weights in the files, another one each time; None where those do not hold them as such."""
+    def on_disk(self, check: bool = True) -> Any:
+        """The model with its weights in the files, another one each time; None where those do not hold them as such.
+
+        Args:
+            check: compare the files with their checksums; not for a look at their sizes.
+        """
         from ..checkpoint.on_disk import open_on_disk
 
-        return open_on_disk(self._args.model, **self._loading())
+        return open_on_disk(self._args.model, check=check, **self._loading())
 
     @cached_property
     def to_change(self) -> Any:
