@@ -111,23 +111,9 @@ def run(size: str, places: list[str], names: list[str], here: Path) -> list[dict
             words += ["--place", place] if name in PLACED else []
             words += ["--budget", budget] if budget else []
             seconds, peak, status = measured([sys.executable, "-m", "ffmerge_fast.cli", *words, "-q"])
-            row = dict(
-                zip(
-                    COLUMNS,
-                    (
-                        name,
-                        f"{gb:.2f}",
-                        place,
-                        budget,
-                        f"{seconds:.1f}",
-                        peak,
-                        peak - base,
-                        f"{_copy(folder):.1f}",
-                        status,
-                    ),
-                    strict=True,
-                )
-            )
+            took, copied = f"{seconds:.1f}", f"{_copy(folder):.1f}"
+            found = (name, f"{gb:.2f}", place, budget, took, peak, peak - base, copied, status)
+            row = dict(zip(COLUMNS, found, strict=True))
             print(row, flush=True)
             rows.append(row)
     return rows
@@ -142,6 +128,7 @@ COMPUTED = {
     "collect, windows of 5": "collect m o --window 5 --data d --tokens 10000",
     "merge --recover refit": "merge m o --layers 8-15 --statistics s --recover refit --data d --tokens 10000",
     "eval, 100,000 tokens": "eval m --data d",
+    "merge": "merge m o --plan p",
 }
 _GPU = {"device_memory": 80 * 10**9, "host_memory": 128 * 10**9, "flops": 4e14, "reads": 3e9}
 
@@ -172,17 +159,12 @@ def computed() -> list[dict]:
             work = work if work.tokens else replace(work, tokens=100_000)
             try:
                 found = place(size, work, Machine("cuda", **_GPU))
-                way = found.way if found.way == "whole" else f"stream from {found.weights}"
-                memory = (f"{found.on_device / 1e9:.0f}", f"{found.on_host / 1e9:.0f}", f"{found.on_disk / 1e9:.0f}")
+                way = {"stream": f"stream from {found.weights}", "files": "folder to folder"}.get(found.way, found.way)
+                of_device = 0 if found.way == "files" else found.on_device
+                memory = [f"{nbytes / 1e9:.0f}" for nbytes in (of_device, found.on_host, found.on_disk)]
                 row = (name, command, way, *memory, f"{found.seconds / 60:.1f}")
             except FFMergeError as error:
                 row = (name, command, f"does not fit: {_least(error)} GB on the device", "", "", "", "")
-            rows.append(dict(zip(_COMPUTED, row, strict=True)))
-        largest = max(weight.numel() for path, weight in model.named_parameters() if ".mlp." in path)
-        for command, written in (("merge, from a plan", 1.0), ("export --expand, verify", 1.0)):
-            seconds = written * size.nbytes * 2 / _GPU["reads"]
-            memory = ("0", f"{10 * largest / 1e9:.1f}", f"{size.nbytes / 1e9:.0f}")
-            row = (name, command, "folder to folder", *memory, f"{seconds / 60:.1f}")
             rows.append(dict(zip(_COMPUTED, row, strict=True)))
     return rows
 

@@ -21,7 +21,8 @@ from ..models.forward import evaluating, run, to_device
 from ..models.projections import own_capacity
 from ..models.sublayers import FFNs, find_ffns
 from ..models.ties import shared_groups
-from ..runtime.streaming.stream import least_budget, stream_
+from ..runtime.streaming.plan import Steps
+from ..runtime.streaming.stream import stream_
 from ..support.errors import FFMergeError
 from ..support.files import one_line
 from ..support.sealed import DamagedError, read_sealed_json
@@ -216,7 +217,9 @@ def _reference_logits(model: nn.Module, count: int = 64) -> list[float]:
 
 def _on_device(model: nn.Module) -> AbstractContextManager:
     """Where a forward pass runs; of a model whose weights are in files, a layer at a time is loaded."""
-    return contextlib.nullcontext() if elsewhere(model) is None else stream_(model, "cpu", "disk", least_budget(model))
+    if elsewhere(model) is None:
+        return contextlib.nullcontext()
+    return stream_(model, "cpu", "disk", Steps.of(model).least())
 
 
 def compare_logits(path: Path, model: nn.Module, manifest: dict[str, Any]) -> float:

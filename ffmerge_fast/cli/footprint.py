@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import FFMergeError
+from .needs import collects
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +37,8 @@ def work_of(args: argparse.Namespace, model: nn.Module, room: int) -> Any:
 
     if args.command in ("finetune", "project"):
         return Work(_training(args, model), 0, 0, _length(args, model), args.batch_size, trains=True)
+    if args.command == "merge" and args.recover == "none" and not collects(args):
+        return Work(batch_size=0, files=True)
     sums, kept, token = _sums(args, model, room)
     logits = 0 if args.command == "collect" else 2 * 4 * getattr(model.config.get_text_config(), "vocab_size", 0)
     tokens, examples = getattr(args, "tokens", 0), 0
@@ -62,9 +65,9 @@ def _sums(args: argparse.Namespace, model: nn.Module, room: int) -> tuple[int, i
     ffns = find_ffns(model)
     widest = max(ffn.d_ff for ffn in ffns)
     refit = _REFIT * widest**2 if "refit" in getattr(args, "recover", "") else 0
-    layers, window = getattr(args, "layers", None), getattr(args, "window", None)
-    if getattr(args, "statistics", None) or getattr(args, "plan", None) or not (layers or window):
+    if args.command == "eval" or (args.command != "collect" and not collects(args)):
         return refit, 0, 0
+    layers, window = getattr(args, "layers", None), args.window
     pairs = wanted_pairs(ffns, None if layers else window, None, layers, args.anchor)
     rows = chosen_rows(None if args.exact else args.sketch or "auto", pairs, ffns, args.tokens, args.max_memory)
     exact = exact_cost(pairs, ffns, args.tokens).nbytes
@@ -95,13 +98,10 @@ def _training(args: argparse.Namespace, model: nn.Module) -> int:
     from ..projecting.selection import trained_numbers
     from ..projecting.settings import Widths
 
-    layout, sizes = resolve(model, Widths(args.keep, args.d_model, args.d_ff, args.attention, _untied(args)))
+    untied = False if args.tied else None
+    layout, sizes = resolve(model, Widths(args.keep, args.d_model, args.d_ff, args.attention, untied))
     student, beside = trained_numbers(model, layout, sizes)
     return 2 * itemsize * student + beside * (6 if args.state == "8bit" else 12)
-
-
-def _untied(args: argparse.Namespace) -> bool | None:
-    return False if args.tied else None
 
 
 def _length(args: argparse.Namespace, model: nn.Module) -> int:

@@ -18,7 +18,7 @@ class Need(NamedTuple):
     wanted: str
 
 
-def _collects(args: argparse.Namespace) -> bool:
+def collects(args: argparse.Namespace) -> bool:
     """Whether statistics are collected, by `merge` or `search`, rather than read or not needed."""
     needed = args.command == "search" or (not args.plan and (args.window or args.method == "permute"))
     return bool(needed and not args.statistics)
@@ -47,13 +47,13 @@ NEEDS = (
     Need("merge", "recover_steps recover_lr", lambda a: "distill" in a.recover, "--recover distill or refit+distill"),
     Need("merge", "delta_rank", lambda a: "distill" in a.recover, "--recover distill or refit+distill"),
     Need("merge", "delta_rank", lambda a: not a.private, "no --private: a layer has neurons or deltas of its own"),
-    Need("merge", "data tokens", lambda a: _collects(a) or _recovers(a), "statistics to collect, or --recover"),
-    Need("merge search", _COLLECTED, _collects, "statistics to collect: no --statistics or --plan given"),
-    Need("search", "tokens", _collects, "statistics to collect: no --statistics given"),
-    Need("merge", "max_memory", lambda a: _collects(a) or a.statistics, "statistics, which this merge has no use for"),
+    Need("merge", "data tokens", lambda a: collects(a) or _recovers(a), "statistics to collect, or --recover"),
+    Need("merge search", _COLLECTED, collects, "statistics to collect: no --statistics or --plan given"),
+    Need("search", "tokens", collects, "statistics to collect: no --statistics given"),
+    Need("merge", "max_memory", lambda a: collects(a) or a.statistics, "statistics, which this merge has no use for"),
     Need("merge", "eval_data task max_length prefix batch_size", lambda a: a.data, "--data"),
     Need("collect merge", "metric stride num_beams eval_limit", lambda a: False, "a command that evaluates"),
-    Need("search", "batch_size", lambda a: _collects(a) or a.evaluate == "proxy", "no --statistics, or proxy"),
+    Need("search", "batch_size", lambda a: collects(a) or a.evaluate == "proxy", "no --statistics, or proxy"),
     Need("search", "metric stride num_beams eval_limit resume", lambda a: a.evaluate == "metric", "--evaluate metric"),
     Need("search", "proxy_tokens", lambda a: a.evaluate == "proxy", "--evaluate proxy"),
     Need("plan", "csv", lambda a: a.sweep, "--sweep"),

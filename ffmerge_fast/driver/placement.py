@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..models.sublayers import find_ffns
-from ..runtime.streaming.plan import following_steps, nbytes_outside, parcels_of, peak, total
+from ..runtime.streaming.plan import Steps, total
 from ..support.errors import FFMergeError
 from ..support.machine import free_memory, give_back_freed_memory
 from ..support.sizes import format_bytes
@@ -30,6 +30,7 @@ class ModelSize:
     Attributes:
         layers: blocks.
         least, smooth: bytes on the device that streaming needs for one block at a time, and to load the next meanwhile.
+        average: bytes that averaging the largest matrix of an FFN takes, one layer after the other.
         token: bytes of one token's features in a block: its stream, its FFN, its attention.
     """
 
@@ -38,23 +39,22 @@ class ModelSize:
     layers: int
     least: int
     smooth: int
+    average: int
     token: int
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSize:
         """Of a model that may be on "meta"."""
-        ffns = find_ffns(model)
-        stacks = [[ffn.path for ffn in members] for members in ffns.by_stack().values()]
-        parcels, rest = parcels_of(model, [path for stack in stacks for path in stack])
-        following, fixed = following_steps([len(stack) for stack in stacks]), nbytes_outside(rest, model.buffers())
+        ffns, steps = find_ffns(model), Steps.of(model)
         widest = max(ffns, key=lambda ffn: ffn.d_ff)
         itemsize = next(model.parameters()).element_size()
         return cls(
             parameters=sum(weight.numel() for weight in model.parameters()),
-            nbytes=fixed + total(parcels),
+            nbytes=steps.fixed + total(steps.parcels),
             layers=len(ffns),
-            least=fixed + peak(parcels, following, ahead=False),
-            smooth=fixed + peak(parcels, following),
+            least=steps.least(ahead=False),
+            smooth=steps.least(),
+            average=widest.d_model * widest.d_ff * (2 * itemsize + 8),  # a layer's, permuted, in float32; the mean
             token=(6 * widest.d_model + 4 * widest.d_ff) * itemsize + 4 * widest.d_ff,
         )
 
@@ -69,6 +69,7 @@ class Work:
         tokens: that all passes together count; at most.
         length: tokens of one example.
         batch_size: examples at once, at most; 0: nothing runs.
+        files: the model is written from folder to folder, and run block by block once.
         trains: all weights are needed at once, and the features of all blocks.
         token: bytes of each token of a batch, beside those of a block: logits, features that wait.
     """
@@ -78,6 +79,7 @@ class Work:
     tokens: int = 0
     length: int = 1
     batch_size: int = 1
+    files: bool = False
     trains: bool = False
     token: int = 0
 
@@ -87,7 +89,7 @@ class Placement:
     """A way to hold a model, and what it takes. Prints as a line.
 
     Attributes:
-        way: "whole" on one device, "spread" over several, or "stream": block by block.
+        way: "whole" on one device, "spread" over several, "stream": block by block, or "files": from folder to folder.
         weights: where streamed weights lie, "host" or "disk".
         budget: bytes of weights on the device.
         batch_size: examples at once.
@@ -119,6 +121,7 @@ class Placement:
             "whole": f"whole on {self.device}",
             "spread": "spread over the GPUs",
             "stream": f"block by block on {self.device}, weights from {self.weights}",
+            "files": "from folder to folder",
         }[self.way]
         takes = f"{format_bytes(self.on_device)} on the device, {format_bytes(self.on_host)} on the host"
         disk = f", {format_bytes(self.on_disk)} on disk" if self.on_disk else ""
@@ -201,6 +204,8 @@ def place(
         takes = (device, of_host, in_files)
         return Placement(way, machine.device, weights, budget, work.batch_size, *takes, size, seconds)
 
+    if work.files and wanted in ("auto", "stream"):
+        return _of_files(size, machine, min(host, room) if on_cpu else host)
     if work.trains:
         return _to_train(made("whole", "host", size.nbytes), wanted, budget, room)
     if wanted in ("cpu", "cuda") or (wanted == "auto" and everything <= room):
@@ -214,6 +219,18 @@ def place(
     if left >= size.least:
         return made("stream", weights, min(left, size.nbytes))
     raise _too_small("budget", room, size, work, "one block at a time")
+
+
+def _of_files(size: ModelSize, machine: Machine, room: int) -> Placement:
+    """From folder to folder: an average is computed when it is written, and a pass gives the reference logits."""
+    takes = max(size.smooth, size.average)
+    if takes > room:
+        raise FFMergeError(
+            f"budget: {format_bytes(room)} may be used, but writing takes {takes} bytes: {format_bytes(size.average)} "
+            f"for one average, then {format_bytes(size.smooth)} for two blocks and what is outside of the blocks"
+        )
+    seconds = 2 * size.nbytes / machine.reads
+    return Placement("files", "cpu", "disk", takes, 0, takes, takes, size.nbytes, size, seconds)
 
 
 def _to_train(found: Placement, wanted: str, budget: int | None, room: int) -> Placement:

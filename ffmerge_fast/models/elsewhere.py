@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..support.distributed import whole
 from ..support.errors import FFMergeError
 from ..support.tensor_files import WeightEntry
-from .streamed import HANDLE, refuse_streamed
+from .streamed import HANDLE, is_streamed, refuse_streamed
 
 _PLACES = "_weights_elsewhere"  # attribute of such a model
 
@@ -80,7 +80,7 @@ def elsewhere(model: nn.Module) -> Elsewhere | None:
 
 def in_memory(model: nn.Module) -> bool:
     """Whether the values of all its parameters are in them."""
-    return elsewhere(model) is None and getattr(model, HANDLE, None) is None
+    return elsewhere(model) is None and not is_streamed(model)
 
 
 def needs_weights(model: nn.Module, action: str) -> None:

@@ -12,11 +12,11 @@ import ffmerge_fast as ff
 from ffmerge_fast.checkpoint.on_disk import open_on_disk
 from ffmerge_fast.cli.main import main
 from ffmerge_fast.driver.placement import Machine, ModelSize, Work, place
-from ffmerge_fast.runtime.streaming.stream import least_budget
+from ffmerge_fast.runtime.streaming.plan import Steps
 from tests.helpers.tiny_models import tiny_model
 
 pytest.importorskip("accelerate")
-SIZE = ModelSize(parameters=500, nbytes=1000, layers=4, least=200, smooth=300, token=1)
+SIZE = ModelSize(parameters=500, nbytes=1000, layers=4, least=200, smooth=300, average=90, token=1)
 GB = 10**9
 
 
@@ -72,7 +72,7 @@ def test_the_smallest_budget_is_named_and_does():
 def test_the_size_of_a_model_on_disk_is_that_in_memory(folder):
     model, on_disk = ff.from_pretrained(folder / "model"), open_on_disk(folder / "model")
     size = ModelSize.of(model)
-    assert size == ModelSize.of(on_disk) and size.least == least_budget(model, ahead=False)
+    assert size == ModelSize.of(on_disk) and size.least == Steps.of(model).least(ahead=False)
     assert size.nbytes >= sum(weight.nbytes for weight in model.parameters())
 
 
@@ -145,6 +145,20 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(folder, tmp_path, capsy
     assert not (tmp_path / "s").exists()
     assert main([*collect, "--budget", "10kB"]) == 1
     assert "budget: 10.0 kB may be used and one block at a time" in capsys.readouterr().err
+
+
+def test_a_merge_without_passes_is_planned_from_folder_to_folder(folder, tmp_path, capsys):
+    merge = f"merge {folder}/model {tmp_path}/out --layers 1-3 --method average --dry-run".split()
+    ways = {}
+    for words in ([], ["--place", "cpu"], ["--recover", "refit", *data(folder)]):
+        assert main([*merge, *words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        ways[found["way"]] = found
+    size = ModelSize.of(open_on_disk(folder / "model"))
+    takes = max(size.smooth, size.average)
+    assert list(ways) == ["files", "whole"] and ways["files"]["host_bytes"] == takes
+    assert main([*merge, "--budget", str(takes - 1)]) == 1
+    assert f"writing takes {takes} bytes" in capsys.readouterr().err
 
 
 def test_a_budget_makes_the_sketch_smaller_where_it_was_not_given(folder, tmp_path, capsys):

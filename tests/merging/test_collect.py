@@ -8,8 +8,6 @@ from torch import nn
 
 import ffmerge_fast as ff
 from ffmerge_fast.ops.common import backends
-from tests.helpers import sharded_collect_worker
-from tests.helpers.ranks import run_two_ranks
 from tests.helpers.tiny_models import ALL, D_FF, D_MODEL, ENCODER_DECODER, features_of, logits, tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*correlations are noisy")
@@ -584,20 +582,3 @@ def test_a_memory_budget_changes_no_bit():
         assert torch.equal(free.correlation(i, j), tight.correlation(i, j))
     with pytest.raises(ff.FFMergeError, match="max_memory: got 'much'"):
         ff.collect(model, batches, window=3, max_memory="much")
-
-
-# --------------------------------------------------------------------------------------------------------- sharded
-
-
-def test_a_model_that_fsdp2_has_sharded(tmp_path):
-    """Two ranks, half of the data each: the fingerprint, moments and plan of the whole model."""
-    run_two_ranks("tests.helpers.sharded_collect_worker", tmp_path, timeout=120)
-    model = tiny_model("llama")
-    data = sharded_collect_worker.batches(model)
-    wanted = ff.collect(model, data, window=3, max_tokens=2000)
-    found = ff.CorrelationStats.load(tmp_path / "stats")
-    assert found.model == wanted.model and found.tokens == wanted.tokens
-    for pair in ((0, 1), (1, 3)):
-        torch.testing.assert_close(found.correlation(*pair), wanted.correlation(*pair), rtol=0, atol=1e-6)
-    kept = torch.load(tmp_path / "plan")
-    assert kept == ff.plan(found, window=3, model=model).to_dict()

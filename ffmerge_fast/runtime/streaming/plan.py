@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...models.sublayers import find_ffns
 from ...support.errors import FFMergeError
 from ...support.sizes import format_bytes
 from ...support.tensor_files import is_plain, memory
@@ -58,6 +59,38 @@ def following_steps(lengths: Sequence[int]) -> dict[int, set[int]]:
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     ends = {start + length - 1 for start, length in zip(starts, lengths, strict=True)}
     return {step: set(starts) if step in ends else {step + 1} for step in range(sum(lengths))}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A model's blocks in the order in which they run, and which weights each needs.
+
+    Attributes:
+        blocks: dotted paths; parcels: of their weights.
+        rest: weights that are used outside of the blocks, too; fixed: bytes of these and of all buffers.
+        following: see `following_steps`.
+        often: the first block of the last stack, which runs for each token where an earlier one runs for each sequence.
+    """
+
+    blocks: list[str]
+    parcels: list[BlockWeights]
+    rest: list[Weight]
+    fixed: int
+    following: dict[int, set[int]]
+    often: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Steps:
+        """Of a model whose weights may be anywhere; FFMergeError as `find_ffns`."""
+        stacks = [[ffn.path for ffn in ffns] for ffns in find_ffns(model).by_stack().values()]
+        blocks = [path for stack in stacks for path in stack]
+        parcels, rest = parcels_of(model, blocks)
+        fixed, following = nbytes_outside(rest, model.buffers()), following_steps([len(stack) for stack in stacks])
+        return cls(blocks, parcels, rest, fixed, following, len(blocks) - len(stacks[-1]))
+
+    def least(self, ahead: bool = True) -> int:
+        """The smallest budget that streaming works with; `ahead`: that loads the next block while one runs."""
+        return self.fixed + peak(self.parcels, self.following, ahead)
 
 
 def total(parcels: Iterable[BlockWeights]) -> int:

@@ -14,11 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...models.elsewhere import elsewhere
 from ...models.streamed import HANDLE, refusal, refuse_streamed
-from ...models.sublayers import find_ffns
 from ...support.errors import FFMergeError
 from ...support.sizes import parse_bytes
 from .loader import Loader
-from .plan import Weight, check_budget, choose_resident, following_steps, nbytes_outside, parcels_of, peak, total
+from .plan import Steps, Weight, check_budget, choose_resident, total
 from .schedule import ParameterSlots, StreamSchedule
 from .source import PLACES, Source
 
@@ -72,14 +71,6 @@ def unstream_(model: nn.Module) -> nn.Module:
     return model
 
 
-def least_budget(model: nn.Module, ahead: bool = True) -> int:
-    """The smallest budget that `stream_` works with; `ahead`: that loads the next layer while one runs."""
-    stacks = [[ffn.path for ffn in ffns] for ffns in find_ffns(model).by_stack().values()]
-    parcels, rest = parcels_of(model, [path for stack in stacks for path in stack])
-    following = following_steps([len(stack) for stack in stacks])
-    return nbytes_outside(rest, model.buffers()) + peak(parcels, following, ahead)
-
-
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
@@ -102,15 +93,12 @@ class WeightStream:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, place: str, budget: int, folder):
-        stacks = [[ffn.path for ffn in ffns] for ffns in find_ffns(model).by_stack().values()]
-        blocks = [path for stack in stacks for path in stack]
-        parcels, rest = parcels_of(model, blocks)
-        following = following_steps([len(stack) for stack in stacks])
-        fixed = nbytes_outside(rest, model.buffers())
+        steps = Steps.of(model)
+        blocks, parcels, rest, fixed, following = steps.blocks, steps.parcels, steps.rest, steps.fixed, steps.following
         check_budget(budget, fixed, parcels, following)
         if meta := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
             raise FFMergeError(f"stream_: buffer {meta[0]} is on meta, wanted its values; build buffers on the CPU")
-        resident = choose_resident(parcels, following, budget - fixed, often=len(blocks) - len(stacks[-1]))
+        resident = choose_resident(parcels, following, budget - fixed, often=steps.often)
         self._parcels = [parcel for parcel in parcels if parcel not in resident]
         self._fixed = [*rest, *(weight for parcel in resident for weight in parcel.weights)]
         self.fixed_bytes, self.streamed_bytes = fixed + total(resident), total(self._parcels)

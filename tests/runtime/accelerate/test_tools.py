@@ -91,8 +91,9 @@ def test_dynamic_quantisation(name, calls):  # noqa: F811
     small = quantised(model)
     calls.clear()
     found, wanted = logits(small, inputs), logits(quantised(plain), inputs)
-    if name == "gpt2":  # Conv1D is not quantised: those FFNs are ours, and may move a value over a step of the head's
-        assert len(calls) == 4 and (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+    if name == "gpt2":  # Conv1D is not quantised: those FFNs are ours, which round otherwise than torch on some CPUs
+        assert len(calls) == 4
+        torch.testing.assert_close(found, wanted)
     else:
         assert not calls and torch.equal(found, wanted)
     logits(model, inputs)
