@@ -46,8 +46,9 @@ class Inputs:
 
         if (found := placement(self._args, model)) is None:
             return None
-        asked = {"place", "budget", "host_memory"} & self._args.given
-        if (asked or found.way != "whole" or found.size.nbytes >= _LARGE) and not (self._args.quiet or self._args.json):
+        if (self._asked_to_place or found.way != "whole" or found.size.nbytes >= _LARGE) and not (
+            self._args.quiet or self._args.json
+        ):
             print(f"model: {found}", file=sys.stderr)
         return found
 
@@ -72,9 +73,14 @@ class Inputs:
                 return model
         return self.model
 
+    @property
+    def _asked_to_place(self) -> bool:
+        return bool({"place", "budget", "host_memory"} & self._args.given)
+
     def to_merge(self, recoveries: tuple[str, ...] | list[str]) -> tuple[Any, Any]:
         """(a model to merge, the teacher of its recoveries; None: made of the model itself)"""
-        streamed = recoveries and self.placement is not None and self.placement.way == "stream"
+        placement = self.placement if recoveries or self._asked_to_place else None
+        streamed = recoveries and placement is not None and placement.way == "stream"
         if not streamed:
             return (self.model if recoveries else self.to_change), None
         return self.to_change, self.model

@@ -159,6 +159,8 @@ def test_a_merge_without_passes_is_planned_from_folder_to_folder(folder, tmp_pat
     assert list(ways) == ["files", "whole"] and ways["files"]["host_bytes"] == takes
     assert main([*merge, "--budget", str(takes - 1)]) == 1
     assert f"writing takes {takes} bytes" in capsys.readouterr().err
+    assert main([*merge[:-1], "--budget", str(takes - 1)]) == 1 and not (tmp_path / "out").exists()
+    assert f"writing takes {takes} bytes" in capsys.readouterr().err
 
 
 def test_a_budget_makes_the_sketch_smaller_where_it_was_not_given(folder, tmp_path, capsys):

@@ -40,9 +40,9 @@ def run(args, inputs) -> Result:
     from ...support.files import check_space
 
     recoveries = () if args.recover == "none" else args.recover.split("+")
+    model, teacher = inputs.to_merge(recoveries)
     plan = inputs.plan
     check_space(args.out, plan.nbytes_after)
-    model, teacher = inputs.to_merge(recoveries)
     merged = merge_and_recover_(
         model, plan, recoveries, batches=inputs.calibration_batches, options=_recovery_options(args), teacher=teacher
     )
